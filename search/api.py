@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from bdense.arguments import checked
 from bdense.errors import InputError
 from bdense.knobs import KnobError
 from bdense.weights.spaces import require_point
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from search.promotion import Promoted
 
 
+@checked
 def open_study(
     study: str | Path | Mapping[str, Any] | StudySpec,
     *,
@@ -113,6 +115,7 @@ class OpenStudy:
         """Trials by state."""
         return self.record.counts()
 
+    @checked
     def run(self, workers: int | None = None) -> None:
         """Run what is left, on this machine or on the Ray cluster of ``$RAY_ADDRESS``.
 
@@ -203,6 +206,7 @@ class OpenStudy:
         """The arm to use: the simplest within a tie; None before a baseline is complete."""
         return assess(self.record, self.confirmed)[1]
 
+    @checked
     def confirm(
         self,
         *,
@@ -236,6 +240,7 @@ class OpenStudy:
             raise InputError(f"{planned.name}: no candidate is complete under every seed")
         return found
 
+    @checked
     def promote(
         self,
         *,
@@ -292,6 +297,7 @@ class OpenStudy:
         """Figures of matplotlib: the metric over each coordinate, or of each given arm."""
         return [plot.figure() for plot in overview_of(self.record).plots()]
 
+    @checked
     def report(self, out: str | Path, *, force: bool = False) -> Path:
         """Write report.html and report.md with their pictures to a folder; the Markdown's path.
 
@@ -300,6 +306,7 @@ class OpenStudy:
         """
         return write_report(self.record, Path(out), force=force)
 
+    @checked
     def export(self, folder: str | Path, trial: int | None = None) -> "Exported":
         """Write a kept student as a model folder, see ``bdense-search export``.
 

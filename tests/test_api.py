@@ -180,7 +180,7 @@ def test_a_spec_made_by_hand_is_checked(url, tmp_path):
 
 def test_mistakes_are_named_before_anything_runs(url, tmp_path):
     for given in (None, 5):
-        with pytest.raises(SpecError, match="a study is a file, a mapping, a StudySpec or"):
+        with pytest.raises(InputError, match=r"study must be str \| Path \| Mapping"):
             search.open_study(given)
     odd = tmp_path / "study.txt"
     odd.write_text("name: losses")
@@ -191,4 +191,13 @@ def test_mistakes_are_named_before_anything_runs(url, tmp_path):
         study.run(workers=0)
     with pytest.raises(InputError, match="seeds must be at least 1, or None, got 0"):
         study.confirm(seeds=0)
+    for call, given in {
+        study.run: {"workers": "2"},
+        study.confirm: {"candidates": 1.5},
+        study.promote: {"nfe": "23"},  # a sequence, too
+        study.report: {"out": None},
+    }.items():
+        ((name, value),) = given.items()
+        with pytest.raises(InputError, match=f"{name} must be .*, got {type(value).__name__}"):
+            call(**given)
     assert {"number", "state", "value", "seed"} <= set(study.frame().columns)

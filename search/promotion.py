@@ -9,7 +9,6 @@ from typing import Any
 from bdense.errors import InputError
 from bdense.files import require_new
 from bdense.knobs import KnobError
-from bdense.weights.spaces import PLAIN, UNIFORM
 from search.analysis.comparison import compare
 from search.analysis.confirmation import CONFIRM_SUFFIX, confirmed_arm
 from search.analysis.plans import (
@@ -39,8 +38,6 @@ from search.storage.engine import runs_folder
 from search.study.arms import Arm, given_arms
 from search.study.study import Study
 from search.study.summary import headline
-
-ARMS = (PLAIN, UNIFORM, "weights")  # whose student may be exported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +107,6 @@ class Promotion:
                 "seeds), or measure weights under a search's conditions by `bdense-search "
                 "transfer`",
             )
-        if asked.arm not in (None, *ARMS):
-            raise KnobError("arm", f"must be one of {', '.join(ARMS)}, got {asked.arm}")
         self._study, self._asked = study, asked
         self._spec = asked.to or given_arms(study.spec, study.name + PROMOTE_SUFFIX)
         self._settings = self._asked_settings()

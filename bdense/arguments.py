@@ -11,7 +11,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, get_args, get_origin
 
@@ -28,7 +28,11 @@ _PLAIN = (str, bytes, numbers.Number, list, tuple, dict, Path, types.NoneType)
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """The function, with an InputError that names an argument of another type than annotated."""
-    hints, signature = typing.get_type_hints(function), inspect.signature(function)
+    # Not of the result, which may be of a module that is imported later.
+    given = {name: each for name, each in function.__annotations__.items() if name != "return"}
+    holder = type("", (), {"__annotations__": given})
+    hints = typing.get_type_hints(holder, inspect.unwrap(function).__globals__)
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -77,10 +81,12 @@ def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401  an annotation
     if origin is typing.Literal:
         return value in get_args(hint)
     kind = origin or hint
-    if not isinstance(kind, type):
+    if kind is Any or not isinstance(kind, type):
         return True
     if getattr(kind, "_is_protocol", False) and not kind.__module__.startswith("collections"):
         return not isinstance(value, _PLAIN)
     if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is Sequence and isinstance(value, str):
         return False
     return isinstance(value, (kind, *_ALSO.get(kind, ())))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from bdense.errors import BdenseError, InputError, StoppedError, is_out_of_memory
-from bdense.knobs import Knobs, add_options, knob
+from bdense.knobs import KnobError, Knobs, add_options, knob, options_of
 
 DONE, FAILURE = 0, BdenseError.exit_status
 USER_ERROR, INTERRUPTED = InputError.exit_status, StoppedError.exit_status
@@ -58,9 +58,12 @@ class Verb:
         return self.configs(arguments) if callable(self.configs) else self.configs
 
     def run(self, options: argparse.Namespace) -> None:
-        """Import what runs the verb, and call it."""
+        """Import what runs the verb, and call it; errors of knobs name its options."""
         module, _, name = self.function.partition(":")
-        getattr(importlib.import_module(module), name)(options)
+        try:
+            getattr(importlib.import_module(module), name)(options)
+        except KnobError as error:
+            raise error.spelt(options_of(options.parser)) from error
 
 
 class Parser(argparse.ArgumentParser):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from bdense.errors import CheckpointError, InputError, is_out_of_memory
+from bdense.knobs import KnobError
 
 # What values of a wrong type in a header can raise.
 _WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
@@ -68,13 +69,13 @@ def require_output(
     force: bool = False,
     folder: bool = False,
 ) -> None:
-    """Check, before hours of work, that --out can be written and that nothing is lost by it.
+    """Check, before hours of work, that ``out`` can be written and that nothing is lost by it.
 
     Args:
         out: File to write, or folder to write to; its parent is made.
         problem: Says why what is there must not be replaced; "" if it may be.
         inputs: Files and folders that the same command reads.
-        force: Whether --force was given: what is there may be replaced.
+        force: Whether what is there may be replaced.
         folder: Whether ``out`` is a folder.
 
     Raises:
@@ -83,34 +84,32 @@ def require_output(
     """
     require_plain(out)
     if folder and out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; give the name of a folder")
+        raise KnobError("out", f"{out} is a file; give the name of a folder")
     if not folder and out.is_dir():
-        raise InputError(f"--out {out} is a folder; give the name of a file")
+        raise KnobError("out", f"{out} is a folder; give the name of a file")
     if out.exists() and not force:
         read = any(_is_in(out, Path(each)) for each in inputs)
         reason = "is read by this command" if read else problem(out)
         if reason:
-            raise InputError(f"--out {out} {reason}; choose another name, or add --force")
+            raise KnobError("out", f"{out} {reason}; choose another name, or give `force`")
     place = out if folder else out.parent
-    require_writable(place, f"--out {out}: the folder", "choose another")
+    _require_writable(place, "out", f"{out}: the folder", "choose another")
 
 
-def require_writable(folder: Path, what: str, remedy: str) -> None:
-    """Make a folder, and raise an InputError of ``what`` and ``remedy`` if no file can be made."""
+def _require_writable(folder: Path, knob: str, what: str, remedy: str) -> None:
+    """Make a folder, and raise the knob's error if no file can be made in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise InputError(f"{what} cannot be written ({error.strerror}); {remedy}") from error
+        problem = f"{what} cannot be written ({error.strerror}); {remedy}"
+        raise KnobError(knob, problem) from error
 
 
 def require_cache(folder: Path) -> None:
-    """Raise an InputError if nothing can be written to a folder of cached results."""
-    require_writable(
-        folder,
-        f"the cache {folder}",
-        "name another folder by --cache (cache in Python; BDENSE_CACHE for bdense-search)",
-    )
+    """Raise a KnobError if nothing can be written to a folder of cached results."""
+    remedy = "name another folder (for bdense-search by BDENSE_CACHE)"
+    _require_writable(folder, "cache", str(folder), remedy)
 
 
 def _is_in(path: Path, source: Path) -> bool:

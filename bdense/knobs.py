@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -40,8 +41,9 @@ class KnobError(InputError):
     """A knob is missing, unknown, of another type or out of range.
 
     Attributes:
-        name: The knob, spelt as where it was given: ``lr``, ``method.lr`` or ``--lr``.
-        problem: What is wrong with it; follows the name in the message.
+        name: The knob by its dotted name, as in ``lr`` or ``method.lr``.
+        problem: What is wrong with it; follows the name in the message. Other knobs in it stand
+            between backticks.
     """
 
     def __init__(self, name: str, problem: str) -> None:
@@ -50,6 +52,11 @@ class KnobError(InputError):
 
     def __str__(self) -> str:
         return f"{self.name} {self.problem}"
+
+    def spelt(self, options: Mapping[str, str]) -> "KnobError":
+        """As a command says it, by its options of the knobs."""
+        problem = re.sub(r"`(\w+)`", lambda found: options.get(found[1], found[0]), self.problem)
+        return KnobError(options.get(self.name, self.name), problem)
 
 
 class _WrongTypeError(Exception):
@@ -466,17 +473,22 @@ def from_options(config: type[C], options: argparse.Namespace, **usual: Any) -> 
         usual: Knobs that have no option, or another default than the class has.
 
     Raises:
-        KnobError: A value is of another type or out of range; names the option.
+        KnobError: A value is of another type or out of range.
     """
     tree = dict(usual)
-    try:
-        for name, each in _single_knobs(config).items():
-            if name in options and _has_option(each):
-                _put(tree, name, each, getattr(options, name))
-        return config.read(tree)
-    except KnobError as error:
-        spelt = _option(error.name) if error.name in _single_knobs(config) else error.name
-        raise KnobError(spelt, error.problem) from error
+    for name, each in _single_knobs(config).items():
+        if name in options and _has_option(each):
+            _put(tree, name, each, getattr(options, name))
+    return config.read(tree)
+
+
+def options_of(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """The options that ``add_options`` has added, by the dotted names of their knobs."""
+    return {
+        each.dest: next(name for name in each.option_strings if name.startswith("--"))
+        for each in parser._actions
+        if each.option_strings
+    }
 
 
 def option_names(config: type[Knobs]) -> frozenset[str]:

@@ -1,6 +1,6 @@
 """Trials that count steps, run by Optuna, by Ray Tune, or as a program: see faults_vs_peers.
 
-It imports no torch, so that a process is back soon after it was killed.
+It imports no torch, and a program nothing, so that a process is back soon after it was killed.
 """
 
 import json
@@ -12,11 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.trial import TrialState
-
-STUDY, WORKERS, STEP_SECONDS, STEPS = "faults", 2, 0.25, 20
+STUDY, WORKERS, STEPS = "faults", 2, 20
+STEP = "BENCH_STEP_SECONDS"  # in the environment
 LEASE_SECONDS = 10
 
 
@@ -41,7 +38,7 @@ def work(
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "step"
     for step in range(int(kept.read_text()) if kept.exists() else 0, STEPS):
-        time.sleep(STEP_SECONDS)
+        time.sleep(float(os.environ[STEP]))
         with log.open("a") as file:
             file.write(f"{json.dumps([key, step, needed])}\n")
         scratch = kept.with_suffix(".partial")
@@ -53,6 +50,10 @@ def work(
 
 def run_optuna(url: str, folder: Path, trials: int) -> None:
     """One of the processes."""
+    import optuna
+    from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+    from optuna.trial import TrialState
+
     storage = RDBStorage(
         url,
         heartbeat_interval=2,
@@ -75,7 +76,9 @@ def run_optuna(url: str, folder: Path, trials: int) -> None:
 
 def run_tune(url: str, folder: Path, trials: int) -> None:
     """The driver."""
+    import optuna
     import ray
+    from optuna.storages import RDBStorage
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 

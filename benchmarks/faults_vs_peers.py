@@ -12,6 +12,7 @@ started again, as ``restart: on-failure`` does; each way is set up as its docume
 - bdense-search: a study of method ``command``, leases of 10 s.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -33,7 +34,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from benchmarks.common import parser, publish, table
-from benchmarks.counting import LEASE_SECONDS, STEP_SECONDS, STEPS, STUDY, WORKERS
+from benchmarks.counting import LEASE_SECONDS, STEP, STEPS, STUDY, WORKERS
 from benchmarks.servers import Server, postgres
 
 FROZEN_SECONDS, AWAY_SECONDS = 16.0, 10.0
@@ -53,6 +54,7 @@ class Contest:
         folder: Its files.
         trials: How many are planned.
         server: The database's server.
+        step_seconds: Length of a step.
     """
 
     system: str
@@ -60,6 +62,7 @@ class Contest:
     folder: Path
     trials: int
     server: Server
+    step_seconds: float
     processes: list[subprocess.Popen[bytes] | None] = field(default_factory=list)
     failures: int = 0
     restarts: int = 0
@@ -133,7 +136,7 @@ class Contest:
 
     def _mine(self) -> dict[str, str]:
         own = {"BDENSE_STORAGE": self.url, "BDENSE_RUNS": str(self.folder / "runs")}
-        return own | {"RAY_worker_niceness": "0"}
+        return own | {"RAY_worker_niceness": "0", STEP: str(self.step_seconds)}
 
     def lines(self) -> list[tuple[str, int, list[int]]]:
         """Steps: trial, step, and the processes that the trial needs, the worker first."""
@@ -179,7 +182,7 @@ class Contest:
         complete = Counter(row.params.get("x") for row in rows if row.state == TrialState.COMPLETE)
         states = Counter(row.state for row in rows)
         steps = [line[:2] for line in self.lines()]
-        again = (len(steps) - len(set(steps))) * STEP_SECONDS
+        again = (len(steps) - len(set(steps))) * self.step_seconds
         return (
             self.trials,
             len(complete),
@@ -196,15 +199,16 @@ def _signal(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def contest(system: str, server: Server, trials: int, seed: int, limit: float) -> list[object]:
+def contest(system: str, server: Server, seed: int, given: argparse.Namespace) -> list[object]:
     """One row of the table."""
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="bf-", ignore_cleanup_errors=True) as name:
-        one = Contest(system, server.new_database(), Path(name), trials, server)
+        database = server.new_database()
+        one = Contest(system, database, Path(name), given.trials, server, given.step_seconds)
         one.prepare()
         began, hits, kinds = time.monotonic(), Counter[str](), list[str]()
         due: float | None = None
-        while not one.is_over() and time.monotonic() - began < limit:
+        while not one.is_over() and time.monotonic() - began < given.limit:
             now = time.monotonic()
             if due is None and one.lines():
                 due = now + draw.uniform(*PAUSE)
@@ -230,13 +234,14 @@ def main() -> None:
     options.add_argument("--trials", type=int, default=30)
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--systems", nargs="+", default=[*SYSTEMS], choices=SYSTEMS)
+    options.add_argument("--step-seconds", type=float, default=0.25)
     options.add_argument("--limit", type=float, default=900.0, help="seconds for each")
     given = options.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with postgres(100) as server:
         version = server.version()
         rows = [
-            contest(system, server, given.trials, seed, given.limit)
+            contest(system, server, seed, given)
             for seed in given.seeds
             for system in given.systems
         ]
@@ -246,7 +251,7 @@ def main() -> None:
         f"{each.__name__} {each.__version__}" for each in (optuna, ray, sqlalchemy)
     )
     body = (
-        f"{versions}, {version}. A trial is {STEPS} steps of {STEP_SECONDS} s; "
+        f"{versions}, {version}. A trial is {STEPS} steps of {given.step_seconds:g} s; "
         f"{WORKERS} at a time.\n\n{table(header, rows)}"
     )
     publish("faults_vs_peers", body, write=given.write)

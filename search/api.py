@@ -11,18 +11,18 @@ In a script, a notebook, or on a cluster::
 """
 
 import dataclasses
-import functools
-import inspect
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-from bdense.errors import BdenseError, InputError
+from bdense.arguments import checked
+from bdense.errors import InputError
+from bdense.knobs import KnobError
 from bdense.weights.space import require_point
 from search.analysis.confirmation import Verdict, judged_summary
 from search.analysis.confirmation import verdict as verdict_of
+from search.analysis.pilot import with_pilot
 from search.analysis.plans import arm_of, differing, plan_confirmation, plan_given
 from search.analysis.priors import require_priors
 from search.analysis.recommendation import Recommendation, assess
@@ -50,41 +50,7 @@ if TYPE_CHECKING:
     from search.promotion import Promoted
 
 
-_Given = ParamSpec("_Given")
-_Found = TypeVar("_Found")
-
-
-# A shell command in a text, up to the mark that ends it.
-_COMMAND = r"bdense(?:-search)? .*?(?=[`;]|[,.)](?:\s|$)|$)"
-
-
-def _argument_names(function: Callable[_Given, _Found]) -> Callable[_Given, _Found]:
-    """Errors name the function's arguments, as in ``workers=3``, in place of ``--workers 3``.
-
-    Shell commands in them stay as they are.
-    """
-    names = "|".join(inspect.signature(function).parameters)
-    # Of an option with a value; with what stands for one; or alone.
-    option = rf"--(?P<name>{names})(?:(?P<value> (?=-?\d))| [A-Z](?:,[A-Z])+\b|(?![\w-]))"
-    command_or_option = re.compile(f"{_COMMAND}|{option}", re.MULTILINE)
-
-    def spelt(found: re.Match[str]) -> str:
-        if found["name"] is None:
-            return found[0]
-        return f"{found['name']}=" if found["value"] else f"`{found['name']}`"
-
-    @functools.wraps(function)
-    def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Found:
-        try:
-            return function(*args, **kwargs)
-        except BdenseError as error:
-            error.args = tuple(command_or_option.sub(spelt, str(each)) for each in error.args)
-            raise
-
-    return call
-
-
-@_argument_names
+@checked
 def open_study(
     study: str | Path | Mapping[str, Any] | StudySpec,
     *,
@@ -149,11 +115,12 @@ class OpenStudy:
         """Trials by state."""
         return self.record.counts()
 
-    @_argument_names
+    @checked
     def run(self, workers: int | None = None) -> None:
         """Run what is left, on this machine or on the Ray cluster of ``$RAY_ADDRESS``.
 
-        The progress goes to stderr. What was interrupted goes on at the next call.
+        With ``evaluation.images: auto`` the pilot comes first. The progress goes to
+        stderr. What was interrupted goes on at the next call.
 
         Args:
             workers: Trials at once; None for as many as fit.
@@ -172,7 +139,7 @@ class OpenStudy:
 
     def stop(self) -> None:
         """Ask all workers of the study, wherever they are, to save and end."""
-        ask_all(self.record.ledgers)
+        ask_all(with_pilot(self.record))
 
     def enqueue(self, **params: float | str) -> bool:
         """Plan a point before those that the sampler proposes.
@@ -239,7 +206,7 @@ class OpenStudy:
         """The arm to use: the simplest within a tie; None before a baseline is complete."""
         return assess(self.record, self.confirmed)[1]
 
-    @_argument_names
+    @checked
     def confirm(
         self,
         *,
@@ -273,7 +240,7 @@ class OpenStudy:
             raise InputError(f"{planned.name}: no candidate is complete under every seed")
         return found
 
-    @_argument_names
+    @checked
     def promote(
         self,
         *,
@@ -330,7 +297,7 @@ class OpenStudy:
         """Figures of matplotlib: the metric over each coordinate, or of each given arm."""
         return [plot.figure() for plot in overview_of(self.record).plots()]
 
-    @_argument_names
+    @checked
     def report(self, out: str | Path, *, force: bool = False) -> Path:
         """Write report.html and report.md with their pictures to a folder; the Markdown's path.
 
@@ -339,7 +306,7 @@ class OpenStudy:
         """
         return write_report(self.record, Path(out), force=force)
 
-    @_argument_names
+    @checked
     def export(self, folder: str | Path, trial: int | None = None) -> "Exported":
         """Write a kept student as a model folder, see ``bdense-search export``.
 
@@ -401,8 +368,8 @@ def with_trials(spec: StudySpec, trials: int) -> StudySpec:
         InputError: It has given arms.
     """
     if not spec.is_search:
-        raise InputError(
-            f"--trials {trials}: {spec.name} has given arms and no trials; leave it out"
+        raise KnobError(
+            "trials", f"{trials} is for a search, and {spec.name} has given arms; leave it out"
         )
     return replace(spec, plan=replace(spec.search, trials=trials))
 

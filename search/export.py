@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 
 from bdense.errors import InputError
 from bdense.files import sha256_file
+from bdense.knobs import KnobError
 from bdense.metrics.classifiers import RECIPES, classifier_path
 from bdense.metrics.records import FID
 from bdense.models.card import EXAMPLE_PROMPTS
@@ -288,9 +289,10 @@ def arm_row(study: Study, *, arm: str | None = None, variant: int | None = None)
         found = recommend(comparison)
         if found is None:
             names = ", ".join(each.arm.name for each in results)
-            raise InputError(
-                f"{study.name} has no complete baseline to judge its arms by ({names}); name a "
-                "row by --trial"
+            raise KnobError(
+                "trial",
+                f"must name a row, as {study.name} has no complete baseline to judge its arms by "
+                f"({names})",
             )
         arm = found.arm.name
     for each in results:
@@ -305,7 +307,7 @@ def arm_row(study: Study, *, arm: str | None = None, variant: int | None = None)
 def _baseline(study: Study, name: str) -> tuple[Ledger, int]:
     """Ledger and number of a search's baseline."""
     if not study.is_search or study.given is None:
-        raise InputError(f"--baseline {name} is for a search; name a row by --trial instead")
+        raise KnobError("baseline", f"{name} is for a search; name a row by `trial` instead")
     if (found := baselines_of(study).get(name)) is None:
         raise InputError(f"study {study.name} has no complete baseline {name}; launch it first")
     return study.given, found.number
@@ -351,15 +353,15 @@ def _student(study: Study, ledger: Ledger, trial: StoredTrial, nfe: int | None) 
     if nfe is not None:
         stages = study.spec.resolved.stages
         if len(stages) == 1:
-            raise InputError(
-                f"--nfe {nfe}: {stages[0].label} is the only stage of {study.name}; leave it out, "
-                "and name a row by --trial where there are several"
+            raise KnobError(
+                "nfe",
+                f"{nfe} has no meaning for {study.name}, whose only stage is {stages[0].label}; "
+                "leave it out, and name a row by `trial` where there are several",
             )
         names = {stage.nfe: stage.name for stage in stages}
         if nfe not in names:
-            raise InputError(
-                f"--nfe {nfe}: the students of {study.name} take "
-                f"{', '.join(map(str, names))} evaluations; choose one, or leave it out"
+            raise KnobError(
+                "nfe", f"must be one of {', '.join(map(str, names))} for {study.name}, got {nfe}"
             )
         path = path.with_name(f"{names[nfe]}.safetensors")
     if path.is_file():

@@ -8,7 +8,7 @@ from typing import Any
 
 from bdense.errors import InputError
 from bdense.files import require_new
-from bdense.weights.space import PLAIN, UNIFORM
+from bdense.knobs import KnobError
 from search.analysis.comparison import compare
 from search.analysis.confirmation import CONFIRM_SUFFIX, confirmed_arm
 from search.analysis.plans import (
@@ -38,8 +38,6 @@ from search.storage.engine import runs_folder
 from search.study.arms import Arm, given_arms
 from search.study.study import Study
 from search.study.summary import headline
-
-ARMS = (PLAIN, UNIFORM, "weights")  # whose student may be exported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,13 +101,12 @@ class Promotion:
     ) -> None:
         require_students(study)
         if asked.to is not None and asked.to.is_search:
-            raise InputError(
-                f"the study of --to, {asked.to.name}, is a search; give a study of given arms "
-                "(plan: arms, seeds), or measure weights under a search's conditions by "
-                "`bdense-search transfer`"
+            raise KnobError(
+                "to",
+                f"names {asked.to.name}, a search; give a study of given arms (plan: arms, "
+                "seeds), or measure weights under a search's conditions by `bdense-search "
+                "transfer`",
             )
-        if asked.arm not in (None, *ARMS):
-            raise InputError(f"--arm {asked.arm} is unknown; choose from {', '.join(ARMS)}")
         self._study, self._asked = study, asked
         self._spec = asked.to or given_arms(study.spec, study.name + PROMOTE_SUFFIX)
         self._settings = self._asked_settings()
@@ -149,7 +146,10 @@ class Promotion:
         for folder in map(self._folder, self._settings) if asked.out is not None else ():
             if not is_of(folder, spec.name):  # one that this promotion wrote is written anew
                 require_new(folder)
-        arm = asked.weights or confirmed_arm(study)
+        try:
+            arm = asked.weights or confirmed_arm(study)
+        except InputError as error:
+            raise KnobError("weights", f"must be given: {error}") from error
         if asked.weights is None and asked.to is None:
             for told in {other_budget(study, each) for each in self._settings} - {""}:
                 say(told)
@@ -183,9 +183,10 @@ class Promotion:
         choice, chosen = self._asked.arm, found.arm.name if found is not None else None
         arm = promoted.name if choice == "weights" else choice or chosen
         if arm is None:
-            raise InputError(
-                f"{headline(planned)}: no baseline is complete to judge {promoted.name} by; run "
-                "the same command again, or choose the student to export by --arm"
+            raise KnobError(
+                "arm",
+                f"must say whose student is exported, as no baseline is complete to judge "
+                f"{promoted.name} by: {headline(planned)}; or run the same again",
             )
         number = arm_row(planned, arm=arm, variant=variant)
         if is_current(folder, planned, number):
@@ -212,9 +213,10 @@ class Promotion:
             number = ConfirmSpec().seeds if asked is None else asked
             if not isinstance(number, int) or number < 1:
                 shown = asked if isinstance(asked, int) else ",".join(map(str, asked or ()))
-                raise InputError(
-                    f"--seeds {shown}: without --to it is the number of fresh seeds; give one "
-                    "number, 1 or more"
+                raise KnobError(
+                    "seeds",
+                    f"must be the number of fresh seeds, 1 or more, unless `to` is given, got "
+                    f"{shown}",
                 )
             # Not those of the confirmation, which chose the winner.
             return fresh_seeds(study.spec, number, seeds_of(study, study.name + CONFIRM_SUFFIX))

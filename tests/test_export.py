@@ -106,7 +106,7 @@ def test_a_baseline_s_student_may_be_asked_for(confirmed, tmp_path):
     assert "study digits, baseline, uniform weights, seed 0: FID 11.000" in answer.err
     assert whose(folder) == digest(1)
     exported(confirmed, tmp_path / "plain", baseline="plain")
-    with pytest.raises(InputError, match="--baseline plain is for a search"):
+    with pytest.raises(InputError, match="baseline plain is for a search"):
         export_trial(Study.open(confirmed.url, "digits.confirm"), folder, baseline="plain")
 
 
@@ -215,8 +215,8 @@ def test_what_there_is_not_is_refused(searched, chain, tmp_path):
     gone = message(searched, number=0)
     assert f"{tmp_path / 'runs/digits/00000/student.safetensors'} is gone" in gone
     assert gone.endswith("kept are those of 3")
-    assert "--nfe 4" in message(searched, nfe=4)
-    assert "take 4, 2 evaluations" in message(chain, nfe=8)
+    assert "nfe 4" in message(searched, nfe=4)
+    assert "one of 4, 2 " in message(chain, nfe=8)
 
 
 def test_of_rows_that_have_not_come_so_far_nothing_is_exported(url, tmp_path):

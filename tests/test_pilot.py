@@ -6,10 +6,11 @@ import pytest
 
 from bdense.errors import InputError
 from bdense.metrics.records import FID
-from search import cli
+from search import cli, open_study
 from search.analysis.pilot import images_of, plan_pilot
-from search.run.launch import settled
+from search.run.launch import _settled
 from search.spec.sections import PILOT_IMAGES
+from search.storage.stop_flags import Launch, is_asked
 from search.study.catalogue import list_studies
 from search.study.study import Study
 from search.verbs.launch import dry_run
@@ -71,10 +72,7 @@ def test_a_pilot_that_cannot_tell_is_refused(url):
 def test_a_stored_study_keeps_its_number(url):
     """A file with auto is the study that its pilot settled, in all verbs."""
     spec = auto()
-    with pytest.raises(InputError, match=r"evaluation\.images auto"):
-        Study.create(url, spec)
     stored = search(url, [({"a": 1.0}, 12.5)], study=spec.with_images(8192))
-    assert settled(url, spec, None).evaluation.images == 8192  # without a pilot
     stored.refuse_other_conditions(spec)
     assert Study.create(url, spec).spec.evaluation.images == 8192
     other = replace(spec, evaluation=replace(spec.evaluation, images=4096))
@@ -82,17 +80,21 @@ def test_a_stored_study_keeps_its_number(url):
         stored.refuse_other_conditions(other)
 
 
-def test_a_study_that_has_not_begun_takes_its_number_from_a_pilot_again(url):
+def test_a_study_that_has_not_begun_takes_its_number_from_a_pilot(url, monkeypatch):
+    """Also opened in Python, and again; points that were planned before stay."""
     Study.create(url, auto().with_images(8192))
-    for spec in (auto(), auto(seeds={"evaluation": 3})):
-        with pytest.raises(InputError, match="launch once"):
-            Study.create(url, spec)
+    study = open_study(auto(), storage=url)
+    assert study.enqueue(a=0.3)
+    assert study.spec.evaluation.images == "auto"
+    piloted(url, (3, 2.5, 2), monkeypatch)
+    settled = _settled(study.record, None)  # the pilot is complete: nothing is trained
+    assert settled.spec.evaluation.images == study.spec.evaluation.images == 4 * PILOT_IMAGES
+    assert (settled.counts().waiting, settled.given.counts().planned) == (1, 2)
 
 
-def test_nothing_is_trained_for_what_is_refused_later(url, monkeypatch):
-    monkeypatch.setattr("search.run.launch.run_rows", lambda *_: pytest.fail("it trains"))
+def test_nothing_is_planned_for_what_is_refused_later(url):
     with pytest.raises(InputError, match=r"plan\.prior"):
-        settled(url, auto(plan={"trials": 4, "prior": ["nowhere"]}), None)
+        open_study(auto(plan={"trials": 4, "prior": ["nowhere"]}), storage=url)
     with pytest.raises(InputError, match=r"evaluation\.images auto .*give a number"):
         auto(plan={"arms": ["plain"], "seeds": [0]})
 
@@ -107,10 +109,13 @@ def test_a_dry_run_tells_the_pilots_cost(capsys, monkeypatch):
     assert "images: auto" in out
 
 
-def test_a_pilot_goes_with_its_study(url, monkeypatch, tmp_path):
+def test_a_pilot_stops_and_goes_with_its_study(url, monkeypatch, tmp_path):
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
-    piloted(url, (3, 2, 1), monkeypatch)
+    pilot = piloted(url, (3, 2, 1), monkeypatch)
     study = search(url, [({"a": 1.0}, 12.5)], study=auto().with_images(PILOT_IMAGES))
+    launch = Launch.begin(pilot.ledgers)
+    assert cli.main(["stop", study.name, "--storage", url]) == 0
+    assert is_asked(pilot.ledgers, launch)
     assert [each.name for each in list_studies(url)] == [study.name, f"{study.name}.pilot"]
     assert cli.main(["delete", study.name, "--yes", "--storage", url]) == 0
     assert list_studies(url) == []

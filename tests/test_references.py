@@ -101,7 +101,7 @@ def test_a_data_set_is_seen_once(colours, tiny, cache):
 
 def test_a_cache_that_cannot_be_written_names_the_option(colours, tiny, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"file/cache cannot be written .*--cache"):
+    with pytest.raises(InputError, match=r"file/cache cannot be written .*BDENSE_CACHE"):
         dataset_reference(tiny, colours, cache=tmp_path / "file" / "cache")
 
 

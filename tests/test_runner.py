@@ -79,7 +79,7 @@ def test_more_workers_than_fit_are_refused(cluster, machines, resources, workers
     cluster(machines)
     asked = spec(resources=resources).resources
     assert runner._slots(asked, 1) == 1
-    with pytest.raises(InputError, match=rf"--workers {workers} .*{says}"):
+    with pytest.raises(InputError, match=rf"^workers {workers} .*{says}"):
         runner._slots(asked, workers)
 
 

@@ -67,6 +67,27 @@ def test_any_sampler_of_optunas_proposes_rules_and_strengths(name):
         study.tell(trial, value)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("GridSampler", {"search_space": {"a": [-0.4, 0.0, 0.5, 1.0, 2.0, 2.5, 2.8, 3.0]}}),
+        ("QMCSampler", {"scramble": True}),
+    ],
+)
+def test_workers_share_one_sequence(name, arguments):
+    """No point of a grid comes twice, and each eighth of the range has one of Sobol's points."""
+    own = spec(weights=NORMALISED, plan__sampler=member(name, **arguments))
+    study, drawn = optuna.create_study(), []
+    for offset in range(8 if name == "GridSampler" else 9):
+        study.sampler = make_sampler(own, offset)
+        drawn.append(study.ask(search_space(own)).params["a"])
+    if name == "GridSampler":
+        assert sorted(drawn) == arguments["search_space"]["a"]
+    else:
+        # Optuna's first trial, which tells it the space, is drawn at random.
+        assert sorted(int((a + 0.5) / 3.5 * 8) for a in drawn[1:]) == list(range(8))
+
+
 @pytest.mark.parametrize("name", ["TPESampler", "RandomSampler", "PartialFixedSampler"])
 def test_a_suggestion_repeats_with_its_offset_and_differs_with_another(name):
     fixed = {"fixed_params": {"b": -1.0}} if name == "PartialFixedSampler" else {}

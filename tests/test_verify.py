@@ -95,7 +95,7 @@ def test_a_folder_has_its_own_classifier(student, shared_cache, cache, tmp_path)
         ({"reference": "folder:mine:0123456789abcdef"}, (), "--data is missing"),
         ({"nfe": 7}, (), "NFE 7"),
         ({"extractor": "torchscript:mine.pt"}, (), "--extractor is missing"),
-        ({"seeds": {}}, (), "records no FID"),
+        ({"seeds": {}}, (), "records no FID that can be measured again (no 'evaluation')"),
         ({"seeds": None}, (), "records no FID"),
         ({"value": "low"}, (), "value must be float"),
     ],

@@ -14,7 +14,6 @@ from typing import Any
 
 from bdense.errors import CheckpointError, InputError
 
-HUB = "https://huggingface.co"
 CONFIG, INDEX = "config.json", "model_index.json"
 # In a student's pipeline, beside diffusers' own files: metadata that they have no place for.
 METADATA = "bdense.json"
@@ -80,8 +79,15 @@ def folder_of(source: str | Path, files: Sequence[str] = ()) -> Path:
     except Exception as error:
         raise InputError(
             f"cannot fetch {source} from the Hugging Face hub ({why_not_fetched(error)}); fetch "
-            f"{HUB}/{source} by hand into a folder and give the folder"
+            f"{hub_page(source)} by hand into a folder and give the folder"
         ) from error
+
+
+def hub_page(repo_id: str) -> str:
+    """Its address on the Hub, or on the mirror of HF_ENDPOINT."""
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo_id}"
 
 
 def pipeline_folder(source: str | Path) -> Path:

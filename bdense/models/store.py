@@ -210,11 +210,15 @@ def load_stored(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
             "folder here"
         )
     folder = _fetched(name) if on_hub else path
-    if _is_ours(folder / MODEL_FILE):
-        return load_denoiser(folder / MODEL_FILE)
-    if folder.is_dir():
-        denoiser, metadata = read_diffusers(source, folder)
-        return denoiser, metadata | (_terms(name) if on_hub and name in HUB_CHECKPOINTS else {})
+    try:
+        if _is_ours(folder / MODEL_FILE):
+            return load_denoiser(folder / MODEL_FILE)
+        if folder.is_dir():
+            denoiser, metadata = read_diffusers(source, folder)
+            known = on_hub and name in HUB_CHECKPOINTS
+            return denoiser, metadata | (_terms(name) if known else {})
+    except CheckpointError as error:  # by the id that was given, not its place in the cache
+        raise CheckpointError(str(error).replace(str(folder), name)) from error
     file = resolve_checkpoint(path)
     if file.suffix in TORCH_FILES:
         raise CheckpointError(

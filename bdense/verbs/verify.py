@@ -121,8 +121,9 @@ def _recorded(source: str, metadata: Mapping[str, Any]) -> tuple[FID, Setup]:
         fid.seeds["evaluation"]
         setup = Setup.read(metadata.get(SETUP, {}))
     except (KeyError, TypeError, AttributeError, InputError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
         raise InputError(
-            f"{source} records no FID that can be measured again ({error}); `bdense "
+            f"{source} records no FID that can be measured again ({reason}); `bdense "
             "distill --extractor` and bdense-search record one"
         ) from error
     return fid, setup

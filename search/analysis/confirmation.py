@@ -154,7 +154,7 @@ def confirmed_arm(study: Study) -> Arm:
         InputError: There is none yet, or the confirmation has not ended.
     """
     found = verdict(study)
-    way_out = f"run bdense-search confirm {study.name} first, or give weights by --weights A,B"
+    way_out = f"run bdense-search confirm {study.name} first"
     if found is None:
         require_trials(study)
         raise InputError(

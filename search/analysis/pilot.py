@@ -15,6 +15,7 @@ from search.analysis.recommendation import Noise, noise_of
 from search.errors import SpecChangedError, UnknownStudyError
 from search.spec.sections import MOST_IMAGES, ArmsPlan
 from search.spec.study import StudySpec
+from search.storage.ledger import Ledger
 from search.study.study import Study
 
 PILOT_SUFFIX = ".pilot"
@@ -29,6 +30,17 @@ def with_stored_images(url: str, spec: StudySpec) -> StudySpec:
             if stored.has_started():
                 return spec.with_images(stored.spec.evaluation.num_images)
     return spec
+
+
+def pilot_of(study: Study) -> Study | None:
+    """The pilot of a search; None without one."""
+    return study.beside(study.name + PILOT_SUFFIX)
+
+
+def with_pilot(study: Study) -> list[Ledger]:
+    """The ledgers that a launch of the study works on."""
+    pilot = pilot_of(study)
+    return [*study.ledgers, *(() if pilot is None else pilot.ledgers)]
 
 
 def pilot_spec(spec: StudySpec) -> StudySpec:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from bdense.errors import InputError
+from bdense.knobs import KnobError
 from bdense.weights import space_of
 from bdense.weights.space import SearchSpace
 from search.analysis.confirmation import (
@@ -75,8 +75,8 @@ def plan_transfer(study: Study, to: StudySpec, *, top: int, seeds: int) -> Study
         SpecChangedError: The stored transfer is of other conditions.
     """
     if to.name == study.name:
-        raise InputError(
-            f"--to names study {study.name} itself; give another's file, or confirm it instead"
+        raise KnobError(
+            "to", f"names study {study.name} itself; give another's file, or confirm it instead"
         )
     arms = [*baseline_arms(to), *choose(study, require_trials(study), top)]
     _require_fitting(arms, to)
@@ -162,12 +162,10 @@ def arm_from(text: str) -> Arm:
     try:
         a, b = (float(part) for part in (*parts, *["0"] * (2 - len(parts))))
     except ValueError as error:
-        raise InputError(
-            f"--weights {text} is no A,B of log w_k = a k + b; give two numbers, as in "
-            "--weights 1.386,-4.274"
-        ) from error
+        problem = f"{text} is no A,B of log w_k = a k + b; give two numbers, as in 1.386,-4.274"
+        raise KnobError("weights", problem) from error
     if not (math.isfinite(a) and math.isfinite(b)):
-        raise InputError(f"--weights {text} must be finite numbers")
+        raise KnobError("weights", f"must be finite numbers, got {text}")
     params = {"a": a, "b": b}
     return _given(space_of(params), params)
 

@@ -1,14 +1,13 @@
 """Run what is left of a study; the ``launch`` verb with its result."""
 
-from search.analysis.pilot import images_of, plan_pilot, with_stored_images
-from search.analysis.priors import plan_first_points, require_priors
+from search.analysis.pilot import images_of, plan_pilot
+from search.analysis.priors import plan_first_points
 from search.analysis.stop_rule import look_ahead
 from search.log import say, speaking_of
 from search.report.live import Showing
 from search.report.overview import overview_of
 from search.run.progress import Display, snapshot_of
 from search.run.runner import run
-from search.spec.study import StudySpec
 from search.study.folders import named_file
 from search.study.study import Study
 from search.study.summary import copy_baselines, failures, headline
@@ -27,42 +26,43 @@ def launch(study: Study, source: str, workers: int | None) -> tuple[str, bool]:
     Returns:
         The result for people, and whether any row is complete.
     """
-    run_planned(study, workers)
+    study = run_planned(study, workers)
     overview = overview_of(study)
     result = [*align(overview.table()), *overview.remarks()] if not overview.is_empty else []
     lines = [overview.headline(), *failures(study), *result, "", *_next(study, source)]
     return "\n".join(lines), not overview.is_empty
 
 
-def run_planned(study: Study, workers: int | None) -> None:
-    """Run a study's rows, as ``run_rows``; of a search first the points that it begins with."""
+def run_planned(study: Study, workers: int | None) -> Study:
+    """Run a study's rows, as ``run_rows``, of a search after its pilot and its first points.
+
+    Returns:
+        The study as it ran, with the number of images that its pilot has settled.
+
+    Raises:
+        InputError: The pilot has too few complete rows.
+        SpecChangedError: The stored pilot is of other conditions.
+    """
+    if study.spec.evaluation.images == "auto":
+        study = _settled(study, workers)
     if study.is_search:
         plan_first_points(study)
         look_ahead(study)
     run_rows(study, workers)
+    return study
 
 
-def settled(url: str, spec: StudySpec, workers: int | None) -> StudySpec:
-    """A resolved spec with a number of images; auto runs the pilot that decides it.
-
-    Of a study that has begun it is that study's.
-
-    Raises:
-        InputError: A prior cannot be used, or the pilot has too few complete rows.
-        SpecChangedError: The stored pilot is of other conditions.
-    """
-    spec = with_stored_images(url, spec)
-    if spec.evaluation.images != "auto":
-        return spec
-    require_priors(url, spec)  # before anything is trained
-    pilot = plan_pilot(url, spec)
+def _settled(study: Study, workers: int | None) -> Study:
+    """The study with the number of images that its pilot decides, which runs."""
+    spec = study.spec
+    pilot = plan_pilot(study.url, spec)
     run_rows(pilot, workers)
     images, noise = images_of(pilot)
     say(
         f"evaluation.images auto: {images}; of {noise.images} images the latents' noise of a "
         f"difference is {noise.latents:.2g}, and the training seeds' {noise.seeds:.2g}"
     )
-    return spec.with_images(images)
+    return Study.create(study.url, spec.with_images(images))
 
 
 def run_rows(study: Study, workers: int | None) -> None:

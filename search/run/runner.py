@@ -25,6 +25,7 @@ from ray import tune
 from ray.exceptions import AuthenticationError
 
 from bdense.errors import InputError
+from bdense.knobs import KnobError
 from search.errors import INTERRUPTED, ClusterLostError, WorkersFailedError
 from search.log import LOG, say
 from search.run.ending import Ending
@@ -236,10 +237,11 @@ def _slots(resources: ResourcesSpec, workers: int | None) -> int:
             f"machine, and the cluster's have {machines}; lower them"
         )
     share = "; with resources.gpus below 1 trials share a GPU" if gpus else ""
-    raise InputError(
-        f"--workers {workers} do not fit: a trial takes {resources.cpus:g} CPUs and {gpus:g} "
-        f"GPUs, and the cluster's machines, with {machines}, have room for {fit} trials; lower "
-        f"--workers or resources{share}"
+    raise KnobError(
+        "workers",
+        f"{workers} do not fit: a trial takes {resources.cpus:g} CPUs and {gpus:g} GPUs, and the "
+        f"cluster's machines, with {machines}, have room for {fit} trials; lower `workers` or "
+        f"resources{share}",
     )
 
 

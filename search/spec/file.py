@@ -57,10 +57,6 @@ def read_here(
     """
     if isinstance(given, str | Path):
         return _read(Path(given), changes)
-    if not isinstance(given, StudySpec | Mapping):
-        raise SpecError(
-            f"a study is a file, a mapping, a StudySpec or the name of a stored one, not {given!r}"
-        )
     tree = given.as_dict() if isinstance(given, StudySpec) else dict(given)
     tree.pop("facts", None)
     tree = _merged(_spelt(tree), changes)

@@ -1,8 +1,10 @@
 """What a study samples, with which sampler and pruner: Optuna's own classes, by name."""
 
+import contextlib
 import difflib
 import inspect
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +16,9 @@ from bdense.weights.space import Choice
 from search.errors import SpecError
 from search.spec.sections import Member
 from search.spec.study import StudySpec
+
+# Each trial takes the next element of one sequence, whose order or scrambling the seed decides.
+_SEQUENCES = ("GridSampler", "QMCSampler")
 
 
 def search_space(spec: StudySpec) -> dict[str, BaseDistribution]:
@@ -31,10 +36,9 @@ def make_sampler(spec: StudySpec, offset: int) -> optuna.samplers.BaseSampler:
 
     The offset is the number of trials so far: reproducible, and never equal in two processes.
     """
-    seed = (spec.seeds.sampler + offset) % 2**31
-    made: optuna.samplers.BaseSampler = _made(
-        optuna.samplers, "plan.sampler", spec.search.sampler, seed=seed
-    )
+    member = spec.search.sampler
+    seed = (spec.seeds.sampler + offset * (member.name not in _SEQUENCES)) % 2**31
+    made: optuna.samplers.BaseSampler = _made(optuna.samplers, "plan.sampler", member, seed=seed)
     return made
 
 
@@ -45,18 +49,26 @@ def require_sampler(spec: StudySpec) -> None:
         SpecError: There is no such sampler, it refuses its arguments or the space, or it needs a
             package that is not installed.
     """
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        study = optuna.create_study(sampler=make_sampler(spec, 0))
-        for value in (1.0, 2.0):
-            study.tell(study.ask(search_space(spec)), value)
+        with optuna_says(optuna.logging.ERROR):
+            study = optuna.create_study(sampler=make_sampler(spec, 0))
+            for value in (1.0, 2.0):
+                study.tell(study.ask(search_space(spec)), value)
     except SpecError:
         raise
     except Exception as error:  # Optuna's samplers raise what they like
         raise SpecError(f"plan.sampler: {spec.search.sampler.name}: {error}") from error
+
+
+@contextlib.contextmanager
+def optuna_says(level: int) -> Iterator[None]:
+    """Optuna's log has only records of this level and above."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(before, level))
+    try:
+        yield
     finally:
-        optuna.logging.set_verbosity(verbosity)
+        optuna.logging.set_verbosity(before)
 
 
 def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:

@@ -429,8 +429,8 @@ def _sqlite_database(url: URL, given: str) -> Path:
 
 def _bad_url(given: str) -> StorageRefusedError:
     return StorageRefusedError(
-        f"storage URL {redact(given)} (from --storage or BDENSE_STORAGE) has an unknown form; "
-        f"give {ACCEPTED_FORMS}"
+        f"storage URL {redact(given)} (or BDENSE_STORAGE) has an unknown form; give "
+        f"{ACCEPTED_FORMS}"
     )
 
 

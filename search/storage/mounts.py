@@ -54,6 +54,6 @@ def refuse_network_file_system(path: Path, mounts: Path = _MOUNTS) -> None:
     if kind in _NETWORK or (is_served and kind not in _LOCAL_FUSE):
         raise StorageRefusedError(
             f"{path} lies on a network file system ({kind}), where SQLite's locks do not hold; "
-            "give --storage or BDENSE_STORAGE a PostgreSQL server, or a SQLite file on a disk of "
+            "take a PostgreSQL server as the storage, or a SQLite file on a disk of "
             "this machine"
         )

@@ -12,6 +12,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from search.errors import UnknownStudyError
+from search.spec.space import optuna_says
 from search.storage.engine import exclusive, redact, sqlite_file
 from search.storage.leases import BEGUN, ENDED, is_own
 
@@ -94,7 +95,8 @@ def open_study(
                 study = OwnStudy(name, storage)
             except KeyError:
                 way = StudyDirection.MAXIMIZE if maximise else StudyDirection.MINIMIZE
-                optuna.create_study(study_name=name, storage=storage, direction=way)
+                with optuna_says(optuna.logging.WARNING):  # of baselines and the like, too
+                    optuna.create_study(study_name=name, storage=storage, direction=way)
                 study = OwnStudy(name, storage)
         _store(study, given)
     return study
@@ -159,7 +161,7 @@ def record_change(study: optuna.Study, key: str, old: JSON, new: JSON) -> None:
 def _unknown(name: str, url: str, names: Sequence[str]) -> str:
     there = f"studies there: {', '.join(sorted(names))}" if names else "no study is there"
     return (
-        f"no study {name!r} in {redact(url)}; {there}; check the name and --storage, "
+        f"no study {name!r} in {redact(url)}; {there}; check the name and the storage, "
         "or launch it first"
     )
 

@@ -13,7 +13,6 @@ from typing import Any, Self
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
-from bdense.errors import InputError
 from search.errors import (
     NoSearchError,
     OutdatedStudyError,
@@ -120,8 +119,7 @@ class Study:
 
         Raises:
             SpecChangedError: The stored study has other conditions, which are named.
-            InputError: A pilot has yet to settle its number of images, or another version of
-                bdense launched it, whose spec this one cannot read.
+            InputError: Another version of bdense launched it, whose spec this one cannot read.
             StorageError: The database cannot be used.
         """
         try:
@@ -131,11 +129,6 @@ class Study:
         before = stored.spec if stored is not None else None
         if before is not None and stored is not None and stored.has_started():
             spec = spec.with_images(before.evaluation.num_images)
-        if spec.evaluation.images == "auto":
-            raise InputError(
-                f"study {spec.name}: evaluation.images auto is settled by a pilot, which trains; "
-                "run bdense-search launch once, or give a number"
-            )
         if stored is not None and stored._forget_if_changed(spec, facts or {}):
             stored = before = None
         if spec.is_search:

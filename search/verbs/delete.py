@@ -8,7 +8,7 @@ from pathlib import Path
 from bdense.errors import InputError
 from bdense.knobs import from_options
 from search.analysis.confirmation import CONFIRM_SUFFIX
-from search.analysis.pilot import PILOT_SUFFIX
+from search.analysis.pilot import with_pilot
 from search.storage.engine import redact
 from search.storage.ledger import Ledger
 from search.storage.stop_flags import held
@@ -22,10 +22,10 @@ from search.verbs.options import DeleteOptions
 def delete(options: argparse.Namespace) -> None:
     """Say what would go, ask, and delete it."""
     study = open_study(options)
-    beside = [study.beside(study.name + suffix) for suffix in (CONFIRM_SUFFIX, PILOT_SUFFIX)]
+    confirmation = study.beside(study.name + CONFIRM_SUFFIX)
     # The study itself last: interrupted, the command can be given again.
-    ledgers = [ledger for each in beside if each is not None for ledger in each.ledgers]
-    ledgers += reversed(study.ledgers)
+    ledgers = [*(() if confirmation is None else confirmation.ledgers)]
+    ledgers += reversed(with_pilot(study))
     if working := held(ledgers):
         raise InputError(
             f"{working} trials of {study.name} are worked on; end them first: bdense-search stop "

@@ -7,7 +7,7 @@ from bdense.errors import BdenseError
 from bdense.knobs import from_options
 from search.analysis.pilot import pilot_spec, with_stored_images
 from search.api import changes_of, is_file, planned, with_trials
-from search.run.launch import launch, settled
+from search.run.launch import launch
 from search.spec.command import budget
 from search.spec.file import as_yaml, read_spec
 from search.spec.study import StudySpec
@@ -30,7 +30,7 @@ def launch_study(options: argparse.Namespace) -> None:
     if from_options(DryRun, options).dry_run:
         dry_run(with_stored_images(url, spec), workers)
         return
-    study = planned(url, settled(url, spec, workers), by_name=by_name)
+    study = planned(url, spec, by_name=by_name)
     result, succeeded = launch(study, asked.study, workers)
     print(result)
     if not succeeded:

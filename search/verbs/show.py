@@ -14,6 +14,7 @@ from bdense.files import require_new
 from bdense.knobs import from_options
 from search.analysis.comparison import compare, replicates_of
 from search.analysis.confirmation import judged_summary
+from search.analysis.pilot import pilot_of
 from search.analysis.recommendation import assess, noise_of
 from search.analysis.stop_rule import LargestGain, assessed
 from search.log import say
@@ -73,6 +74,8 @@ def status(options: argparse.Namespace) -> None:
         print(f"asked to stop at {when}; {CONTINUE}")
     for line in failures(study):
         print(line)
+    if study.spec.evaluation.images == "auto" and (pilot := pilot_of(study)) is not None:
+        print(f"evaluation.images auto: {headline(pilot)}")
     if (curve := curve_of(study)) is not None:
         print(curve_line(curve))
     if study.is_search and (noise := noise_of(compare(study))).least_difference is not None:

@@ -34,7 +34,7 @@ from bdense.methods.method import Inputs, Recordings, Stage
 from bdense.metrics.classifiers import RECIPES
 from bdense.metrics.extractors import load_extractor, missing_checkpoint
 from bdense.metrics.references import features_of
-from bdense.models.diffusers_files import HUB
+from bdense.models.diffusers_files import hub_page
 from bdense.models.latents import load_codec
 from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, REFERENCES, ConvertedCheckpoint
 from bdense.training.loop import IterationReport, train
@@ -143,7 +143,7 @@ def require_room(spec: StudySpec, together: int) -> TrialCost:
     if found.device == "cuda":  # trials that hold whole GPUs do not share one
         together = min(together, int(1 / _gpu_share(spec) + 1e-9))
     if (needed := together * found.peak_bytes) > found.free_bytes:
-        fewer = f"run fewer at once by --workers ({together} now), or " if together > 1 else ""
+        fewer = f"run fewer than {together} workers, or " if together > 1 else ""
         raise InputError(
             f"{together} trial{'s' * (together > 1)} of study {spec.name} at once need "
             f"{_gib(needed)} and {'the GPU' if found.device == 'cuda' else 'this machine'} has "
@@ -344,7 +344,7 @@ def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
         if not isinstance(file, ConvertedCheckpoint)
     ]
     if (scorer := evaluation.clip_score) is not None and not Path(scorer).exists():
-        lines.append(f"{HUB}/{scorer}, the CLIP model, unless it is in the hub's cache")
+        lines.append(f"{hub_page(scorer)}, the CLIP model, unless it is in the hub's cache")
     if (weights := missing_checkpoint(spec.evaluation.extractor)) is not None:
         lines.append("{} to {}".format(*weights))
     made = [file.text() for file, _ in missing if isinstance(file, ConvertedCheckpoint)]

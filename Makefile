@@ -23,7 +23,7 @@ test: $(VENV)/.installed-dev
 # faults, clusters of other versions, two hosts, docker compose), too little memory, 10,000 trials, compiled networks. The longest
 # files come first.
 test-service: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow $(SPREAD) --numprocesses 2 tests
+	$(BIN)/python -m pytest -m slow $(SPREAD) tests
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -242,14 +242,16 @@ def test_the_mode_is_torchs_own(mode):
 
 @NEEDS_COMPILER
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", get_args(CompileMode))
-def test_a_compiled_network_computes_the_same(mode):
-    """Minutes where nothing is cached. Outputs only: L1's signs flip on rounding."""
+def test_a_compiled_network_computes_the_same():
+    """Minutes where nothing is cached. Outputs only: L1's signs flip on rounding.
+
+    On a CPU the mode changes nothing.
+    """
     teacher = small_teacher()
     before = outputs(teacher)
     short = {"images": 8, "lr": 1e-4}
     student = sfd(small_trajectories(teacher), WEIGHTS, **short)
-    teacher.execute(Execution(compile=True, compile_mode=mode))
+    teacher.execute(Execution(compile=True))
     torch.testing.assert_close(outputs(teacher), before, rtol=1e-5, atol=1e-5)
     compiled = sfd(small_trajectories(teacher), WEIGHTS, **short)
     learned = (outputs(student) - before).abs().mean()

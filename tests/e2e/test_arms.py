@@ -120,11 +120,11 @@ def test_a_confirmed_winner_is_promoted_with_another_method(launched):
 
 @pytest.mark.slow
 def test_a_confirmed_winner_is_trained_again_by_its_own_method(launched):
-    options = ("--nfe", "2,3", "--seeds", "1", "--kimg", "1.28", "--arm", "weights")
+    options = ("--nfe", "2,3", "--seeds", "1", "--kimg", "0.32", "--arm", "weights")
     out = launched.done("promote", "small", *options)
     assert "small.promote: 6 of 6 rows complete" in out
     for nfe in (2, 3):
-        metadata = exported(launched.runs / f"small.promote/model-kimg1.28-nfe{nfe}")[1]
+        metadata = exported(launched.runs / f"small.promote/model-kimg0.32-nfe{nfe}")[1]
         assert metadata["fid"]["nfe"] == nfe
         assert metadata["params"] == winner(launched)["params"]
 

@@ -20,7 +20,7 @@ from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.guidance import calls, null_for
 from bdense.diffusion.preconditioning import Preconditioning
-from bdense.diffusion.schedules import Levels, Schedule
+from bdense.diffusion.schedules import Levels, Schedule, require_grid
 from bdense.diffusion.solvers import (
     Euler,
     Solver,
@@ -38,7 +38,6 @@ from bdense.randomness import Stream, image_noise
 GRID_COLUMNS = 16  # of a picture of samples
 # Metadata of what a student's FID was measured with, see ``bdense.metrics.setup``.
 SETUP = "fid_setup"
-_MOST_INTERVALS = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,16 +65,12 @@ class Sampler:
     def __post_init__(self) -> None:
         require_types(self)
         self.solver.require_intervals(self.num_intervals)
-        if self.num_intervals > _MOST_INTERVALS:
-            raise InputError(
-                f"num_intervals={self.num_intervals} is more than a grid of levels has, "
-                f"{_MOST_INTERVALS}; take fewer (nfe)"
-            )
         if self.nfe < 1:
             raise InputError(
                 f"num_intervals={self.num_intervals} with afs={self.afs} leaves no network "
                 "evaluation; NFE must be at least 1"
             )
+        require_grid(self.num_intervals)
         if not self.solver.reaches_zero:
             with torch.device("cpu"):  # also where a network's shapes alone are built
                 last = float(self.schedule.grid(1)[-1])
@@ -328,6 +323,7 @@ def image_grid(images: Tensor, columns: int) -> Tensor:
     if columns < 1:
         raise InputError(f"columns must be at least 1, got {columns}")
     n, c, h, w = images.shape
+    columns = min(columns, max(n, 1))
     rows = -(-n // columns)
     canvas = images.new_zeros(rows * columns, c, h, w)
     canvas[:n] = images

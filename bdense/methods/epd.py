@@ -53,7 +53,9 @@ class EPDConfig(GridConfig):
         below=1,
     )
     last_scale: bool = knob(True, "scale the slopes of the last step, too")
-    substeps: int = knob(8, "steps that the teacher takes in each of the student's", low=1)
+    substeps: int = knob(
+        8, "steps that the teacher takes in each of the student's", low=1, high=1000
+    )
     solver: str = knob("dpm2", "solver that the teacher walks with", choices=tuple(SOLVERS))
     order: int | None = knob(None, "order of the solver", low=1, none="the highest")
     updates: Literal["each", "detached", "last"] = knob(

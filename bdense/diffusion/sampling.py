@@ -320,6 +320,8 @@ def image_grid(images: Tensor, columns: int) -> Tensor:
     """Tile uint8 images [n, C, H, W] row by row into one picture [H', W', 3 or 1 channels]."""
     if images.dtype != torch.uint8:
         raise InputError(f"a picture is made of uint8 images, got {images.dtype}; see to_uint8")
+    if images.dim() != 4:
+        raise InputError(f"a picture is made of images [n, C, H, W], got {list(images.shape)}")
     if columns < 1:
         raise InputError(f"columns must be at least 1, got {columns}")
     n, c, h, w = images.shape

@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SPREAD := --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: search test test-service test-all gpu-check lint docs clean
+.PHONY: search test test-service test-all gpu-check lint docs lock clean
 
 search: $(VENV)/.installed
 	$(BIN)/bdense-search launch $(STUDY)
@@ -54,6 +54,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[search,dev]'
 	@touch $@
+
+# The packages of the images with their hashes, for Linux and Python 3.11, any processor. After each change of constraints.txt,
+# which must name every one of them, or of what the images install.
+LOCK := $(BIN)/uv pip compile --quiet --no-config --no-annotate --custom-compile-command "make lock" --generate-hashes \
+    --python-version 3.11 --python-platform linux --constraint constraints.txt --output-file
+lock: $(VENV)/.installed
+	$(PIP) uv
+	$(LOCK) docker/service.lock docker/service-requirements.txt
+	$(LOCK) docker/engine.lock pyproject.toml --extra search --extra diffusers --extra lora
+	echo 'ray[default]' | $(LOCK) docker/kuberay.lock -
 
 # Removes what `make` made; studies and their students in runs/ stay.
 clean:

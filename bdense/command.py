@@ -165,7 +165,7 @@ def run_verb(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        tell(f"{prog}: out of memory; choose a smaller batch")
+        tell(f"{prog}: out of memory; choose a smaller batch or network")
         return FAILURE
     except TypeError as error:
         if "MPS" not in str(error):

@@ -57,6 +57,11 @@ def require_plain(path: Path) -> None:
     path = Path(path)
     if path.is_symlink():
         raise InputError(f"{path} is a link to {path.readlink()}; name the file itself")
+    require_no_pipe(path)
+
+
+def require_no_pipe(path: Path) -> None:
+    """Raise an InputError if the path is a FIFO, which one may wait for for ever, or a device."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise InputError(f"{path} is a device or a pipe, not a file; choose another name")
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from bdense.data.datasets import image_shape, load_dataset
+from bdense.data.names import FORMATS
 from bdense.data.readers import read_folder, read_idx, read_idx_images, read_zip
 from bdense.errors import InputError
 from tests.fuzz import damaged_bytes, damaged_tree, read_or_refused
@@ -412,6 +413,14 @@ def test_all_problems_of_a_folder_are_one_summary(tmp_path):
     ):
         assert re.search(rf"1, such as {name}: [^|]*{reason}", line)
     assert "\n" not in line
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_pipe_is_no_set(tmp_path, kind):
+    """As above, it would wait."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is a device or a pipe"):
+        load_dataset(f"{kind}:{tmp_path / 'pipe'}")
 
 
 def test_images_are_cropped_and_resized_as_edms_tool_does(tmp_path):

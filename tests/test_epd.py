@@ -242,7 +242,8 @@ def test_a_table_learned_at_another_guidance_is_warned_about(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"sampler": {"solver": "epd"}}', '{"sampler": 3}', None]
+    "text",
+    ["", "[]", "{}", "[" * 100_000, '{"sampler": {"solver": "epd"}}', '{"sampler": 3}', None],
 )
 def test_a_file_that_is_no_table_is_refused_by_its_name(tmp_path, text):
     path = tmp_path / "table.json"

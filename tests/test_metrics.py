@@ -166,9 +166,13 @@ def test_the_distance_is_the_same_in_both_directions(counts):
             for i, count in enumerate(counts)
         )
         found |= {frechet_distance(a, b), frechet_distance(b, a)}
-        # Equal but for their number of images, or their mean.
-        moved, more = replace(a, mu=a.mu + 1), replace(a, count=1000)
-        for other in (a, moved, more):
+        # Equal but for their number of images, their mean, or their covariance.
+        moved, more, wide = (
+            replace(a, mu=a.mu + 1),
+            replace(a, count=1000),
+            replace(a, sigma=2 * a.sigma),
+        )
+        for other in (a, moved, more, wide):
             assert frechet_distance(a, other) == frechet_distance(other, a) >= 0
         assert frechet_distance(a, moved) == pytest.approx(16, abs=1)
     assert len(found) == 10

@@ -7,9 +7,12 @@ import pickle
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import bdense
 from bdense.errors import InputError
@@ -123,3 +126,35 @@ def test_a_text_stands_for_a_path(tmp_path):
     path = str(tmp_path / "a.safetensors")
     bdense.save_denoiser(path, teacher := small_teacher(), {})
     assert same_weights(bdense.load_denoiser(path)[0], teacher)
+
+
+def pins(file: Path) -> dict[str, str]:
+    """Versions by name; of a lock, whose pins go on in lines of hashes, those with a hash."""
+    hashed = r" \\\n    --hash=sha256:[0-9a-f]{64}" if file.suffix == ".lock" else r""
+    found = re.findall(rf"^([\w.-]+)==([^ \n]+){hashed}", file.read_text(), re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in found}
+
+
+def test_the_images_locks_hold_what_is_wanted_at_the_versions_of_the_constraints():
+    """By `make lock`, which takes the constraints from there; pip itself checks the hashes."""
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    service = (root / "docker" / "service-requirements.txt").read_text()
+    wanted = {
+        "service": re.findall(r"^[\w-]+", service, re.MULTILINE),
+        "engine": [
+            *project["dependencies"],
+            *(each for extra in ("search", "diffusers", "lora") for each in extras[extra]),
+        ],
+        "kuberay": ["ray"],
+    }
+    constraints = pins(root / "constraints.txt").items()
+    for image, requirements in wanted.items():
+        file = root / "docker" / f"{image}.lock"
+        locked = pins(file)
+        assert len(locked) == file.read_text().count("==")
+        assert locked.items() <= constraints
+        for each in map(Requirement, requirements):
+            assert each.specifier.contains(locked[canonicalize_name(each.name)])
+        assert "://" not in file.read_text()

@@ -143,9 +143,12 @@ def test_a_grid_is_filled_row_by_row():
     # Each image is one block of 2 x 3.
     assert bool((picture[2:4, 3:6, 1] == 31).all())
     image = torch.arange(6, dtype=torch.uint8).view(1, 1, 2, 3)
-    assert image_grid(image, columns=1).squeeze(-1).tolist() == [[0, 1, 2], [3, 4, 5]]
+    for columns in (1, 10**9):  # no more than there are images
+        assert image_grid(image, columns).squeeze(-1).tolist() == [[0, 1, 2], [3, 4, 5]]
     with pytest.raises(InputError, match="columns must be at least 1, got 0"):
         image_grid(image, columns=0)
+    with pytest.raises(InputError, match=r"\[n, C, H, W\], got \[2, 3\]"):
+        image_grid(image[0, 0], columns=1)
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])

@@ -110,6 +110,8 @@ def test_a_schedule_that_is_none_is_refused(options, message):
 def test_a_grid_has_an_interval_and_a_substep():
     with pytest.raises(InputError, match="at least 1 interval, got 0"):
         Schedule().grid(0)
+    with pytest.raises(InputError, match="at most 100000 intervals, got 1000000000"):
+        Schedule().grid(10**9)
     with pytest.raises(InputError, match=r"substeps \(K\) must be at least 1, got 0"):
         IntervalGrid(num_intervals=3, substeps=0)
 

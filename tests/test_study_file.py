@@ -154,6 +154,9 @@ def test_a_stored_spec_of_another_version_is_named():
     stored = changed(spec().as_dict(), plan__wings=2)
     with pytest.raises(InputError, match=r"\(digits: plan\.wings .*use the version that laun"):
         read_stored("digits", json.dumps(stored))
+    del stored["plan"]
+    with pytest.raises(InputError, match=r"\(digits: plan is missing.*use the version that laun"):
+        read_stored("digits", json.dumps(stored))
 
 
 def test_a_stored_study_is_read_where_its_tracker_is_not_installed():

@@ -384,7 +384,7 @@ def test_ddpm_ends_in_noise_in_any_number_of_times(timesteps):
         ),
         (
             ("--precond", "ddpm", "--timesteps", 20),
-            "--timesteps must be a whole number of at least 21, or none, got 20",
+            "--timesteps must be a whole number from 21 to 100000, or none, got 20",
         ),
         (("--clip", 0), "--clip must be a number above 0, or none, got 0"),
     ],
@@ -464,6 +464,8 @@ def test_what_makes_another_teacher(digits):
     [
         ({"depth": 3}, (1, 8, 8), r"do not fit a SongUNet: [^@]*'depth'[^@]*$"),
         ({"channel_mult": (1,) * 5}, (1, 8, 8), "cannot be halved 4 times[^@]*$"),
+        ({"num_blocks": 10**9}, (1, 8, 8), "more than 10000 modules; take fewer blocks"),
+        ({"model_channels": 10**9}, (1, 8, 8), "cannot be built"),
         ({"dropout": 2.0}, (1, 28, 28), r"dropout must lie in 0\.\.1, got 2\.0$"),
         ({}, (1, 20, 28), "square images, got 20 x 28; @32 after the data set's"),
         ({"channel_mult": (1,) * 4}, (1, 28, 28), "=28 cannot be halved 3 times; .*@32"),

@@ -21,7 +21,7 @@ from bdense.data.names import DATA_SETS, Fit, split_fit, split_format
 from bdense.data.readers import cropped_arrays, read_folder, read_idx_images, read_zip
 from bdense.downloads import fetch
 from bdense.errors import InputError, ShapeError
-from bdense.files import file_lock, user_folder
+from bdense.files import file_lock, require_no_pipe, user_folder
 
 DATA_FOLDER = "BDENSE_DATA"
 Loaded: TypeAlias = tuple[Tensor, Tensor | None]
@@ -174,6 +174,7 @@ def _load(
     crop = fit.side if fit is not None and fit.crop else None
     if (found := split_format(source)) is not None:
         kind, path = found[0], Path(found[1]).expanduser()
+        require_no_pipe(path)
         images, labels = _FORMATS[kind](path, crop, only_first)
         # The name of a set of files is the last part of its path.
         return f"{kind}:{path.resolve().name}", images, labels

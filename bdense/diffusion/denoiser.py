@@ -310,7 +310,7 @@ def restore(
 
 
 @contextlib.contextmanager
-def without_memory(most: int) -> Iterator[None]:
+def without_memory(most: int = 10_000) -> Iterator[None]:
     """Build a network's shapes alone (torch's meta device), of at most so many modules.
 
     Raises:
@@ -320,10 +320,7 @@ def without_memory(most: int) -> Iterator[None]:
 
     def count(*_: object) -> None:
         if threading.get_ident() == thread and next(made) > most:
-            raise CheckpointError(
-                f"the description of the network has more than {most} modules, too many for its "
-                "weights"
-            )
+            raise CheckpointError(f"the described network has more than {most} modules")
 
     hook = torch.nn.modules.module.register_module_module_registration_hook(count)
     try:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from bdense.diffusion.solvers import ADAMS_BASHFORTH, Solver, StepNoise, no_noise, slope
 from bdense.errors import InputError
 from bdense.execution import moved
-from bdense.files import atomic_write
+from bdense.files import atomic_write, require_no_pipe
 from bdense.knobs import KnobError, knob
 
 if TYPE_CHECKING:
@@ -224,6 +224,7 @@ def read_table(path: Path | str, guidance: float = 1.0) -> Sampler:
     from bdense.diffusion.sampling import sampler_from
 
     try:
+        require_no_pipe(Path(path))
         kept = json.loads(Path(path).read_text())
         sampler = sampler_from(kept["sampler"])
         learned_at = float(kept.get("guidance", 1.0))
@@ -231,7 +232,7 @@ def read_table(path: Path | str, guidance: float = 1.0) -> Sampler:
         raise InputError(f"the EPD table {path} cannot be read ({error.strerror})") from error
     except InputError as error:
         raise InputError(f"the EPD table {path}: {error}") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path} is not an EPD table; give JSON that `bdense distill --method epd` wrote "
             f"({error!r})"

@@ -20,7 +20,7 @@ from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.guidance import calls, null_for
 from bdense.diffusion.preconditioning import Preconditioning
-from bdense.diffusion.schedules import Levels, Schedule
+from bdense.diffusion.schedules import Levels, Schedule, require_grid
 from bdense.diffusion.solvers import (
     Euler,
     Solver,
@@ -39,7 +39,6 @@ GRID_COLUMNS = 16  # of a picture of samples
 _GAP, _GREY = 2, 96  # pixels between its images, and their value
 # Metadata of what a student's FID was measured with, see ``bdense.metrics.setup``.
 SETUP = "fid_setup"
-_MOST_INTERVALS = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,16 +66,12 @@ class Sampler:
     def __post_init__(self) -> None:
         require_types(self)
         self.solver.require_intervals(self.num_intervals)
-        if self.num_intervals > _MOST_INTERVALS:
-            raise InputError(
-                f"num_intervals={self.num_intervals} is more than a grid of levels has, "
-                f"{_MOST_INTERVALS}; take fewer (nfe)"
-            )
         if self.nfe < 1:
             raise InputError(
                 f"num_intervals={self.num_intervals} with afs={self.afs} leaves no network "
                 "evaluation; NFE must be at least 1"
             )
+        require_grid(self.num_intervals)
         if not self.solver.reaches_zero:
             with torch.device("cpu"):  # also where a network's shapes alone are built
                 last = float(self.schedule.grid(1)[-1])
@@ -329,9 +324,12 @@ def image_grid(images: Tensor, columns: int, gap: int = 0) -> Tensor:
     """
     if images.dtype != torch.uint8:
         raise InputError(f"a picture is made of uint8 images, got {images.dtype}; see to_uint8")
+    if images.dim() != 4:
+        raise InputError(f"a picture is made of images [n, C, H, W], got {list(images.shape)}")
     if columns < 1:
         raise InputError(f"columns must be at least 1, got {columns}")
     n, c, h, w = images.shape
+    columns = min(columns, max(n, 1))
     rows = -(-n // columns)
     canvas = images.new_full((rows * columns, c, h + gap, w + gap), _GREY)
     canvas[:, :, :h, :w] = 0

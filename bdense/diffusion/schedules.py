@@ -15,8 +15,21 @@ from torch import Tensor
 from bdense.arguments import require_types
 from bdense.errors import InputError
 
+_MOST_INTERVALS = 100_000
+
 # VP schedule: the smallest time of the continuous process (Song et al. 2021, appendix C).
 VP_EPSILON = 1e-3
+
+
+def require_grid(num_intervals: int) -> None:
+    """Refuse a number of intervals that no grid of levels has."""
+    if num_intervals < 1:
+        raise InputError(f"a grid needs at least 1 interval, got {num_intervals}")
+    if num_intervals > _MOST_INTERVALS:
+        raise InputError(
+            f"a grid of levels has at most {_MOST_INTERVALS} intervals, got {num_intervals}; take "
+            "fewer (nfe, steps, substeps)"
+        )
 
 
 class Levels(Protocol):
@@ -72,8 +85,7 @@ class Schedule:
 
     def grid(self, num_intervals: int) -> Tensor:
         """[num_intervals + 1] float64 noise levels, from sigma_max down to sigma_min."""
-        if num_intervals < 1:
-            raise InputError(f"a grid needs at least 1 interval, got {num_intervals}")
+        require_grid(num_intervals)
         position = torch.arange(num_intervals + 1, dtype=torch.float64) / num_intervals
         return self._levels(position)
 
@@ -93,7 +105,8 @@ class Schedule:
         if not 0 < last < first < math.inf:
             raise InputError(
                 f"schedule rho={self.rho:g} with levels from {self.sigma_max:g} to "
-                f"{self.sigma_min:g} is beyond float64; choose a rho nearer to 7"
+                f"{self.sigma_min:g} is beyond float64; choose a rho nearer to 7, and levels that "
+                "are less far apart"
             )
 
     def _levels(self, position: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bdense.diffusion.schedules import require_grid
 from bdense.errors import InputError
 
 
@@ -48,8 +49,7 @@ class VPSchedule:
 
     def grid(self, num_intervals: int) -> Tensor:
         """[num_intervals + 1] float64: u = 1, .., 1 / n, and 0 at the end."""
-        if num_intervals < 1:
-            raise InputError(f"a grid needs at least 1 interval, got {num_intervals}")
+        require_grid(num_intervals)
         u = torch.arange(num_intervals, 0, -1, dtype=torch.float64) / num_intervals
         return torch.cat([self.level(u), u.new_zeros(1)])
 

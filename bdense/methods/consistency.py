@@ -64,7 +64,10 @@ class ConsistencyConfig(GridConfig, GuidanceKnobs):
     nfe: int = knob(1, "predictions an image; above 1 by multistep sampling", low=1)
     steps: int = knob(18, "intervals of the noise levels, N", low=1)
     substeps: int = knob(
-        1, "steps that the teacher takes in each interval, K; plain learns from the last", low=1
+        1,
+        "steps that the teacher takes in each interval, K; plain learns from the last",
+        low=1,
+        high=1000,
     )
     solver: StepSolver = knob("heun", "solver of the teacher's steps")
     loss: Loss = knob(

@@ -41,8 +41,12 @@ class EPDConfig(GridConfig):
 
     heading: ClassVar[str] = "method epd"
 
-    steps: int = knob(3, "steps of the student, N; NFE is N (1 + points), less 1 with afs", low=1)
-    points: int = knob(2, "points in each step, whose slopes are computed as one batch", low=1)
+    steps: int = knob(
+        3, "steps of the student, N; NFE is N (1 + points), less 1 with afs", low=1, high=1000
+    )
+    points: int = knob(
+        2, "points in each step, whose slopes are computed as one batch", low=1, high=1000
+    )
     max_order: int = knob_of(EPD, "max_order", 1)
     afs: bool = knob(True, "analytical first step: one evaluation less")
     bound_o: float = knob(0.05, "slopes are scaled by 1 plus or minus this at most", low=0)
@@ -53,7 +57,9 @@ class EPDConfig(GridConfig):
         below=1,
     )
     last_scale: bool = knob(True, "scale the slopes of the last step, too")
-    substeps: int = knob(8, "steps that the teacher takes in each of the student's", low=1)
+    substeps: int = knob(
+        8, "steps that the teacher takes in each of the student's", low=1, high=1000
+    )
     solver: str = knob("dpm2", "solver that the teacher walks with", choices=tuple(SOLVERS))
     order: int | None = knob(None, "order of the solver", low=1, none="the highest")
     updates: Literal["each", "detached", "last"] = knob(

@@ -65,6 +65,7 @@ class PDConfig(MethodConfig, NativeGridKnobs, GuidanceKnobs):
         2,
         "the teacher's steps in each of the student's, K: every round divides their number by K",
         low=2,
+        high=1000,
     )
     updates: int = knob(50_000, "updates in each round", low=1)
     lr_schedule: LRSchedule = knob_of(MethodConfig, "lr_schedule", "linear")

@@ -72,7 +72,9 @@ class SFDConfig(GridConfig, GuidanceKnobs):
         f"which defaults to {_named(_SEVERAL_NFE)}",
         low=1,
     )
-    substeps: int = knob(4, "steps that the teacher takes in each of the student's, K", low=1)
+    substeps: int = knob(
+        4, "steps that the teacher takes in each of the student's, K", low=1, high=1000
+    )
     afs: bool = knob(True, "analytical first step: one more interval for the same NFE")
     solver: str = knob("dpmpp", "solver that the teacher walks with", choices=tuple(SOLVERS))
     order: int | None = knob(None, "order of the solver", low=1, none="the highest")

@@ -71,7 +71,6 @@ _DERIVED = (
     "pipeline_call",
 )
 _NOT_PRECOND = ("precond", "network", "config", "num_branches")
-_MOST_MODULES = 10_000
 # The last level of the students of Stable Diffusion (Zhou et al. 2024).
 _SIGMA_MIN = 0.1
 # For schedulers saved before a key existed, or left at its default.
@@ -252,7 +251,7 @@ def _denoiser(
         outputs = 2 if channels and predicted == 2 * channels else 1
         options = network_class.accepted(config, outputs=outputs)
         precond = dataclasses.replace(precond, learned_variance=outputs == 2)
-        with without_memory(_MOST_MODULES):
+        with without_memory():
             skeleton = network_class(options, outputs=outputs)
             values = sum(value.numel() for value in skeleton.parameters())
     size = sum(file.stat().st_size for file in folder.glob(f"{WEIGHTS}*"))

@@ -35,6 +35,7 @@ FORMAT = 1
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENOMEM, errno.EAGAIN)
 
 _MOST_LETTERS, _MOST_TENSORS = 2**22, 100_000
+_MOST_NAMED = 6  # settings in which two runs differ
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -136,11 +137,15 @@ def other_run(path: Path, identity: Mapping[str, Any]) -> str:
     kept = stored.get("identity")
     if not isinstance(kept, dict):
         return "is a model without a record of its settings"
-    keys = sorted(kept.keys() | identity.keys())
-    differing = ", ".join(
-        key.removeprefix("config.") for key in keys if kept.get(key) != identity.get(key)
+    keys = kept.keys() | identity.keys()
+    differing = sorted(
+        {key.removeprefix("config.") for key in keys if kept.get(key) != identity.get(key)}
     )
-    return f"is the model of another run (differs in: {differing})" if differing else ""
+    if not differing:
+        return ""
+    more = f" and {len(differing) - _MOST_NAMED} more" if len(differing) > _MOST_NAMED else ""
+    named = ", ".join(differing[:_MOST_NAMED]) + more
+    return f"is the model of another run (differs in: {named})"
 
 
 def save_denoiser(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from bdense.data.datasets import Dataset, to_float
 from bdense.diffusion import LevelWeight
 from bdense.diffusion.conditions import Condition
-from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.denoiser import NetworkDenoiser, without_memory
 from bdense.diffusion.preconditioning import (
     EDM,
     Preconditioning,
@@ -27,7 +27,7 @@ from bdense.diffusion.preconditioning import (
     native_schedule,
 )
 from bdense.diffusion.snr_weights import snr_weight
-from bdense.errors import InputError
+from bdense.errors import CheckpointError, InputError
 from bdense.execution import Execution, moved
 from bdense.knobs import KnobError, Knobs, knob, knob_of
 from bdense.networks import SongUNet, SongUNetConfig
@@ -345,6 +345,11 @@ def new_denoiser(config: TeacherConfig, image_shape: torch.Size) -> NetworkDenoi
         if not _fits(config, channels, padded):
             raise
         raise InputError(f"{error}; {remedy}") from error
+    try:
+        with without_memory():
+            SongUNet(network)
+    except CheckpointError as error:
+        raise InputError(f"{error}; take fewer blocks or channels") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, Stream.INITIALISATION))
         return NetworkDenoiser(SongUNet(network), config.preconditioning)

@@ -49,7 +49,7 @@ class Hardware(Knobs):
         "where to compute; auto: on a CUDA GPU if there is one; mps: on an Apple GPU, for models "
         "that need no float64 there, such as EDM's",
     )
-    threads: int | None = knob(None, "CPU threads", low=1, none="one for each core")
+    threads: int | None = knob(None, "CPU threads", low=1, high=1024, none="one for each core")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +111,7 @@ class ModelOptions(Knobs):
         "number T of ddpm's times; its betas, 0.0001 to 0.02, are scaled by 1000 / T, so that any "
         "T ends in noise",
         low=21,
+        high=100_000,
         metavar="T",
         none="1000",
     )

@@ -256,7 +256,7 @@ def read_stored(name: str, text: str) -> StudySpec:
     try:
         tree = json.loads(text)
         # A search from before baselines had replicates.
-        if "trials" in tree["plan"]:
+        if "trials" in tree.get("plan", {}):
             tree["plan"] = {"replicates": 1, **tree["plan"]}
         return StudySpec.read(tree)
     except InputError as error:

@@ -86,8 +86,10 @@ class Parser(argparse.ArgumentParser):
             self.error(
                 f"{flag} was given after --, behind which nothing is an option; drop the --"
             )
-        close = difflib.get_close_matches(flag, known, n=1)
-        self.error(f"there is no option {flag}" + (f"; did you mean {close[0]}?" if close else ""))
+        bare = [name.lstrip("-") for name in known]
+        close = difflib.get_close_matches(flag.lstrip("-"), bare, n=1)
+        hint = f"; did you mean --{close[0]}?" if close else ""
+        self.error(f"there is no option {flag}{hint}")
 
     def error(self, message: str) -> NoReturn:
         """End the process with status 2."""

@@ -201,8 +201,13 @@ def test_weights_need_finite_numbers(bad):
         normalised_weights(bad, 4)
     with pytest.raises(InputError, match="weight b must be a finite number"):
         LogLinearWeights(a=0.0, b=bad)
-    with pytest.raises(InputError, match=r"num_branches \(K\) must be at least 1, got 0"):
-        normalised_weights(0.0, 0)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 10**12, "4", 2.5, True])
+def test_branches_are_counted_by_a_whole_number(bad):
+    for make in (uniform_weights(), lambda k: normalised_weights(0.0, k)):
+        with pytest.raises(InputError, match=r"num_branches .*must .*, got"):
+            make(bad)
 
 
 # ---- reading ----

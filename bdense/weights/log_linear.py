@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bdense.arguments import require_types
+from bdense.arguments import checked, require_types
 from bdense.errors import InputError
 from bdense.knobs import knob
 from bdense.weights.space import BASELINE, UNIFORM, Choice, Range, Uniform, WeightSpace
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bdense.weights.weighting import BranchWeighting
+
+_MOST_BRANCHES = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,14 +41,17 @@ class LogLinearWeights:
                     f"branch weight {name} must be a finite number, got {getattr(self, name)}"
                 )
 
+    @checked
     def values(self, num_branches: int) -> list[float]:
         """w_1..w_K; 0 or infinity where float64 ends.
 
         Raises:
-            InputError: K is below 1.
+            InputError: K is no number, below 1, or more than any student has.
         """
-        if num_branches < 1:
-            raise InputError(f"num_branches (K) must be at least 1, got {num_branches}")
+        if not 1 <= num_branches <= _MOST_BRANCHES:
+            raise InputError(
+                f"num_branches (K) must lie in 1..{_MOST_BRANCHES}, got {num_branches}"
+            )
         return [_exp(self.a * k + self.b) for k in range(1, num_branches + 1)]
 
     def last_to_first(self, num_branches: int) -> float:

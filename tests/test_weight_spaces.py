@@ -15,6 +15,7 @@ from bdense.weights.log_linear import (
     LogLinearWeights,
     NormalisedSpace,
     normalised_weights,
+    uniform_weights,
 )
 from bdense.weights.space import Choice, Range, Uniform, require_point
 from tests.contracts.weight_spaces import WeightSpaceContract

@@ -10,7 +10,7 @@ from typing import TextIO
 from search.run.progress import Display, Snapshot
 from search.storage.queries import Running
 from search.study.progress_text import in_stage, training
-from search.worker.ray_tasks import Preparation
+from search.worker.trainer import Preparation
 
 COUNTS = "trials 1/2, baselines 2/6, best FID 2.310 (a 0.532, ab 1.125), plain 3.123"
 

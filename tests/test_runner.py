@@ -17,7 +17,8 @@ from search.run import runner
 from search.spec.study import StudySpec
 from search.storage.engine import resolve_storage_url
 from search.study.study import Study
-from search.worker.ray_tasks import RECORDED, Preparation, WorkerConfig
+from search.worker.ray_tasks import WorkerConfig
+from search.worker.trainer import RECORDED, Preparation
 from tests.studies import spec
 
 ONE_GPU_EACH = [(8, 1), (8, 1), (8, 1)]

@@ -21,14 +21,8 @@ from search.storage.engine import open_storage, resolve_storage_url
 from search.storage.ledger import Ledger
 from search.study.study import Study
 from search.worker import distillation
-from search.worker.ray_tasks import (
-    RECORDED,
-    WorkerConfig,
-    WorkerError,
-    prepare_task,
-    record_task,
-    slot,
-)
+from search.worker.ray_tasks import WorkerConfig, WorkerError, prepare_task, record_task, slot
+from search.worker.trainer import RECORDED
 from tests.contracts.scene import take
 from tests.disks import small_disk
 from tests.rows import SFD, loaded

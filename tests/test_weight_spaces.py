@@ -9,7 +9,7 @@ from bdense.errors import InputError
 from bdense.methods import METHODS
 from bdense.weights import WEIGHT_SPACES, space_of
 from bdense.weights.free import FreeSpace, PerIntervalSpace
-from bdense.weights.learned import RULES, LearnedSpace
+from bdense.weights.learned import LearnedSpace
 from bdense.weights.log_linear import (
     LogLinearSpace,
     LogLinearWeights,
@@ -17,6 +17,7 @@ from bdense.weights.log_linear import (
     normalised_weights,
     uniform_weights,
 )
+from bdense.weights.rules import RULES
 from bdense.weights.space import Choice, Range, Uniform, require_point
 from tests.contracts.weight_spaces import WeightSpaceContract
 

@@ -13,7 +13,7 @@ from search.study.progress_text import share_done
 from search.study.study import Study
 from search.study.summary import summary_of
 from search.study.wording import duration
-from search.worker.ray_tasks import Preparation
+from search.worker.trainer import Preparation
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -37,15 +37,8 @@ from search.storage.engine import cache_folder, one_line, runs_folder, without_p
 from search.storage.stop_flags import Launch, is_asked, stopped_error
 from search.study.artifacts import artifacts_place
 from search.study.study import Study
-from search.worker.ray_tasks import (
-    RECORDED,
-    Preparation,
-    WorkerConfig,
-    WorkerError,
-    prepare_task,
-    record_task,
-    slot,
-)
+from search.worker.ray_tasks import WorkerConfig, WorkerError, prepare_task, record_task, slot
+from search.worker.trainer import RECORDED, Preparation
 
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum; no large object passes through it
 POLL_SECONDS = 1.0

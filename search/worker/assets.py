@@ -27,6 +27,7 @@ from bdense.errors import InputError
 from bdense.files import atomic_write, file_lock, sha256_model
 from bdense.methods import METHODS
 from bdense.methods.method import Inputs, Method, MethodConfig, Recordings, require_shape
+from bdense.methods.one_shot import Coordinates, OneShot
 from bdense.methods.recordings import TrajectoryStore
 from bdense.metrics.clip_score import CLIPScorer, load_clip_scorer
 from bdense.metrics.extractors import Extractor, load_extractor
@@ -49,22 +50,21 @@ from bdense.models.latents import (
 )
 from bdense.models.store import denoiser_sha256, load_denoiser, load_stored, save_denoiser
 from bdense.models.zoo import CONVERTED_CHECKPOINTS, HUB_CHECKPOINTS, resolve_reference
+from bdense.randomness import Stream, derive_seed
 from bdense.training.latent_digits import latent_digits
 from bdense.training.teacher import teacher_data, train_teacher
+from bdense.weights.space import Uniform
 from search.spec.resolve import describe_teacher, execution, teacher_config, variant
 from search.spec.sections import EvaluationSpec, TeacherTraining
 from search.spec.study import StudySpec
 from search.storage.engine import cache_folder
 from search.study.arms import ONE_SHOT, Task
-from search.worker.one_shot import one_shot_assets
+from search.worker.trainer import Report
 
 _GRID_IMAGES = 64
 _SHOWN = 60  # letters of a prompt
 CUT = " [...]"  # in place of the rest
 _PROMPTS_AT_ONCE = 256
-
-# Called with what is being made, how much is done, of how much, and a remark.
-Report = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +243,26 @@ class Assets:
             evaluator=replace(self.evaluator, latents=task.latents),
         )
         asked = task.params.get(ONE_SHOT)
-        return found if asked is None else one_shot_assets(found, asked)
+        return found if asked is None else found.one_shot(asked)
+
+    def one_shot(self, asked: Mapping[str, Any]) -> "Assets":
+        """For the study's one-shot training: method, length, and latents of its own.
+
+        Args:
+            asked: What the arm's ``one_shot`` holds, see ``search.study.arms.one_shot_arm``.
+
+        Raises:
+            InputError: The method has no one-shot student.
+        """
+        box = tuple(Uniform(low, high) for low, high in asked["box"].values())
+        coordinates = Coordinates(self.spec.weight_space, self.spec.resolved.num_branches, box)
+        latents = derive_seed(self.evaluator.latents, Stream.ONE_SHOT) % 2**31
+        return replace(
+            self,
+            method=OneShot(self.method, coordinates),
+            config=self.config.told(asked["length"]),
+            evaluator=replace(self.evaluator, latents=latents),
+        )
 
     def inputs(self, seed: int) -> Inputs:
         """What the method's stages learn from, besides the teacher."""

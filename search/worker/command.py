@@ -35,9 +35,8 @@ from search.study.trial_log import Note, TrialLog
 from search.worker import guard
 from search.worker.guard import Order, Outcome
 from search.worker.judge import Judge, PrunedError
-from search.worker.ray_tasks import Preparation
 from search.worker.result import once, provenance
-from search.worker.trainer import Report
+from search.worker.trainer import Preparation, Report
 
 # Files of a row's folder.
 GIVEN_FILE, METRIC_FILE, VALUES_FILE = "given.json", "metric.json", "values.jsonl"

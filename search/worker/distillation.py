@@ -23,8 +23,7 @@ from search.worker.assets import Assets, load, use_device
 from search.worker.cost import require_gpu, require_room
 from search.worker.evaluate import evaluate
 from search.worker.judge import Judge
-from search.worker.ray_tasks import RECORDED, Preparation
-from search.worker.trainer import Report
+from search.worker.trainer import RECORDED, Preparation, Report
 
 RECORDING_SECONDS = 10.0
 

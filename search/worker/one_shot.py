@@ -2,48 +2,22 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from bdense.files import atomic_write
 from bdense.methods.distill import TrainedStage
 from bdense.methods.one_shot import Coordinates, OneShot
 from bdense.metrics.records import FID
-from bdense.randomness import Stream, derive_seed
-from bdense.weights.space import Uniform
 from search.analysis.paired import mean_of
 from search.study.progress_text import evaluating
 from search.study.results import Curve, CurvePoint, TrialResult
 from search.worker.result import provenance
 
 if TYPE_CHECKING:
-    from search.worker.assets import Assets
     from search.worker.evaluate import Row
 
 CURVE_FILE = "curve.json"
-
-
-def one_shot_assets(assets: "Assets", asked: Mapping[str, Any]) -> "Assets":
-    """A study's assets for its one-shot training: method, length, and latents of its own.
-
-    Args:
-        assets: Of the study.
-        asked: What the arm's ``one_shot`` holds, see ``search.study.arms.one_shot_arm``.
-
-    Raises:
-        InputError: The method has no one-shot student.
-    """
-    spec = assets.spec
-    box = tuple(Uniform(low, high) for low, high in asked["box"].values())
-    coordinates = Coordinates(spec.weight_space, spec.resolved.num_branches, box)
-    latents = derive_seed(assets.evaluator.latents, Stream.ONE_SHOT) % 2**31
-    return replace(
-        assets,
-        method=OneShot(assets.method, coordinates),
-        config=assets.config.told(asked["length"]),
-        evaluator=replace(assets.evaluator, latents=latents),
-    )
 
 
 def trace(row: "Row", count: int) -> TrialResult:

@@ -27,6 +27,8 @@ from search.storage.engine import redact, resolve_storage_url, without_password
 from search.storage.stop_flags import NO_LAUNCH, Launch
 from search.study.artifacts import PLACE as ARTIFACTS
 from search.study.study import Study
+from search.worker import trainer_of
+from search.worker.trainer import Preparation
 
 if TYPE_CHECKING:
     from search.worker.worker import Worker
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-RECORDED = "trajectories"
 MAX_STARTS = 3
 PATIENCE_SECONDS = 300.0
 
@@ -67,16 +68,6 @@ class WorkerConfig:
         os.environ[LOG] = self.log
         start_logging()
         about(study=self.study)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preparation:
-    """A preparing task's message to the launcher: ``done`` of ``total`` of ``what``."""
-
-    what: str
-    done: int
-    total: int
-    remark: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,9 +104,6 @@ def prepare_task(worker: WorkerConfig, together: int) -> Iterator[Preparation | 
         worker: The settings.
         together: Rows at once on one machine.
     """
-    # Imported here: the launcher ships this function and needs no torch for it.
-    from search.worker.trainer import trainer_of
-
     messages: queue.SimpleQueue[Preparation | WorkerError | None] = queue.SimpleQueue()
     last = 0.0
 

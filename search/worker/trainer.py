@@ -4,6 +4,7 @@ A worker claims rows, holds their leases and stores their results, and knows of 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -13,10 +14,20 @@ from search.study.results import TrialResult
 from search.study.study import Study
 from search.study.trial_log import TrialLog
 from search.worker.judge import Judge
-from search.worker.ray_tasks import Preparation
 
+RECORDED = "trajectories"
 # Called with what is being made, how much is done, of how much, and a remark.
 Report = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparation:
+    """A preparing task's message to the launcher: ``done`` of ``total`` of ``what``."""
+
+    what: str
+    done: int
+    total: int
+    remark: str = ""
 
 
 class Trainer(Protocol):
@@ -86,14 +97,3 @@ class Trainer(Protocol):
             BdenseError: It failed, and would fail again.
         """
         ...
-
-
-def trainer_of(spec: StudySpec) -> type[Trainer]:
-    """What trains a study's rows; only what distils imports torch."""
-    if spec.is_command:
-        from search.worker.command import Command
-
-        return Command
-    from search.worker.distillation import Distillation
-
-    return Distillation

@@ -21,9 +21,9 @@ from search.study.retention import keep_best_students
 from search.study.study import FINGERPRINT, Study
 from search.study.summary import copy_baselines
 from search.study.trial_log import TrialLog
+from search.worker import trainer_of
 from search.worker.judge import Judge
 from search.worker.lifecycle import bring_to_an_end
-from search.worker.trainer import trainer_of
 
 POLL_SECONDS, LONGEST_POLL_SECONDS = 1.0, 5.0
 # Not the global generator, which seeded draws come from.

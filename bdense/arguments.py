@@ -48,6 +48,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
                 bound.arguments[name] = of_text[0](given)
             else:
                 _require(function.__name__, name, given, hint)
+                if isinstance(given, numbers.Integral) and not isinstance(given, int):
+                    bound.arguments[name] = int(given)  # of numpy, say
         return function(*bound.args, **bound.kwargs)
 
     return call

@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
             self.error(
                 f"{flag} was given after --, behind which nothing is an option; drop the --"
             )
-        bare = [name.lstrip("-") for name in known]
+        bare = [name.removeprefix("--") for name in known if name.startswith("--")]
         close = difflib.get_close_matches(flag.lstrip("-"), bare, n=1)
         hint = f"; did you mean --{close[0]}?" if close else ""
         self.error(f"there is no option {flag}{hint}")

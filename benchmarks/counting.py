@@ -1,6 +1,7 @@
 """Trials that count steps, run by Optuna, by Ray Tune, or as a program: see faults_vs_peers.
 
-It imports no torch, and a program nothing, so that a process is back soon after it was killed.
+The part that runs as a trial's program imports the standard library alone, so that a process is
+back soon after it was killed.
 """
 
 import json

@@ -22,7 +22,7 @@ from bdense.knobs import KnobError
 from bdense.weights.space import require_point
 from search.analysis.confirmation import Verdict, judged_summary
 from search.analysis.confirmation import verdict as verdict_of
-from search.analysis.pilot import with_pilot
+from search.analysis.pilot import with_known_images, with_pilot
 from search.analysis.plans import arm_of, differing, plan_confirmation, plan_given
 from search.analysis.priors import require_priors
 from search.analysis.recommendation import Recommendation, assess
@@ -107,7 +107,7 @@ class OpenStudy:
 
     @property
     def spec(self) -> StudySpec:
-        """As it was opened last."""
+        """As it was opened last; not to be changed."""
         return self.record.spec
 
     @property
@@ -384,7 +384,7 @@ def planned(url: str, spec: StudySpec, *, by_name: bool = False) -> Study:
     if spec.is_search:
         for line in require_priors(url, spec):
             say(line)
-        return Study.create(url, spec)
+        return Study.create(url, with_known_images(url, spec))
     if not by_name:
         return plan_given(url, spec)
     study = Study.open(url, spec.name)

@@ -254,7 +254,7 @@ def test_a_measurement_that_the_system_ends_is_one_without_memory(monkeypatch):
             0.25,
             4,
             "4 trials of study digits at once need 12.00 GiB and the GPU has 8.00 GiB free; run "
-            "fewer at once by --workers (4 now), or lower method.batch (64 now) or "
+            "fewer than 4 workers, or lower method.batch (64 now) or "
             "evaluation.batch (128 now)",
         ),
     ],

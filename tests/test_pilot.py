@@ -4,16 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from bdense.errors import InputError
+from bdense.errors import InputError, StoppedError
 from bdense.metrics.records import FID
 from search import cli, open_study
 from search.analysis.pilot import images_of, plan_pilot
+from search.errors import SpecChangedError
 from search.run.launch import _settled
 from search.spec.sections import PILOT_IMAGES
 from search.storage.stop_flags import Launch, is_asked
 from search.study.catalogue import list_studies
-from search.study.study import Study
+from search.study.study import Study, intermediate_of
 from search.verbs.launch import dry_run
+from search.worker.worker import Worker
 from tests.measured import finish, normalised, search
 
 
@@ -21,9 +23,9 @@ def auto(**keys):
     return normalised(evaluation={"images": "auto"}, **keys)
 
 
-def piloted(url, values, monkeypatch) -> Study:
+def piloted(url, values, monkeypatch, **keys) -> Study:
     """A pilot whose FIDs are plain 4 and uniform ``values``, with latents' noise of 0.5."""
-    pilot = plan_pilot(url, auto())
+    pilot = plan_pilot(url, auto(**keys))
     read = FID.as_dict
 
     def as_dict(found: FID):
@@ -90,6 +92,31 @@ def test_a_study_that_has_not_begun_takes_its_number_from_a_pilot(url, monkeypat
     settled = _settled(study.record, None)  # the pilot is complete: nothing is trained
     assert settled.spec.evaluation.images == study.spec.evaluation.images == 4 * PILOT_IMAGES
     assert (settled.counts().waiting, settled.given.counts().planned) == (1, 2)
+    # A second launch, or a look from Python, leaves what was settled.
+    again = open_study(auto(), storage=url)
+    assert (again.spec, again.record.given.counts().planned) == (settled.spec, 2)
+
+
+def test_intermediate_fids_take_the_settled_number_too(url, monkeypatch):
+    plan = {"trials": 4, "at": [0.5]}
+    study = open_study(auto(plan=plan), storage=url)
+    piloted(url, (3, 2.5, 2), monkeypatch, plan=plan)
+    settled = _settled(study.record, None)
+    assert intermediate_of(settled.spec)["images"] == 4 * PILOT_IMAGES
+
+
+def test_no_row_of_a_search_is_begun_before_its_pilot(url):
+    study = Study.create(url, auto())
+    with pytest.raises(SpecChangedError, match="pilot"):
+        Worker(study)
+
+
+def test_a_stop_that_comes_as_the_pilot_ends_is_heard(url, monkeypatch):
+    study = open_study(auto(), storage=url)
+    piloted(url, (3, 2.5, 2), monkeypatch)
+    monkeypatch.setattr("search.run.launch.run_rows", lambda *_: study.stop())
+    with pytest.raises(StoppedError):
+        _settled(study.record, None)
 
 
 def test_nothing_is_planned_for_what_is_refused_later(url):

@@ -99,7 +99,7 @@ def test_a_data_set_is_seen_once(colours, tiny, cache):
         assert (found.count, found.mu.dtype, found.sigma.dtype) == (8, np.float64, np.float64)
 
 
-def test_a_cache_that_cannot_be_written_names_the_option(colours, tiny, tmp_path):
+def test_a_cache_that_cannot_be_written_names_its_variable(colours, tiny, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file/cache cannot be written .*BDENSE_CACHE"):
         dataset_reference(tiny, colours, cache=tmp_path / "file" / "cache")

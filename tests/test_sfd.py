@@ -211,7 +211,7 @@ def test_usual_values_depend_on_what_is_made():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"substeps": 0}, "substeps must be .* at least 1, got 0"),
+        ({"substeps": 0}, "substeps must be .* from 1 to 1000, got 0"),
         ({"nfe": (2, 2)}, "nfe must be one number or several different ones"),
         ({"nfe": ()}, "nfe must be"),
         ({"solver": "dpm3"}, "solver must be .* did you mean dpm2"),

@@ -129,7 +129,7 @@ class GuidanceKnobs(Knobs):
 class GridConfig(MethodConfig, GridKnobs):
     """The knobs of a method of one stage that follows its teacher along a grid of levels."""
 
-    kimg: float = knob(200.0, "training length in thousands of images", low=0.001, high=1e9)
+    kimg: float = knob(200.0, "training length in thousands of images", low=0.001, high=10**9)
 
     @property
     def images(self) -> int:

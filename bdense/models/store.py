@@ -222,7 +222,10 @@ def load_stored(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
             denoiser, metadata = read_diffusers(source, folder)
             known = on_hub and name in HUB_CHECKPOINTS
             return denoiser, metadata | (_terms(name) if known else {})
-    except CheckpointError as error:  # by the id that was given, not its place in the cache
+    except CheckpointError as error:
+        if not on_hub:
+            raise
+        # By the id that was given, not its place in the cache.
         raise CheckpointError(str(error).replace(str(folder), name)) from error
     file = resolve_checkpoint(path)
     if file.suffix in TORCH_FILES:

@@ -21,7 +21,7 @@ class TeacherKnobs(Knobs):
         "options of the SongUNet beyond image size and channels; with label_dim above 0 it is "
         "trained with the classes of the data set",
     )
-    kimg: float = knob(help="training length in thousands of images", low=0.001, high=1e9)
+    kimg: float = knob(help="training length in thousands of images", low=0.001, high=10**9)
     batch: int = knob(256, "images in each iteration", low=1)
     lr: float = knob(2e-3, "Adam's step size after the warm-up", above=0)
     warmup_kimg: float = knob(

@@ -143,7 +143,7 @@ class _GivenSpace(WeightSpace):
         if not 0 < sum(self.weights(params, num_branches).values(num_branches)) < math.inf:
             raise InputError(
                 f"the weights of {self.label(params)} have no positive, finite sum at K = "
-                f"{num_branches}; give others by --weights A,B"
+                f"{num_branches}; give others"
             )
 
     def at_another_k(self, params: Mapping[str, Any], searched_at: int, num_branches: int) -> str:

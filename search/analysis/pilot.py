@@ -22,13 +22,19 @@ PILOT_SUFFIX = ".pilot"
 _SEEDS = 3
 
 
-def with_stored_images(url: str, spec: StudySpec) -> StudySpec:
-    """With the number of images that a study which has begun was launched with, if it is auto."""
-    if spec.evaluation.images == "auto":
-        with suppress(UnknownStudyError):
-            stored = Study.open(url, spec.name)
-            if stored.has_started():
-                return spec.with_images(stored.spec.evaluation.num_images)
+def with_known_images(url: str, spec: StudySpec) -> StudySpec:
+    """With the number of images of a study that has begun, or of its complete pilot, if auto."""
+    if spec.evaluation.images != "auto":
+        return spec
+    with suppress(UnknownStudyError):
+        stored = Study.open(url, spec.name)
+        if stored.has_started():
+            return spec.with_images(stored.spec.evaluation.num_images)
+        pilot = pilot_of(stored)
+        if pilot is not None and not pilot.left():
+            with suppress(InputError):  # it is of other conditions, or cannot tell
+                pilot.refuse_other_conditions(pilot_spec(spec))
+                return spec.with_images(images_of(pilot)[0])
     return spec
 
 

@@ -8,6 +8,7 @@ from search.report.live import Showing
 from search.report.overview import overview_of
 from search.run.progress import Display, snapshot_of
 from search.run.runner import run
+from search.storage.stop_flags import Launch, is_asked, stopped_error
 from search.study.folders import named_file
 from search.study.study import Study
 from search.study.summary import copy_baselines, failures, headline
@@ -56,7 +57,10 @@ def _settled(study: Study, workers: int | None) -> Study:
     """The study with the number of images that its pilot decides, which runs."""
     spec = study.spec
     pilot = plan_pilot(study.url, spec)
+    begun = Launch.begin(study.ledgers)
     run_rows(pilot, workers)
+    if is_asked(study.ledgers, begun):
+        raise stopped_error(study.name)
     images, noise = images_of(pilot)
     say(
         f"evaluation.images auto: {images}; of {noise.images} images the latents' noise of a "

@@ -36,10 +36,16 @@ def make_sampler(spec: StudySpec, offset: int) -> optuna.samplers.BaseSampler:
 
     The offset is the number of trials so far: reproducible, and never equal in two processes.
     """
-    member = spec.search.sampler
-    seed = (spec.seeds.sampler + offset * (member.name not in _SEQUENCES)) % 2**31
-    made: optuna.samplers.BaseSampler = _made(optuna.samplers, "plan.sampler", member, seed=seed)
+    made: optuna.samplers.BaseSampler = _made(
+        optuna.samplers, "plan.sampler", spec.search.sampler, seed=sampler_seed(spec, offset)
+    )
     return made
+
+
+def sampler_seed(spec: StudySpec, offset: int) -> int:
+    """Of the sampler's ``offset``-th suggestion; one for all where they are one sequence."""
+    is_sequence = spec.search.sampler.name in _SEQUENCES
+    return (spec.seeds.sampler + (0 if is_sequence else offset)) % 2**31
 
 
 def require_sampler(spec: StudySpec) -> None:

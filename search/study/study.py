@@ -346,7 +346,7 @@ class Study:
                 f"compare ({'; '.join(changed)}); rename the study or restore the file"
             )
         stored, now = self.main.attribute(INTERMEDIATE), intermediate_of(spec)
-        if stored is not None and now is not None and stored != now:
+        if stored is not None and now is not None and stored != now and self.has_started():
             raise SpecChangedError(
                 f"study {spec.name!r} has intermediate FIDs measured otherwise, which would not "
                 f"compare (plan.at {stored['at']} of {stored['images']} images stored, "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bdense.errors import BdenseError
 from bdense.knobs import from_options
-from search.analysis.pilot import pilot_spec, with_stored_images
+from search.analysis.pilot import pilot_spec, with_known_images
 from search.api import changes_of, is_file, planned, with_trials
 from search.run.launch import launch
 from search.spec.command import budget
@@ -28,7 +28,7 @@ def launch_study(options: argparse.Namespace) -> None:
     else:
         spec = read_spec(Path(asked.study), changes_of(asked.trials))
     if from_options(DryRun, options).dry_run:
-        dry_run(with_stored_images(url, spec), workers)
+        dry_run(with_known_images(url, spec), workers)
         return
     study = planned(url, spec, by_name=by_name)
     result, succeeded = launch(study, asked.study, workers)

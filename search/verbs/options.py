@@ -133,7 +133,7 @@ class ConfirmOptions(StudyOptions):
         "training length of each student in thousands of images; choose the one that the winner "
         "will be used at, as the best weights depend on it",
         low=0.001,
-        high=1e9,
+        high=10**9,
         none="confirm.method of the study, else the search's own",
     )
     seeds: int | None = knob_of(ConfirmSpec, "seeds", None, none="confirm.seeds")

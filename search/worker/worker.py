@@ -12,7 +12,7 @@ from pathlib import Path
 
 from search.analysis.stop_rule import look_ahead
 from search.errors import SpecChangedError
-from search.spec.space import make_sampler, search_space
+from search.spec.space import make_sampler, sampler_seed, search_space
 from search.storage.ledger import Claim, Done, Holding, Ledger, Wait
 from search.study.arms import ROW_SPACE
 from search.study.one_shot import enqueue_best, is_waited_for
@@ -48,6 +48,11 @@ class Worker:
         self._asked = list(reversed(study.ledgers))
         # The study's spec, not the launcher's: another may have extended it meanwhile.
         self._spec = study.spec
+        if self._spec.evaluation.images == "auto":
+            raise SpecChangedError(
+                f"the pilot of study {study.name!r} has yet to settle evaluation.images; "
+                "launch it again"
+            )
         plan = self._spec.search if self._spec.is_search else None
         self._awaits_curve = plan is not None and plan.one_shot is not None
         self._looks_ahead = plan is not None and (plan.race > 0 or plan.stop)
@@ -134,7 +139,7 @@ class Worker:
                 log=log,
             )
             if is_trial:
-                result.seeds["sampler"] = (self._spec.seeds.sampler + claim.number) % 2**31
+                result.seeds["sampler"] = sampler_seed(self._spec, claim.number)
             return result
 
         bring_to_an_end(

@@ -47,7 +47,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	    { echo "bdense needs Python 3.11 or newer; set PYTHON, as in: make search PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	    { echo "the venv module is missing; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
-	@echo "installing (about 5.5 GB with the default build of torch; a few minutes)"
+	@echo "installing (about 6.7 GB with the default build of torch; a few minutes)"
 	$(PIP) --editable '.[search]'
 	@touch $@
 

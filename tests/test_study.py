@@ -244,9 +244,11 @@ def test_a_search_that_is_mended_keeps_the_points_that_were_asked_for(url):
 
 
 def test_intermediate_fids_of_other_images_are_refused(url):
-    """The pruner would compare them."""
+    """The pruner would compare them; before the first row there are none."""
     tree = of_kind("sfd", "search")
+    Study.create(url, spec(tree, plan__at=[0.5], plan__images=32))
     study = Study.create(url, spec(tree, plan__at=[0.5], plan__images=64))
+    take(study)
     again(study, plan__at=[0.5], plan__images=64, plan__pruner={"name": "MedianPruner"})
     again(study)
     for other in ({"plan__at": [0.25]}, {"plan__at": [0.5], "plan__images": 128}):

@@ -395,18 +395,18 @@ def _every_second(call: Callable[[], None]) -> Iterator[None]:
 def cannot_use(error: Exception) -> InputError:
     """The error for the user, made from what ``ray.init`` raised."""
     address = os.environ.get("RAY_ADDRESS")
-    where = address or "this machine"
+    where = f"at {address}" if address else "on this machine"
     said = " ".join(str(error).split())
     if _is_refused(error):
         return InputError(
-            f"Ray at {where} asks for a token, and the one here is missing or wrong; set {TOKEN}, "
+            f"Ray {where} asks for a token, and the one here is missing or wrong; set {TOKEN}, "
             "to the same as on its head"
         )
     logs = f"see Ray's own logs in {ray_scratch()}/session_latest/logs"
     advice = "check RAY_ADDRESS, or unset it" if address else logs
     if "version mismatch" in said.lower():
         advice = "install the cluster's versions of Ray and Python here"
-    return InputError(f"Ray cannot be used at {where}: {said}; {advice}")
+    return InputError(f"Ray cannot be used {where}: {said}; {advice}")
 
 
 def _is_refused(error: Exception) -> bool:

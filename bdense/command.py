@@ -1,7 +1,6 @@
 """Shared by both commands: verbs with help and an example, exit statuses."""
 
 import argparse
-import difflib
 import importlib
 import importlib.metadata
 import os
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from bdense.errors import BdenseError, InputError, StoppedError, is_out_of_memory
+from bdense.errors import BdenseError, InputError, StoppedError, did_you_mean, is_out_of_memory
 from bdense.knobs import KnobError, Knobs, add_options, knob, options_of
 
 DONE, FAILURE = 0, BdenseError.exit_status
@@ -86,9 +85,9 @@ class Parser(argparse.ArgumentParser):
             self.error(
                 f"{flag} was given after --, behind which nothing is an option; drop the --"
             )
-        bare = [name.removeprefix("--") for name in known if name.startswith("--")]
-        close = difflib.get_close_matches(flag.lstrip("-"), bare, n=1)
-        hint = f"; did you mean --{close[0]}?" if close else ""
+        # Compared without dashes, which all options share.
+        bare = [name[2:] for name in known if name.startswith("--")]
+        hint = did_you_mean(flag.lstrip("-"), bare).replace("mean ", "mean --")
         self.error(f"there is no option {flag}{hint}")
 
     def error(self, message: str) -> NoReturn:
@@ -123,6 +122,9 @@ def make_parser(
         about.set_defaults(run=verb.run, parser=about)
         if [name] == list(arguments[:1]):
             add_options(about, *verb.configs_for(arguments[1:]), skip=verb.skip)
+    for given in arguments[:1]:
+        if given not in verbs and not given.startswith("-"):
+            parser.error(f"there is no verb {given}{did_you_mean(given, verbs)}")
     return parser
 
 

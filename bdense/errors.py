@@ -1,5 +1,8 @@
 """The tree of errors; each class has the exit status of a command that ends with it."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class BdenseError(Exception):
     """Base of every error this project raises on purpose."""
@@ -33,6 +36,12 @@ class UnsafePickleError(CheckpointError):
 
 class NonFiniteError(BdenseError, ArithmeticError):
     """Images, features or a distance hold NaN or infinity: the model diverged."""
+
+
+def did_you_mean(given: object, known: Iterable[object]) -> str:
+    """The end of a message on an unknown name: the nearest known one, or nothing."""
+    close = difflib.get_close_matches(str(given), list(map(str, known)), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,7 +14,6 @@ another ``Knobs`` class; or one of several of these, ``None`` among them.
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import functools
 import math
 import re
@@ -25,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, Union, get_args, get_origin
 
-from bdense.errors import InputError
+from bdense.errors import InputError, did_you_mean
 
 # What stands for None on the command line and in documentation.
 NONE = "none"
@@ -158,9 +157,9 @@ class Knob:
         return value
 
     def _refusal(self, given: object, shown: str) -> KnobError:
-        close = difflib.get_close_matches(str(given), list(map(str, self.choices)), 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return KnobError(self.name, f"must be {self.values}, got {shown}{hint}")
+        meaning = f" for {self.none}" if self.optional and self.none else ""
+        hint = did_you_mean(given, self.choices)
+        return KnobError(self.name, f"must be {self.values}{meaning}, got {shown}{hint}")
 
     def _contains(self, value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -257,9 +256,8 @@ class Knobs:
         try:
             for name in tree:
                 if name not in known:
-                    close = difflib.get_close_matches(str(name), known, 1)
-                    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-                    raise KnobError(str(name), f"is unknown; {hint}")
+                    hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
+                    raise KnobError(str(name), f"is unknown{hint}")
             for name, each in known.items():
                 if each.required and name not in tree:
                     raise KnobError(name, f"is missing: {each.help}")

@@ -7,13 +7,12 @@ A package adds a member under one of the groups ``bdense.methods``, ``bdense.wei
     mine = "mypackage.mine:Mine"
 """
 
-import difflib
 import importlib
 import importlib.metadata
 from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar, cast
 
-from bdense.errors import InputError
+from bdense.errors import InputError, did_you_mean
 
 T = TypeVar("T")
 
@@ -51,8 +50,7 @@ class Registry(Mapping[str, T], Generic[T]):
                         f"the {self._noun} {name!r} of the package {package} cannot be loaded "
                         f"({error}); mend or remove that package"
                     ) from error
-        close = difflib.get_close_matches(str(name), list(self), 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(name, self)
         raise InputError(f"no {self._noun} is called {name!r}; there are {', '.join(self)}{hint}")
 
     def __contains__(self, name: Any) -> bool:  # noqa: ANN401  as Mapping's

@@ -68,7 +68,7 @@ VERBS = {
         help="train a search's best points and both baselines again under fresh seeds",
         example="bdense-search confirm digits-nfe2 --seeds 5",
         function="search.verbs.confirm:confirm",
-        configs=(ConfirmOptions, Workers),
+        configs=(ConfirmOptions, Workers, DryRun),
     ),
     "promote": Verb(
         help="train a study's confirmed weights again beside its baselines, and export the model",
@@ -80,7 +80,7 @@ VERBS = {
         help="measure a study's top weights under the conditions of another",
         example="bdense-search transfer digits-nfe2 --to studies/fashion-mnist-nfe2.yaml --top 5",
         function="search.verbs.confirm:transfer",
-        configs=(TransferOptions, Workers),
+        configs=(TransferOptions, Workers, DryRun),
     ),
     "list": Verb(
         help="list the studies of a storage",

@@ -39,7 +39,8 @@ from search.study.results import Judged, TrialResult
 from search.study.study import FINGERPRINT, JUDGED, Study
 from search.study.summary import baselines_of, headline
 from search.study.wording import align
-from search.worker.assets import CUT, pipeline_of
+from search.worker.assets import CUT
+from search.worker.teachers import pipeline_of
 
 if TYPE_CHECKING:
     from bdense.diffusion.denoiser import NetworkDenoiser

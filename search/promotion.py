@@ -19,6 +19,7 @@ from search.analysis.plans import (
     other_budget,
     plan_promotion,
     seeds_of,
+    with_arms,
 )
 from search.analysis.recommendation import Recommendation, recommend
 from search.export import (
@@ -32,10 +33,10 @@ from search.export import (
 )
 from search.log import say
 from search.run.launch import run_rows
-from search.spec.sections import ArmsPlan, ConfirmSpec
+from search.spec.sections import ConfirmSpec
 from search.spec.study import StudySpec
 from search.storage.engine import runs_folder
-from search.study.arms import Arm, given_arms
+from search.study.arms import Arm, baseline_arms, given_arms
 from search.study.study import Study
 from search.study.summary import headline
 
@@ -116,15 +117,9 @@ class Promotion:
 
     def planned_spec(self) -> StudySpec:
         """As a study file would have it."""
-        given = self._asked.weights
-        promoted = {"winner_of": self._study.name} if given is None else given.params
-        plan: ArmsPlan = replace(
-            self._spec.given,
-            arms=("plain", "uniform", promoted),
-            seeds=tuple(self._seeds),
-            variants=tuple(self._variants),
-        )
-        return replace(self._spec, plan=plan)
+        winner = Arm(name="the winner", params={"winner_of": self._study.name})
+        arms = [*baseline_arms(self._spec), self._asked.weights or winner]
+        return with_arms(self._spec, arms, self._seeds, self._variants)
 
     def run(
         self, workers: int | None, *, remark: Callable[[str], None] = say

@@ -242,6 +242,7 @@ def test_a_teacher_that_cannot_be_trained_is_refused(tmp_path, options, message)
         (("--method", "sfd-bdense"), "--method sfd-bdense is now written --method sfd"),
         (("--steps", 8), "--method sfd has no option --steps; --method progressive has it"),
         (("--images", 64), "--images needs --extractor"),
+        (("--data", "digitz"), "digitz"),  # which nothing here needs
     ],
 )
 def test_a_student_that_cannot_be_distilled_is_refused(teacher, tmp_path, options, message):

@@ -53,6 +53,14 @@ def test_every_option_and_verb_explains_itself_with_an_example():
             assert not (action.help or "").startswith(("of ", "or ")), action.help
 
 
+@pytest.mark.parametrize(("cli", "meant"), [(search.cli, "launch"), (bdense.cli, "sample")])
+def test_a_misspelt_verb_is_likened_to_one(cli, meant, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([meant[:-1], "--help"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"did you mean {meant}?")
+
+
 @pytest.mark.parametrize("main", [search.cli.main, bdense.cli.main])
 def test_no_verb_is_a_mistake(main, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -25,7 +25,7 @@ from search.analysis.plans import (
 )
 from search.errors import SpecChangedError
 from search.promotion import Asked, Promotion
-from search.spec.file import require_variants
+from search.spec.file import read_spec, require_variants
 from search.study.arms import Arm, ArmRow, given_arms
 from search.study.study import Study
 from search.study.wording import align
@@ -466,6 +466,40 @@ def test_a_dry_run_plans_nothing_and_prints_what_a_launch_would_take(
     assert own["plan"]["arms"][2] == {"a": 1.0, "b": 2.0}
     assert (own["plan"]["seeds"], own["plan"]["variants"]) == ([4, 5, 6], [{"kimg": 5.0}])
     assert confirmed.beside("promote-digits") is confirmed.beside("digits.promote") is None
+
+
+def test_a_confirmations_and_a_transfers_dry_run_print_the_rows_that_they_would_plan(
+    searched, tmp_path, monkeypatch
+):
+    """Each variant of the settings has a cost of its own."""
+    told = []
+
+    def cost_lines(study, **_):
+        told.append((study.planned_rows, study.method.options["kimg"]))
+        return ["what it costs"]
+
+    monkeypatch.setattr("search.worker.cost.cost_lines", cost_lines)
+    options = ("--kimg", "5", "--seeds", "4", "--candidates", "2")
+    answer = command("confirm", "digits", "-n", *options)
+    assert answer.status == 0, answer.err
+    assert answer.out.startswith("# with kimg 5.0:\n#   what it costs\n# fingerprint ")
+    assert told == [(16, 5.0)]
+    would = yaml.safe_load(answer.out)
+    planned = plan_confirmation(searched, method={"kimg": 5.0}, seeds=4, count=2)
+    assert would["name"] == planned.name
+    assert would["plan"]["arms"] == [arm.baseline or arm.params for arm in planned.arms]
+    assert would["plan"]["seeds"] == sorted({row.seed for row, _ in planned.rows()})
+
+    other = write(tmp_path, name="other")
+    answer = command("transfer", "digits", "--to", other, "--top", "1", "--dry-run")
+    assert answer.status == 0, answer.err
+    would = yaml.safe_load(answer.out)
+    assert searched.beside(would["name"]) is None
+    planned = plan_transfer(
+        searched, read_spec(Path(other)), top=1, seeds=len(would["plan"]["seeds"])
+    )
+    assert would["name"] == planned.name
+    assert would["plan"]["arms"] == [arm.baseline or arm.params for arm in planned.arms]
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,7 @@ def test_a_conditional_teacher_learns_what_a_class_looks_like():
 
 def test_cached_teachers_keep_their_names(digits, monkeypatch):
     """Of the digits study: hours of work elsewhere must not be lost to a field of a hash."""
-    import search.worker.assets
+    import search.worker.teachers
     from search.spec.sections import TeacherTraining
 
     network = {"model_channels": 24, "channel_mult": [1, 2], "num_blocks": 1}
@@ -326,9 +326,9 @@ def test_cached_teachers_keep_their_names(digits, monkeypatch):
         training = TeacherTraining(
             network=network | more, kimg=250, batch=256, lr=2e-3, ema_halflife_kimg=20, threads=2
         )
-        return search.worker.assets._teacher_path(training, dataset).name
+        return search.worker.teachers._teacher_path(training, dataset).name
 
-    monkeypatch.setattr(search.worker.assets, "NUMERICS", 1)
+    monkeypatch.setattr(search.worker.teachers, "NUMERICS", 1)
     bare = Dataset("digits", digits.images, digits.sha256)
     assert name(digits) == name(bare) == "digits-e9b1ea5afac09230.safetensors"
     assert name(digits, label_dim=10) != name(bare, label_dim=10)

@@ -5,7 +5,6 @@ licences in words. Importing this does not import torch.
 """
 
 import contextlib
-import difflib
 import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bdense.downloads import fetch
-from bdense.errors import InputError, is_out_of_memory
+from bdense.errors import InputError, did_you_mean, is_out_of_memory
 from bdense.files import require_no_page, user_folder
 from bdense.models.diffusers_files import INDEX
 
@@ -196,9 +195,9 @@ def _resolve(name_or_path: str | Path, table: Mapping[str, PublicFile], what: st
     path = Path(name_or_path)
     if not path.exists():
         is_path = bool(path.suffix) or len(path.parts) > 1
-        close = difflib.get_close_matches(path.name, table, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"public are {', '.join(table)}"
-        public = "" if is_path and not close else f", and no public one of that name; {hint}"
+        close = did_you_mean(path.name, table)
+        hint = close or f"; public are {', '.join(table)}"
+        public = "" if is_path and not close else f", and no public one of that name{hint}"
         raise InputError(f"there is no {what} file {path}{public}")
     return path
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bdense.command import Force
-from bdense.data.datasets import Dataset, load_dataset
+from bdense.data.datasets import Dataset, image_shape, load_dataset
 from bdense.data.encoded import encode_dataset
 from bdense.diffusion.conditions import captions
 from bdense.diffusion.epd import EPD, write_table
@@ -56,6 +56,8 @@ def distill(options: argparse.Namespace) -> None:
     dataset = None
     if method.needs_data or evaluation.extractor is not None:
         dataset = load_dataset(own.data)
+    elif "data" in options:
+        image_shape(own.data)  # not needed, but a misspelt one is refused all the same
     teacher, known = load_stored(own.teacher)
     # A student that is distilled further keeps its own knobs, unless an option changes them.
     config = from_options(method.Config, options, **method.usual(known, teacher))

@@ -1,7 +1,6 @@
 """The options of the verbs, each declared once; does not import torch."""
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from bdense.command import Configs, Force
 from bdense.data.names import DATA_SETS, PROMPTS
 from bdense.diffusion import BATCH, SOLVERS, STOCHASTIC_SOLVERS
 from bdense.diffusion.grid_knobs import NativeGridKnobs
-from bdense.errors import InputError
+from bdense.errors import InputError, did_you_mean
 from bdense.execution import Execution
 from bdense.knobs import Knobs, knob, knob_of, knobs_of, option_names
 from bdense.methods import METHODS
@@ -439,6 +438,5 @@ def unknown_option(argument: str, arguments: Sequence[str]) -> str:
     having = [name for name in METHODS if flag in option_names(METHODS[name].Config)]
     others = "; " + " and ".join(f"--method {name} has it" for name in having) if having else ""
     own = [name for each in distill_configs(arguments) for name in sorted(option_names(each))]
-    close = difflib.get_close_matches(flag, own, n=1) if not having else []
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = "" if having else did_you_mean(flag, own)
     return f"--method {chosen_method(arguments)} has no option {flag}{others}{hint}"

@@ -159,12 +159,12 @@ def comparisons_of(study: Study) -> list[Comparison]:
             each = compare(study, variant=index, stage=stage.name)
             if each.results:
                 words = [stage.label] if len(stages) > 1 else []
-                words += [_variant_text(changes)] if len(variants) > 1 else []
+                words += [settings_text(changes)] if len(variants) > 1 else []
                 found.append(replace(each, title=", ".join(words)))
     return found
 
 
-def _variant_text(changes: Mapping[str, Any]) -> str:
+def settings_text(changes: Mapping[str, Any]) -> str:
     """A variant of the method's settings for people, such as ``kimg 38.4``."""
     return ", ".join(f"{name} {value}" for name, value in changes.items()) or "as the study"
 

@@ -5,6 +5,7 @@ All are arms under seeds, and differ only in which arms, under whose conditions.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from bdense.knobs import KnobError
@@ -61,6 +62,20 @@ def plan_confirmation(study: Study, *, method: Mapping[str, Any], seeds: int, co
     return confirmation
 
 
+def confirmation_spec(
+    study: Study, *, method: Mapping[str, Any], seeds: int, count: int
+) -> StudySpec:
+    """What ``plan_confirmation`` plans where there is none yet, as a study file has it.
+
+    Raises:
+        InputError: No trial of the search is complete.
+    """
+    spec = study.spec
+    arms = [*baseline_arms(spec), *choose(study, require_trials(study), count)]
+    confirmation = given_arms(spec, study.name + CONFIRM_SUFFIX)
+    return with_arms(confirmation, arms, fresh_seeds(spec, seeds), [differing(spec, method)])
+
+
 def plan_transfer(study: Study, to: StudySpec, *, top: int, seeds: int) -> Study:
     """A study's top weights, taken literally, and both baselines, under another's conditions.
 
@@ -74,16 +89,25 @@ def plan_transfer(study: Study, to: StudySpec, *, top: int, seeds: int) -> Study
         InputError: No trial of the study is complete, both are one, or weights do not fit.
         SpecChangedError: The stored transfer is of other conditions.
     """
+    spec, arms = _transfer(study, to, top)
+    planned = Study.create(study.url, spec, facts={"of": study.name})
+    planned.plan(arms, fresh_seeds(to, seeds))
+    return planned
+
+
+def transfer_spec(study: Study, to: StudySpec, *, top: int, seeds: int) -> StudySpec:
+    """What ``plan_transfer`` plans, as a study file has it; arguments and errors are the same."""
+    return with_arms(*_transfer(study, to, top), fresh_seeds(to, seeds))
+
+
+def _transfer(study: Study, to: StudySpec, top: int) -> tuple[StudySpec, list[Arm]]:
     if to.name == study.name:
         raise KnobError(
             "to", f"names study {study.name} itself; give another's file, or confirm it instead"
         )
     arms = [*baseline_arms(to), *choose(study, require_trials(study), top)]
     _require_fitting(arms, to)
-    name = f"{to.name}{FROM}{study.name}"
-    planned = Study.create(study.url, given_arms(to, name), facts={"of": study.name})
-    planned.plan(arms, fresh_seeds(to, seeds))
-    return planned
+    return given_arms(to, f"{to.name}{FROM}{study.name}"), arms
 
 
 def plan_promotion(
@@ -130,6 +154,22 @@ def plan_given(url: str, spec: StudySpec) -> Study:
     planned = Study.create(url, spec, facts={"of": sources[0]} if sources else {})
     planned.plan(arms, plan.seeds, plan.variants)
     return planned
+
+
+def with_arms(
+    spec: StudySpec,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    variants: Sequence[Mapping[str, Any]] = ({},),
+) -> StudySpec:
+    """A study of given arms with these, as a study file has them."""
+    plan = replace(
+        spec.given,
+        arms=tuple(arm.baseline or arm.params for arm in arms),
+        seeds=tuple(seeds),
+        variants=tuple(map(dict, variants)),
+    )
+    return replace(spec, plan=plan)
 
 
 def _require_fitting(arms: Sequence[Arm], spec: StudySpec) -> None:

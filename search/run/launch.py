@@ -8,7 +8,7 @@ from search.report.live import Showing
 from search.report.overview import overview_of
 from search.run.progress import Display, snapshot_of
 from search.run.runner import run
-from search.storage.stop_flags import Launch, is_asked, stopped_error
+from search.storage.stop_flags import Launch, held, is_asked, stopped_error
 from search.study.folders import named_file
 from search.study.study import Study
 from search.study.summary import copy_baselines, failures, headline
@@ -79,6 +79,12 @@ def run_rows(study: Study, workers: int | None) -> None:
         counts = study.counts()
         if counts.complete or counts.running:
             say(f"carrying on with {headline(study)}")
+        if working := held(study.ledgers):
+            say(
+                f"{working} of them are held by another launch, which goes on beside this one, or "
+                f"by workers that died less than {study.main.ttl:g} s ago"
+            )
+        showing.refresh()  # the preparations may take minutes
         display = Display(lambda: snapshot_of(study))
 
         def on_running() -> None:

@@ -178,7 +178,8 @@ def read_tree(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"the study file {path} cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error  # an OSError names the file, too
+        raise SpecError(f"the study file {path} cannot be read: {reason}") from error
     try:
         tree = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
     except yaml.MarkedYAMLError as error:

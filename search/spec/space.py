@@ -1,7 +1,6 @@
 """What a study samples, with which sampler and pruner: Optuna's own classes, by name."""
 
 import contextlib
-import difflib
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning
 
+from bdense.errors import did_you_mean
 from bdense.weights.space import Choice
 from search.errors import SpecError
 from search.spec.sections import Member
@@ -102,8 +102,7 @@ def _made(module: ModuleType, key: str, member: Member, **own: Any) -> Any:  # n
         n for n, kind in kinds.items() if inspect.isclass(kind) and not inspect.isabstract(kind)
     ]
     if member.name not in known:
-        close = difflib.get_close_matches(member.name, known, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(member.name, known)
         raise SpecError(
             f"{key}.name: {module.__name__} has no class {member.name}; choose from "
             f"{', '.join(known)}{hint}"

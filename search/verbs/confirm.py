@@ -6,13 +6,14 @@ import json
 from bdense.errors import InputError
 from bdense.knobs import from_options
 from search.analysis.comparison import compare
-from search.analysis.plans import differing, plan_transfer
+from search.analysis.plans import confirmation_spec, differing, plan_transfer, transfer_spec
 from search.analysis.recommendation import recommend
 from search.api import run_confirmation
 from search.run.launch import run_rows
 from search.spec.file import read_spec, require_variants_apart
 from search.verbs.common import open_search, show_rows, use_workers
-from search.verbs.options import ConfirmOptions, TransferOptions
+from search.verbs.launch import dry_run
+from search.verbs.options import ConfirmOptions, DryRun, TransferOptions
 
 
 def confirm(options: argparse.Namespace) -> None:
@@ -21,6 +22,11 @@ def confirm(options: argparse.Namespace) -> None:
     study = open_search(options)
     method = study.spec.confirm.method | ({"kimg": asked.kimg} if asked.kimg else {})
     require_variants_apart(study.spec, [differing(study.spec, method)])
+    if from_options(DryRun, options).dry_run:
+        usual = study.spec.confirm
+        seeds, count = asked.seeds or usual.seeds, asked.candidates or usual.candidates
+        dry_run(confirmation_spec(study, method=method, seeds=seeds, count=count), workers)
+        return
     planned, found = run_confirmation(
         study,
         candidates=asked.candidates,
@@ -45,7 +51,11 @@ def transfer(options: argparse.Namespace) -> None:
     """Run the top weights under the other study's conditions, and compare them."""
     workers, asked = use_workers(options), from_options(TransferOptions, options)
     study = open_search(options)
-    planned = plan_transfer(study, read_spec(asked.to), top=asked.top, seeds=asked.seeds)
+    to = read_spec(asked.to)
+    if from_options(DryRun, options).dry_run:
+        dry_run(transfer_spec(study, to, top=asked.top, seeds=asked.seeds), workers)
+        return
+    planned = plan_transfer(study, to, top=asked.top, seeds=asked.seeds)
     run_rows(planned, workers)
     show_rows(planned)
     comparison = compare(planned)

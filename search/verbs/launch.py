@@ -1,10 +1,12 @@
 """``bdense-search launch``: start or continue a study, or print its cost."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from bdense.errors import BdenseError
 from bdense.knobs import from_options
+from search.analysis.comparison import settings_text
 from search.analysis.pilot import pilot_spec, with_known_images
 from search.api import changes_of, is_file, planned, with_trials
 from search.run.launch import launch
@@ -40,9 +42,16 @@ def launch_study(options: argparse.Namespace) -> None:
 def _cost(spec: StudySpec, workers: int | None) -> list[str]:
     if spec.is_command:
         return [f"rows: {spec.planned_rows}, each a run of {budget(spec.program)}"]
-    from search.worker.cost import cost_lines  # with torch
+    from search.spec.resolve import variant  # with torch
+    from search.worker.cost import cost_lines
 
-    return cost_lines(spec, workers=workers)
+    if spec.is_search or not any(spec.given.variants):
+        return cost_lines(spec, workers=workers)
+    lines, one = [], replace(spec, plan=replace(spec.given, variants=({},)))
+    for changes in spec.given.variants:
+        own = cost_lines(variant(one, changes), workers=workers)
+        lines += [f"with {settings_text(changes)}:", *(f"  {line}" for line in own)]
+    return lines
 
 
 def dry_run(spec: StudySpec, workers: int | None) -> None:

@@ -188,8 +188,9 @@ def _pushable_later(asked: ExportOptions) -> Iterator[None]:
 
 
 def dashboard(options: argparse.Namespace) -> None:
-    """Serve the dashboard until interrupted."""
+    """Serve the dashboard; Ctrl-C and SIGTERM are its usual end."""
     from search.report.dashboard import serve  # slow to import
 
     asked = from_options(DashboardOptions, options)
-    serve(storage_url(options), port=asked.port, writable=asked.writable)
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(storage_url(options), port=asked.port, writable=asked.writable)

@@ -8,156 +8,51 @@ import json
 import os
 import platform
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.data.encoded import encode_dataset
-from bdense.diffusion.codecs import Codec
-from bdense.diffusion.conditions import Conditions, Prompts, captions
-from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
-from bdense.diffusion.sampling import GRID_COLUMNS, Sampler, draw_images, save_grid
+from bdense.diffusion.conditions import Conditions, captions
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.sampling import GRID_COLUMNS
 from bdense.errors import InputError
-from bdense.files import atomic_write, file_lock, sha256_model
+from bdense.files import atomic_write, file_lock
 from bdense.methods import METHODS
 from bdense.methods.method import Inputs, Method, MethodConfig, Recordings, require_shape
 from bdense.methods.one_shot import Coordinates, OneShot
 from bdense.methods.recordings import TrajectoryStore
-from bdense.metrics.clip_score import CLIPScorer, load_clip_scorer
-from bdense.metrics.extractors import Extractor, load_extractor
-from bdense.metrics.metrics import measure_images, require_measurable
-from bdense.metrics.records import FID, Metrics, PromptFile
-from bdense.metrics.references import Reference, dataset_reference, read_reference
+from bdense.metrics.extractors import load_extractor
+from bdense.metrics.metrics import require_measurable
+from bdense.metrics.records import FID, PromptFile
 from bdense.metrics.settings import MetricSettings
-from bdense.metrics.setup import Setup
 from bdense.models.card import inherited
-from bdense.models.diffusers_files import folder_of
-from bdense.models.latents import (
-    TEXT_ENCODER,
-    TOKENIZER,
-    TextEncoder,
-    drawn_shape,
-    draws_latents,
-    load_codec,
-    load_text_encoder,
-    read_prompts,
-)
-from bdense.models.store import denoiser_sha256, load_denoiser, load_stored, save_denoiser
-from bdense.models.zoo import CONVERTED_CHECKPOINTS, HUB_CHECKPOINTS, resolve_reference
+from bdense.models.latents import draws_latents, load_codec, read_prompts
+from bdense.models.store import denoiser_sha256
 from bdense.randomness import Stream, derive_seed
-from bdense.training.latent_digits import latent_digits
-from bdense.training.teacher import teacher_data, train_teacher
 from bdense.weights.space import Uniform
-from search.spec.resolve import describe_teacher, execution, teacher_config, variant
-from search.spec.sections import EvaluationSpec, TeacherTraining
+from search.spec.contents import fingerprint_of
+from search.spec.resolve import execution, variant
 from search.spec.study import StudySpec
 from search.storage.engine import cache_folder
 from search.study.arms import ONE_SHOT, Task
+from search.worker.evaluator import Evaluator, clip_scorer_of, reference_of
+from search.worker.teachers import (
+    described_shape,
+    embedded_prompts,
+    load_teacher,
+    pipeline_of,
+    teacher_name,
+)
 from search.worker.trainer import Report
 
-_GRID_IMAGES = 64
 _SHOWN = 60  # letters of a prompt
 CUT = " [...]"  # in place of the rest
-_PROMPTS_AT_ONCE = 256
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluator:
-    """Measures every model of a study under the same conditions, from the same latents.
-
-    Attributes:
-        spec: Number of images, and the metrics.
-        extractor: Feature network, also of the reference.
-        reference: What images are compared with.
-        latents: Seed of the noise that images are drawn from.
-        conditions: What images are drawn under, such as prompts; None is the model's own kind.
-        prompts: What the conditions are made of; None where they are none.
-        codec: What makes images of latents; None where models draw images.
-        clip: Scores images against their prompts; None does not.
-    """
-
-    spec: EvaluationSpec
-    extractor: Extractor
-    reference: Reference
-    latents: int
-    conditions: Conditions | None = None
-    prompts: PromptFile | None = None
-    codec: Codec | None = None
-    clip: CLIPScorer | None = None
-
-    def measure(
-        self,
-        denoiser: NetworkDenoiser,
-        sampler: Sampler,
-        *,
-        training_seed: int | None,
-        on_image: Callable[[int], None],
-        check: Callable[[], None],
-        images: int | None = None,
-        grid_path: Path | None = None,
-    ) -> Metrics:
-        """Draw a model's images and measure them.
-
-        Args:
-            denoiser: A student, or the teacher.
-            sampler: How it draws.
-            training_seed: The student's; None for a teacher, which rows of all seeds share.
-            on_image: Called with the number of images drawn so far.
-            check: Called for every batch of images drawn or measured; an error of its ends the
-                work.
-            images: Number of images of an intermediate evaluation, which measures the FID alone;
-                None is the study's.
-            grid_path: Where a grid of the first 64 images goes; None writes none.
-
-        Raises:
-            NonFiniteError: An image, a feature or a distance is not finite.
-        """
-
-        def on_drawn(done: int) -> None:
-            check()
-            on_image(done)
-
-        sampler = self.guided(sampler)
-        drawn = draw_images(
-            denoiser,
-            sampler,
-            images or self.spec.num_images,
-            seed=self.latents,
-            batch=self.spec.batch,
-            conditions=self.conditions,
-            codec=self.codec,
-            on_image=on_drawn,
-        )
-        if grid_path is not None:
-            save_grid(drawn[:_GRID_IMAGES], grid_path)
-        trained = {} if training_seed is None else {"training": training_seed}
-        return measure_images(
-            drawn,
-            self.extractor,
-            self.reference,
-            metrics=self.spec.metrics if images is None else ("fid",),
-            nfe=sampler.nfe,
-            seeds={**trained, "evaluation": self.latents},
-            prompts=self.prompts,
-            clip=self.clip if images is None else None,
-            on_image=lambda _: check(),
-        )
-
-    def guided(self, sampler: Sampler) -> Sampler:
-        """The sampler at the study's guidance, where it has one of its own when sampling."""
-        scale = self.spec.guidance
-        return sampler if scale is None else replace(sampler, guidance=scale)
-
-    def setup(self, denoiser: NetworkDenoiser) -> Setup:
-        """What a model's FID is measured with, in this process."""
-        found = Setup.of(denoiser, self.reference, self.spec.batch, NUMERICS)
-        return replace(found, guidance=self.spec.guidance)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -328,7 +223,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
     evaluation = spec.evaluation
     report("features", 0, 1, evaluation.extractor)
     extractor = load_extractor(evaluation.extractor, cache=cache_folder(), device=device)
-    reference = _reference(spec, dataset, extractor)
+    reference = reference_of(spec, dataset, extractor)
     try:
         # Without a data set the teacher's file says the shape.
         shape = dataset.images.shape[1:] if dataset is not None else described_shape(spec)
@@ -344,7 +239,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
         raise InputError(
             f"{error} (a study chooses evaluation.images and evaluation.metrics alone)"
         ) from error
-    teacher, known = _teacher(spec, dataset, device, report)
+    teacher, known = load_teacher(spec, dataset, device, report)
     pipeline = pipeline_of(spec)
     method = METHODS[spec.method.name]()
     config = method.Config.read(spec.method.options, "method")
@@ -357,9 +252,9 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
     elif dataset is not None:
         require_shape(dataset, teacher)
     if pipeline is not None and spec.prompts is not None:
-        conditions = _prompts(pipeline, spec.prompts, report)
+        conditions = embedded_prompts(pipeline, spec.prompts, report)
         own = spec.evaluation.prompts
-        drawn_under = conditions if own is None else _prompts(pipeline, own, report)
+        drawn_under = conditions if own is None else embedded_prompts(pipeline, own, report)
         file = own or spec.prompts
         prompts = PromptFile.of(file, read_prompts(file))
     assets = Assets(
@@ -377,40 +272,13 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
             conditions=drawn_under,
             prompts=prompts,
             codec=codec,
-            clip=_clip_scorer(spec, device),
+            clip=clip_scorer_of(spec, device),
         ),
         known=known,
-        terms=inherited(known, _teacher_name(spec)),
+        terms=inherited(known, teacher_name(spec)),
         conditions=conditions,
     )
     return replace(assets, teacher_fid=_teacher_fid(assets, report))
-
-
-def _teacher_name(spec: StudySpec) -> str:
-    """For cards, where the teacher's own file does not say."""
-    name = spec.teacher.checkpoint or spec.teacher.recipe
-    return f"trained on {spec.data}" if name is None else Path(name).name
-
-
-def described_shape(spec: StudySpec) -> tuple[int, int, int]:
-    """(C, H, W) of the teacher's images."""
-    described, known = describe_teacher(spec)
-    with torch.device("meta"):
-        return drawn_shape(build_denoiser(described), known)
-
-
-def pipeline_of(spec: StudySpec) -> Path | None:
-    """The folder of the teacher's pipeline in diffusers' format; None where it has none."""
-    if spec.teacher.recipe is not None:
-        return latent_digits(cache_folder())
-    checkpoint = spec.teacher.checkpoint
-    if checkpoint is None:
-        return None
-    if checkpoint in CONVERTED_CHECKPOINTS:
-        return CONVERTED_CHECKPOINTS[checkpoint].fetch()
-    if checkpoint in HUB_CHECKPOINTS:
-        return folder_of(checkpoint)
-    return Path(checkpoint) if Path(checkpoint).is_dir() else None
 
 
 def _encoded(
@@ -427,110 +295,6 @@ def _encoded(
         device,
         lambda done: report("latents", done, count, f"of {dataset.name}"),
     )
-
-
-def _clip_scorer(spec: StudySpec, device: torch.device) -> CLIPScorer | None:
-    if (model := spec.evaluation.clip_score) is None:
-        return None
-    file = spec.evaluation.prompts or spec.prompts
-    return load_clip_scorer(model, [] if file is None else read_prompts(file), device)
-
-
-def _prompts(pipeline: Path, file: str, report: Report) -> Prompts:
-    """A file's prompts as the teacher reads them; guidance leads away from the empty one.
-
-    They are embedded once and kept: a worker maps the file, and reads the rows that it needs.
-    """
-    texts = [*read_prompts(file), ""]
-    parts = [sha256_model(pipeline / part) for part in (TEXT_ENCODER, TOKENIZER)]
-    path = cache_folder() / "prompts" / f"{_digest({'texts': texts, 'by': parts})}.npy"
-    with file_lock(path.with_suffix(".lock")):
-        if not path.exists():
-            _embed(load_text_encoder(pipeline), texts, path, report)
-    rows = torch.from_numpy(np.load(path, mmap_mode="c"))
-    return Prompts(rows[:-1], rows[-1:])
-
-
-def _embed(encoder: TextEncoder, texts: Sequence[str], path: Path, report: Report) -> None:
-    cut = len(encoder.too_long(texts))
-    remark = f"{cut} longer than {encoder.length} tokens, cut" if cut else ""
-    shape = (len(texts), encoder.length, encoder.width)
-    with atomic_write(path) as scratch:
-        rows = np.lib.format.open_memmap(scratch, "w+", "float32", shape)
-        for first in range(0, len(texts), _PROMPTS_AT_ONCE):
-            some = slice(first, first + _PROMPTS_AT_ONCE)
-            rows[some] = encoder.embed(texts[some]).numpy()
-            report("prompts", min(some.stop, len(texts)), len(texts), remark)
-        rows.flush()
-
-
-def _reference(spec: StudySpec, dataset: Dataset | None, extractor: Extractor) -> Reference:
-    """Statistics of the study's reference file, or of its data set."""
-    if spec.evaluation.reference is not None:
-        return read_reference(resolve_reference(spec.evaluation.reference), extractor)
-    assert dataset is not None
-    with_features = set(spec.evaluation.metrics) != {"fid"}
-    return dataset_reference(dataset, extractor, cache=cache_folder(), with_features=with_features)
-
-
-def _teacher(
-    spec: StudySpec, dataset: Dataset | None, device: torch.device, report: Report
-) -> tuple[NetworkDenoiser, Mapping[str, Any]]:
-    """The teacher, set to the spec's precision, and its metadata."""
-    if spec.teacher.recipe is not None:
-        report("teacher", 0, 1, f"{spec.teacher.recipe}, made once")
-        teacher, known = load_stored(latent_digits(cache_folder()))
-    elif spec.teacher.checkpoint is not None:
-        teacher, known = load_stored(spec.teacher.checkpoint)
-    else:
-        assert spec.teacher.train is not None
-        assert dataset is not None
-        path = _teacher_path(spec.teacher.train, dataset)
-        if not path.exists():
-            with file_lock(path.with_suffix(".lock")):
-                if not path.exists():
-                    _train_and_cache(spec.teacher.train, dataset, device, path, report)
-        teacher, known = load_denoiser(path)
-    # For float32 too: by default torch lets a GPU compute convolutions in TF32.
-    return teacher.to(device).execute(execution(spec)), known
-
-
-def _teacher_path(training: TeacherTraining, dataset: Dataset) -> Path:
-    config = teacher_config(training)
-    key = {
-        "config": config.as_dict(),
-        "threads": training.threads,
-        **teacher_data(config, dataset),
-        "numerics": NUMERICS,
-    }
-    return cache_folder() / "teachers" / f"{dataset.name}-{_digest(key)}.safetensors"
-
-
-def _train_and_cache(
-    training: TeacherTraining, dataset: Dataset, device: torch.device, path: Path, report: Report
-) -> None:
-    unfinished = path.with_suffix(".training.safetensors")
-    config = teacher_config(training)
-    # The number of threads decides the last bits; trials have their own.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(training.threads)
-    teacher = train_teacher(
-        dataset,
-        config,
-        device=device,
-        checkpoint=unfinished,
-        on_iteration=lambda done, total, loss: report("teacher", done, total, f"loss {loss:.3f}"),
-    )
-    torch.set_num_threads(threads)
-    metadata = {
-        "kind": "teacher",
-        "data": dataset.name,
-        "data_sha256": dataset.sha256,
-        "training": config.as_dict(),
-        "weights_sha256": denoiser_sha256(teacher),
-    }
-    save_denoiser(path, teacher, metadata)
-    unfinished.unlink(missing_ok=True)
 
 
 def _teacher_fid(assets: Assets, report: Report) -> FID | None:
@@ -556,7 +320,7 @@ def _teacher_fid(assets: Assets, report: Report) -> FID | None:
         "precision": spec.precision,
         "numerics": NUMERICS,
     }
-    path = cache_folder() / "teacher-fids" / f"{_digest(key)}.json"
+    path = cache_folder() / "teacher-fids" / f"{fingerprint_of(key)}.json"
     with file_lock(path.with_suffix(".lock")):
         if not path.exists():
             total = spec.evaluation.num_images
@@ -573,7 +337,3 @@ def _teacher_fid(assets: Assets, report: Report) -> FID | None:
             with atomic_write(path) as scratch:
                 scratch.write_text(json.dumps(found.fid.as_dict()))
         return FID.read(json.loads(path.read_text()))
-
-
-def _digest(key: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

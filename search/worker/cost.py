@@ -47,8 +47,9 @@ from search.spec.study import StudySpec, as_plain
 from search.storage.engine import cache_folder
 from search.study.arms import ONE_SHOT, one_shot_arm
 from search.study.wording import duration
-from search.worker.assets import described_shape, use_device
+from search.worker.assets import use_device
 from search.worker.result import package_versions
+from search.worker.teachers import described_shape
 
 PATIENCE_SECONDS = 20.0  # a dry run's for a measurement
 _UPDATES = 2  # the first warms up

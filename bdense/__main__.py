@@ -1,0 +1,17 @@
+"""``bdense`` and ``python -m bdense``: Ctrl-C while the command is imported is no traceback."""
+
+import sys
+
+
+def main() -> int:
+    """The command's exit status, see ``bdense.cli``."""
+    try:
+        from bdense import cli
+
+        return cli.main()
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""``bdense-search`` and ``python -m search``: Ctrl-C in its imports is no traceback."""
+
+import sys
+
+
+def main() -> int:
+    """The command's exit status, see ``search.cli``."""
+    try:
+        from search import cli
+
+        return cli.main()
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bdense.errors import CheckpointError, InputError
+from bdense.files import require_no_page
 
 CONFIG, INDEX = "config.json", "model_index.json"
 # In a student's pipeline, beside diffusers' own files: metadata that they have no place for.
@@ -166,6 +167,8 @@ def load_part(model_class: Any, folder: Path, **options: Any) -> Any:  # noqa: A
         CheckpointError: There are no safetensors, or weights are missing, not expected or of
             another shape; names them.
     """
+    for each in folder.glob("*.safetensors"):
+        require_no_page(each)
     try:
         with _quiet():
             model, found = model_class.from_pretrained(
@@ -177,7 +180,12 @@ def load_part(model_class: Any, folder: Path, **options: Any) -> Any:  # noqa: A
             )
     except (OSError, ValueError, RuntimeError) as error:
         pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in TORCH_FILES]
-        hint = f"; only safetensors are read, not {pickles[0]}" if pickles else ""
+        hint = (
+            f"; only safetensors are read, not {pickles[0]}: save the model again with diffusers' "
+            "save_pretrained"
+            if pickles
+            else ""
+        )
         reason = " ".join(str(error).split())
         raise CheckpointError(f"diffusers cannot load {folder} ({reason}){hint}") from error
     _require_complete(folder, found)
@@ -197,15 +205,23 @@ def _require_complete(folder: Path, found: Mapping[str, Any]) -> None:
     missing, extra = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     others = [*found.get("mismatched_keys", ()), *found.get("error_msgs", ())]
     problems = [
-        *([f"{len(missing)} are missing: {_some(missing)}"] if missing else []),
-        *([f"{len(extra)} are not expected: {_some(extra)}"] if extra else []),
-        *([f"{len(others)} do not fit: {_some(list(map(str, others)))}"] if others else []),
+        *([f"{_count(missing)} missing: {_some(missing)}"] if missing else []),
+        *([f"{_count(extra)} not expected: {_some(extra)}"] if extra else []),
+        *(
+            [f"{_count(others)} of another shape: {_some(list(map(str, others)))}"]
+            if others
+            else []
+        ),
     ]
     if problems:
         raise CheckpointError(
             f"the weights of {folder} are not those that its {CONFIG} describes: "
             f"{'; '.join(problems)}; save the model again with save_pretrained"
         )
+
+
+def _count(found: Sequence[object]) -> str:
+    return f"{len(found)} {'is' if len(found) == 1 else 'are'}"
 
 
 def _some(names: list[str]) -> str:

@@ -19,7 +19,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser, without_memory
 from bdense.diffusion.preconditioning import DDPM, make_preconditioning
 from bdense.diffusion.sampling import samplers_from
 from bdense.errors import CheckpointError, InputError
-from bdense.files import header_of
+from bdense.files import header_of, require_no_page
 from bdense.models.diffusers_files import (
     CONFIG,
     INDEX,
@@ -254,11 +254,15 @@ def _denoiser(
         with without_memory():
             skeleton = network_class(options, outputs=outputs)
             values = sum(value.numel() for value in skeleton.parameters())
-    size = sum(file.stat().st_size for file in folder.glob(f"{WEIGHTS}*"))
+    files = list(folder.glob(f"{WEIGHTS}*"))
+    for each in files:
+        require_no_page(each)
+    size = sum(each.stat().st_size for each in files)
     # A value takes 2 bytes or more. If there is no file, diffusers names it.
     if 0 < size < values:
         raise CheckpointError(
-            f"{folder} describes {values} weights, but its weights file has {size} bytes"
+            f"{folder} describes {values} weights, but its weights file has {size} bytes; "
+            "fetch or save it again"
         )
     if not weights:
         return NetworkDenoiser(skeleton, precond).eval()

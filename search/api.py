@@ -307,8 +307,23 @@ class OpenStudy:
         return write_report(self.record, Path(out), force=force)
 
     @checked
-    def export(self, folder: str | Path, trial: int | None = None) -> "Exported":
-        """Write a kept student as a model folder, see ``bdense-search export``.
+    def export(
+        self,
+        folder: str | Path,
+        trial: int | None = None,
+        *,
+        baseline: Literal["plain", "uniform"] | None = None,
+        nfe: int | None = None,
+    ) -> "Exported":
+        """Write a kept student as a model folder.
+
+        Args:
+            folder: New folder to write.
+            trial: Number of the trial; None is the recommended arm of the confirmation, else the
+                best trial; of given arms the recommended one, under the first seed.
+            baseline: That of a search instead of a trial.
+            nfe: Network evaluations of the student, for a method of several stages; None is the
+                last stage's.
 
         Returns:
             The folder, and whose student it holds.
@@ -318,7 +333,7 @@ class OpenStudy:
         """
         from search.export import export_trial  # torch
 
-        return export_trial(self.record, Path(folder), number=trial)
+        return export_trial(self.record, Path(folder), number=trial, baseline=baseline, nfe=nfe)
 
     @property
     def optuna(self) -> "optuna.Study":

@@ -10,6 +10,7 @@ import pytest
 
 from bdense.errors import InputError
 from bdense.models.store import denoiser_sha256, load_denoiser, load_model, save_denoiser
+from search import open_study
 from search.analysis.plans import plan_confirmation, plan_given, plan_transfer
 from search.export import arm_row, export_trial
 from search.storage.engine import runs_folder
@@ -105,7 +106,8 @@ def test_a_baseline_s_student_may_be_asked_for(confirmed, tmp_path):
     assert answer.out == f"{folder}\n"
     assert "study digits, baseline, uniform weights, seed 0: FID 11.000" in answer.err
     assert whose(folder) == digest(1)
-    exported(confirmed, tmp_path / "plain", baseline="plain")
+    assert open_study("digits").export(tmp_path / "plain", baseline="plain").paths
+    assert whose(tmp_path / "plain") == digest(0)
     with pytest.raises(InputError, match="baseline plain is for a search"):
         export_trial(Study.open(confirmed.url, "digits.confirm"), folder, baseline="plain")
 

@@ -8,6 +8,7 @@ from scipy.stats import t
 from bdense.metrics.records import FID
 from search.analysis.comparison import ArmResult, Comparison
 from search.analysis.recommendation import Noise, noise_of, recommend
+from search.spec.sections import MOST_IMAGES
 from search.study.arms import Arm
 from tests.measured import fid
 
@@ -104,6 +105,11 @@ def test_images_that_balance_the_noise(latents, seeds, images):
     found = Noise(latents=latents, seeds=seeds, replicates=3, images=4096)
     assert found.balanced_images == images
     assert ("evaluation.images" in found.text()) == (images is not None)
+
+
+def test_no_study_is_told_to_draw_more_images_than_the_literature():
+    told = Noise(latents=0.4, seeds=0.04, replicates=3, images=4096).text()
+    assert f"evaluation.images: {MOST_IMAGES} " in told
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from search.analysis.comparison import ArmResult, Comparison, compare, differenc
 from search.analysis.confirmation import Verdict
 from search.analysis.paired import CONFIDENCE, Paired
 from search.spec.metric import FID_METRIC, Metric
+from search.spec.sections import MOST_IMAGES
 from search.study.arms import Arm
 from search.study.study import Study
 
@@ -80,14 +81,17 @@ class Noise:
             return f"the noise of these {self.metric.plural} is not known; {self._way_to_know}"
         parts = [f"training seeds {self.seeds:.2g}"]
         parts += [] if self.latents is None else [f"latents {self.latents:.2g}"]
-        more = self.balanced_images
-        way_out = (
-            f"; evaluation.images: {more} in a new study would make the latents' half of the "
-            "seeds'"
-        )
+        way_out = ""
+        if (more := self.balanced_images) is not None:
+            images = f"evaluation.images: {min(more, MOST_IMAGES)} in a new study would"
+            way_out = (
+                f"; {images} make the latents' half of the seeds'"
+                if more <= MOST_IMAGES
+                else f"; even {images} leave the latents' above half of the seeds'"
+            )
         return (
             f"least difference that this study can tell: {least:.2g} (standard deviations: "
-            f"{', '.join(parts)}; {self.replicates} replicates)" + way_out * (more is not None)
+            f"{', '.join(parts)}; {self.replicates} replicates){way_out}"
         )
 
 

@@ -384,9 +384,9 @@ def test_ddpm_ends_in_noise_in_any_number_of_times(timesteps):
         ),
         (
             ("--precond", "ddpm", "--timesteps", 20),
-            "--timesteps must be a whole number from 21 to 100000, or none, got 20",
+            "--timesteps must be a whole number from 21 to 100000, or none for 1000, got 20",
         ),
-        (("--clip", 0), "--clip must be a number above 0, or none, got 0"),
+        (("--clip", 0), "--clip must be a number above 0, or none for no limit, got 0"),
     ],
 )
 def test_options_of_another_process_are_refused(tmp_path, options, message):

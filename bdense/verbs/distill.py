@@ -112,7 +112,7 @@ def distill(options: argparse.Namespace) -> None:
             codec=codec_of(teacher, known, own.teacher, device),
         )
     elif evaluation.images is not None:
-        raise KnobError("--images", "needs --extractor, which measures the FID")
+        raise KnobError("images", "needs `extractor`, which measures the FID")
     sampler = method.teacher_sampler(config, teacher)
     settings = plain_json({"method": own.method, "seed": own.seed, **asdict(config)})
     log = from_options(Logging, options).log

@@ -19,7 +19,7 @@ def export(options: argparse.Namespace) -> None:
         raise InputError(f"{own.student} is no student, and its own pipeline draws its images")
     if own.pipeline is None and draws_latents(student, metadata):
         raise KnobError(
-            "--pipeline",
+            "pipeline",
             f"is needed: {own.student} draws latents, and autoencoder and text encoder are in its "
             "teacher's folder",
         )
@@ -27,7 +27,7 @@ def export(options: argparse.Namespace) -> None:
     if own.lora:
         if own.pipeline is None:
             raise KnobError(
-                "--lora", f"is for a student of latents, and {own.student} draws pixels; drop it"
+                "lora", f"is for a student of latents, and {own.student} draws pixels; drop it"
             )
         export_lora(own.out, student, metadata, teacher=own.pipeline)
     else:

@@ -54,7 +54,7 @@ def fid(options: argparse.Namespace) -> None:
     clip = None
     if own.clip_score is not None:
         if not texts:
-            raise KnobError("--clip-score", "compares images with prompts; give --prompts, too")
+            raise KnobError("clip_score", "compares images with prompts; give `prompts`, too")
         clip = load_clip_scorer(own.clip_score, texts, device)
     if own.reference is not None:
         file = resolve_reference(own.reference)
@@ -96,8 +96,8 @@ def _own_data(model: str, known: Mapping[str, Any]) -> str:
         return data
     said = "does not say what it was trained on" if data is None else f"was trained on {data}"
     raise KnobError(
-        "--data",
-        f"is missing: {model} {said}; give --data, for files with their path, or --reference",
+        "data",
+        f"is missing: {model} {said}; give `data`, for files with their path, or `reference`",
     )
 
 

@@ -38,9 +38,9 @@ def recombine(options: argparse.Namespace) -> None:
     own, evaluation = from_options(RecombineOptions, options), from_options(Evaluation, options)
     device, execution = chosen_hardware(options)
     if evaluation.extractor is None and own.c is None:
-        raise KnobError("--extractor", "is missing: c is searched by FID; give it, or --c")
+        raise KnobError("extractor", "is missing: c is searched by FID; give it, or `c`")
     if evaluation.extractor is None and evaluation.images is not None:
-        raise KnobError("--images", "needs --extractor, which measures the FID")
+        raise KnobError("images", "needs `extractor`, which measures the FID")
     student, metadata = load_stored(own.branched)
     if student.num_branches < 2:
         raise InputError(
@@ -48,7 +48,7 @@ def recombine(options: argparse.Namespace) -> None:
             "--keep-branches"
         )
     if evaluation.extractor is not None and draws_latents(student, metadata):
-        raise KnobError("--extractor", "measures images, and this student draws latents; give --c")
+        raise KnobError("extractor", "measures images, and this student draws latents; give `c`")
     c: Sequence[float] | None = own.c
     if c is not None:
         recombine_branches(student, c)  # refuses coefficients that do not fit

@@ -63,13 +63,13 @@ def chosen_prompts(prompt: str | None, file: str | None) -> list[str]:
         InputError: Both options are given, or the file holds no prompt.
     """
     if prompt is not None and file is not None:
-        raise KnobError("--prompt", "and --prompts are two sources of prompts; drop one of them")
+        raise KnobError("prompt", "and `prompts` are two sources of prompts; drop one of them")
     if file is None:
         return [] if prompt is None else [prompt]
     try:
         return read_prompts(file)
     except InputError as error:
-        raise KnobError("--prompts", str(error)) from error
+        raise KnobError("prompts", str(error)) from error
 
 
 def conditions_of(
@@ -85,11 +85,11 @@ def conditions_of(
     if not model.model.text_dim:
         if texts or negative:
             raise KnobError(
-                "--prompts", "are for a text-conditional model, and this one takes no text"
+                "prompts", "are for a text-conditional model, and this one takes no text"
             )
         return None
     if not texts:
-        raise KnobError("--prompts", "are needed by a text-conditional model")
+        raise KnobError("prompts", "are needed by a text-conditional model")
     require_pipeline(pipeline)
     encoder = load_text_encoder(pipeline)
     for i in encoder.too_long([*texts, negative]):
@@ -116,7 +116,7 @@ def require_pipeline(source: str) -> None:
     """Refuse a file alone where the parts beside the network are needed."""
     if not Path(source).is_dir() and not is_hub_id(source):
         raise KnobError(
-            "--pipeline",
+            "pipeline",
             f"is needed: {source} draws latents, and autoencoder and text encoder are in its "
             "teacher's folder",
         )
@@ -254,7 +254,7 @@ def _require_unguided(source: str, metadata: Mapping[str, Any]) -> None:
     learned = training.get("guidance_teacher", 1.0)
     if learned != training.get("guidance_student", 1.0):
         raise KnobError(
-            "--guidance",
+            "guidance",
             f"is for a student that was distilled without it, and {source} has learned its "
             f"teacher's {learned:g}; leave it out",
         )

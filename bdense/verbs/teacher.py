@@ -85,8 +85,8 @@ def process(model: ModelOptions) -> dict[str, Any] | None:
         value = getattr(model, name)
         if value is not None and model.precond not in those:
             raise KnobError(
-                f"--{name}",
-                f"{value} does nothing with --precond {model.precond}; drop it, or add --precond "
+                name,
+                f"{value} does nothing with `precond` {model.precond}; drop it, or add `precond` "
                 f"{' or '.join(those)}",
             )
     if model.precond == "edm":
@@ -111,8 +111,8 @@ def _network(model: ModelOptions, dataset: Dataset, *, conditional: bool) -> dic
     sides = [side >> level for level in range(len(model.mult))]
     if unknown := sorted(set(model.attention) - set(sides)):
         raise KnobError(
-            "--attention",
-            f"{' '.join(map(str, unknown))}: with {len(sides)} numbers in --mult the levels of "
+            "attention",
+            f"{' '.join(map(str, unknown))}: with {len(sides)} numbers in `mult` the levels of "
             f"{dataset.name} have sides of {', '.join(map(str, sides))}; choose of these",
         )
     network: dict[str, Any] = {

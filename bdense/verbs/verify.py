@@ -150,7 +150,7 @@ def _extractor(own: VerifyOptions, recorded: FID, device: torch.device) -> Extra
     spec = own.extractor or recorded.extractor + (f":{kept}" if kept.is_file() else "")
     if own.extractor is None and spec.startswith("torchscript:"):
         raise KnobError(
-            "--extractor", f"is missing: the FID is in features of {spec}; give it with its path"
+            "extractor", f"is missing: the FID is in features of {spec}; give it with its path"
         )
     return load_extractor(spec, cache=own.cache, device=device)
 
@@ -158,7 +158,7 @@ def _extractor(own: VerifyOptions, recorded: FID, device: torch.device) -> Extra
 def _reference(own: VerifyOptions, recorded: FID, extractor: Extractor) -> Reference:
     """What the FID was measured against: the one asked for, or by its recorded name."""
     if own.data is not None and own.reference is not None:
-        raise KnobError("--reference", f"{own.reference} takes the place of --data; drop one")
+        raise KnobError("reference", f"{own.reference} takes the place of `data`; drop one")
     file, data = own.reference, own.data
     if file is None and data is None:
         published = {each.path.name: each.name for each in REFERENCES.values()}
@@ -184,7 +184,7 @@ def _require_prompts(recorded: FID, file: str | None, texts: Sequence[str]) -> N
     now = PromptFile.of(file, texts)
     if now.sha256 != was.sha256:
         raise KnobError(
-            "--prompts",
+            "prompts",
             f"{file} is different: the FID was measured under {was.text()}, and these are "
             f"{now.text()}; give the recorded ones",
         )

@@ -18,6 +18,7 @@ from search.storage.engine import (
 )
 from search.storage.ledger import Claim, Ledger
 from search.storage.schema import SCHEMA, Role, grant, open_tables, read_password, upgrade
+from search.study.catalogue import list_studies
 from search.study.study import Study
 from search.worker import ray_tasks
 from search.worker.ray_tasks import WorkerConfig, WorkerError, slot
@@ -154,6 +155,19 @@ def test_a_table_of_another_program_is_named_and_stays(either_url):
     with open_storage(either_url).engine.connect() as connection:
         kept = connection.exec_driver_sql("SELECT flat FROM bdense_lease").scalar_one()
     assert kept == 7
+
+
+def test_a_table_of_another_program_under_optunas_name_is_no_matter_of_the_network(either_url):
+    execute(either_url, "CREATE TABLE studies (x INTEGER)")
+    for call in (lambda: list_studies(either_url), lambda: Ledger.open(either_url, "x", budget=1)):
+        with pytest.raises(StorageRefusedError, match="a database of their own|no studies yet"):
+            call()
+
+
+@pytest.mark.postgres
+def test_an_empty_database_says_that_it_holds_no_studies(postgres):
+    with pytest.raises(StorageRefusedError, match="no studies yet: launch one"):
+        list_studies(postgres.new_database())
 
 
 @pytest.mark.postgres

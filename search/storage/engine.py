@@ -68,14 +68,19 @@ _TURNED_AWAY = re.compile(
     r"|(?:role|database) \".*\" does not exist",
     re.IGNORECASE,
 )
-# By the server's error code: insufficient_privilege, read_only_sql_transaction.
+# By the server's error code: insufficient_privilege, read_only_sql_transaction, undefined_table,
+# undefined_column.
 _REFUSALS = {
     "42501": "the user may not do that: let the database's owner run bdense-search storage "
     "init, with --writer or --reader for this user",
     "25006": "transactions are read-only here: use the primary server if this is a standby, or a "
     "user that may write (bdense-search storage init, with --writer), or else reset "
     "default_transaction_read_only, which server, database, user or PGOPTIONS set to on",
+    "42P01": "it holds no studies yet: launch one, or run bdense-search storage init",
+    "42703": "a table there is another program's: give the studies a database of their own",
 }
+# SQLite has one code for both.
+_SQLITE_REFUSALS = {"no such table": "42P01", "no such column": "42703"}
 
 # A text that is one URL, well-formed or not, may have blanks in its password.
 _WHOLE_URL_PASSWORD = re.compile(
@@ -264,7 +269,7 @@ def as_storage_error(error: BaseException) -> StorageError:
             f"the disk of the study database is full: {one_line(error)}; make room, then run the "
             "same command again: it continues from what was stored before"
         )
-    return StorageError(f"the study database: {one_line(error)}; {_AGAIN}")
+    return StorageError(f"the study database: {one_line(error)}; {_refusal_of(error) or _AGAIN}")
 
 
 def one_line(error: BaseException) -> str:
@@ -473,5 +478,8 @@ def _advice(url: URL, error: BaseException, said: str) -> str:
 
 def _refusal_of(error: BaseException) -> str:
     """What to do where the server refused a statement; "" of other errors."""
-    code = getattr(getattr(_cause(error), "orig", None), "pgcode", None)
+    origin = getattr(_cause(error), "orig", None)
+    code = getattr(origin, "pgcode", None)
+    if isinstance(origin, sqlite3.OperationalError):
+        code = _SQLITE_REFUSALS.get(str(origin).partition(":")[0])
     return _REFUSALS.get(str(code), "")

@@ -55,8 +55,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[search,dev]'
 	@touch $@
 
-# The packages of the images with their hashes, for Linux and Python 3.11, any processor. After each change of constraints.txt,
-# which must name every one of them, or of what the images install.
+# The packages of the images with their hashes, for Linux and Python 3.11, any processor. Run it after a change of constraints.txt,
+# which must list every package, or of what the images install.
 LOCK := $(BIN)/uv pip compile --quiet --no-config --no-annotate --custom-compile-command "make lock" --generate-hashes \
     --python-version 3.11 --python-platform linux --constraint constraints.txt --output-file
 lock: $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""``bdense`` and ``python -m bdense``: Ctrl-C while the command is imported is no traceback."""
+"""``bdense`` and ``python -m bdense``; Ctrl-C during its imports ends without a traceback."""
 
 import sys
 

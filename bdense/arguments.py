@@ -28,7 +28,7 @@ _PLAIN = (str, bytes, numbers.Number, list, tuple, dict, Path, types.NoneType)
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """The function, with an InputError that names an argument of another type than annotated."""
-    # Not of the result, which may be of a module that is imported later.
+    # The module of the return annotation may not be imported yet.
     given = {name: each for name, each in function.__annotations__.items() if name != "return"}
     holder = type("", (), {"__annotations__": given})
     hints = typing.get_type_hints(holder, inspect.unwrap(function).__globals__)
@@ -48,8 +48,11 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
                 bound.arguments[name] = of_text[0](given)
             else:
                 _require(function.__name__, name, given, hint)
+                # Of numpy, say.
                 if isinstance(given, numbers.Integral) and not isinstance(given, int):
-                    bound.arguments[name] = int(given)  # of numpy, say
+                    bound.arguments[name] = int(given)
+                elif isinstance(given, numbers.Real) and not isinstance(given, int | float):
+                    bound.arguments[name] = float(given)
         return function(*bound.args, **bound.kwargs)
 
     return call

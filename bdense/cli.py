@@ -127,7 +127,3 @@ def make_parser(arguments: Sequence[str]) -> command.Parser:
     """
     description = "Few-step students of diffusion teachers, plain or with B-DENSE."
     return command.make_parser("bdense", description, VERBS, arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

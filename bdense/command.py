@@ -5,7 +5,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeAlias
@@ -65,6 +65,12 @@ class Verb:
             raise error.spelt(options_of(options.parser)) from error
 
 
+def did_you_mean_option(flag: str, known: Iterable[str]) -> str:
+    """``did_you_mean`` of options, compared without their dashes, which all have."""
+    hint = did_you_mean(flag.lstrip("-"), [name[2:] for name in known if name.startswith("--")])
+    return hint.replace("mean ", "mean --")
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without its usage."""
 
@@ -85,10 +91,7 @@ class Parser(argparse.ArgumentParser):
             self.error(
                 f"{flag} was given after --, behind which nothing is an option; drop the --"
             )
-        # Compared without dashes, which all options share.
-        bare = [name[2:] for name in known if name.startswith("--")]
-        hint = did_you_mean(flag.lstrip("-"), bare).replace("mean ", "mean --")
-        self.error(f"there is no option {flag}{hint}")
+        self.error(f"there is no option {flag}{did_you_mean_option(flag, known)}")
 
     def error(self, message: str) -> NoReturn:
         """End the process with status 2."""

@@ -81,12 +81,12 @@ class Execution(Knobs):
         """Refuse settings that exclude each other on any device, by a ``KnobError``."""
         if self.compile_mode != "default" and not self.compile:
             raise KnobError(
-                "compile_mode", f"{self.compile_mode} needs compile; set it, or leave both out"
+                "compile_mode", f"{self.compile_mode} needs `compile`; set it, or leave both out"
             )
         if self.compile and self.gradient_checkpointing:
             raise KnobError(
                 "compile",
-                "decides itself what is kept for going backwards, and gradient_checkpointing "
+                "decides itself what is kept for going backwards, and `gradient_checkpointing` "
                 "decides it too; drop one of them",
             )
 

@@ -61,7 +61,7 @@ def require_plain(path: Path) -> None:
 
 
 def require_no_pipe(path: Path) -> None:
-    """Raise an InputError if the path is a FIFO, which one may wait for for ever, or a device."""
+    """Raise an InputError if the path is a device, or a FIFO, whose reader may wait for ever."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise InputError(f"{path} is a device or a pipe, not a file; choose another name")
 

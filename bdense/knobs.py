@@ -53,7 +53,7 @@ class KnobError(InputError):
         return f"{self.name} {self.problem}"
 
     def spelt(self, options: Mapping[str, str]) -> "KnobError":
-        """As a command says it, by its options of the knobs."""
+        """The error with knobs spelt as a command's options."""
         problem = re.sub(r"`(\w+)`", lambda found: options.get(found[1], found[0]), self.problem)
         return KnobError(options.get(self.name, self.name), problem)
 

@@ -106,7 +106,7 @@ class Contest:
         """What is started, and started again."""
         if self.system == "bdense":
             options = ["launch", str(self.folder / f"{STUDY}.yaml"), "--workers", str(WORKERS)]
-            return [sys.executable, "-m", "search.cli", *options]
+            return [sys.executable, "-m", "search", *options]
         here = [sys.executable, "-m", "benchmarks.counting", self.system]
         return [*here, str(self.folder), self.url, str(self.trials)]
 

@@ -337,7 +337,7 @@ def _tell(ledger: Ledger, claim: Claim) -> None:
 
 def _command(url: str, verb: str) -> None:
     subprocess.run(
-        [sys.executable, "-m", "search.cli", verb, _spec("TPESampler").name],
+        [sys.executable, "-m", "search", verb, _spec("TPESampler").name],
         env={**os.environ, "BDENSE_STORAGE": url},
         cwd=Path(__file__).parents[1],
         check=True,

@@ -85,7 +85,7 @@ def _run(recipe: Path, trials: int, teacher_kimg: float) -> tuple[list[TrialTime
         for name in ("BDENSE_STORAGE", "BDENSE_CACHE"):
             environment.pop(name, None)
         started = time.monotonic()
-        command = [sys.executable, "-m", "search.cli", "launch", str(study)]
+        command = [sys.executable, "-m", "search", "launch", str(study)]
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
         launch = time.monotonic() - started
         rows = _rows(f"sqlite:///{runs / 'bdense.db'}", spec["name"], runs)

@@ -1,4 +1,4 @@
-"""``bdense-search`` and ``python -m search``: Ctrl-C in its imports is no traceback."""
+"""``bdense-search`` and ``python -m search``; as ``bdense.__main__``."""
 
 import sys
 

@@ -22,7 +22,7 @@ from bdense.knobs import KnobError
 from bdense.weights.space import require_point
 from search.analysis.confirmation import Verdict, judged_summary
 from search.analysis.confirmation import verdict as verdict_of
-from search.analysis.pilot import with_known_images, with_pilot
+from search.analysis.pilot import ledgers_with_pilot, with_known_images
 from search.analysis.plans import arm_of, differing, plan_confirmation, plan_given
 from search.analysis.priors import require_priors
 from search.analysis.recommendation import Recommendation, assess
@@ -139,7 +139,7 @@ class OpenStudy:
 
     def stop(self) -> None:
         """Ask all workers of the study, wherever they are, to save and end."""
-        ask_all(with_pilot(self.record))
+        ask_all(ledgers_with_pilot(self.record))
 
     def enqueue(self, **params: float | str) -> bool:
         """Plan a point before those that the sampler proposes.
@@ -231,10 +231,15 @@ class OpenStudy:
         """
         _require_counts(candidates=candidates, seeds=seeds, workers=workers)
         study = self._search()
-        settings = dict(study.spec.confirm.method if method is None else method)
+        usual = study.spec.confirm
+        settings = dict(usual.method if method is None else method)
         require_variants(study.spec, [differing(study.spec, settings)])
         planned, found = run_confirmation(
-            study, candidates=candidates, seeds=seeds, method=settings, workers=workers
+            study,
+            settings,
+            seeds=usual.seeds if seeds is None else seeds,
+            count=usual.candidates if candidates is None else candidates,
+            workers=workers,
         )
         if found is None:
             raise InputError(f"{planned.name}: no candidate is complete under every seed")
@@ -408,25 +413,22 @@ def planned(url: str, spec: StudySpec, *, by_name: bool = False) -> Study:
 
 
 def run_confirmation(
-    study: Study,
-    *,
-    candidates: int | None,
-    seeds: int | None,
-    method: Mapping[str, Any],
-    workers: int | None,
+    study: Study, method: Mapping[str, Any], *, seeds: int, count: int, workers: int | None
 ) -> tuple[Study, Verdict | None]:
-    """Plan and run a search's confirmation; None of an argument is the study's own.
+    """Plan and run a search's confirmation.
 
-    ``method`` has its settings, checked.
+    Args:
+        study: The search.
+        method: Settings of the method that differ, checked.
+        seeds: Number of fresh seeds.
+        count: Number of candidates.
+        workers: Rows at once; None for as many as fit.
 
     Returns:
         The confirmation, and its verdict, if a candidate is complete under every seed.
     """
     from search.run.launch import run_rows  # Ray
 
-    usual = study.spec.confirm
-    confirmation = plan_confirmation(
-        study, method=method, seeds=seeds or usual.seeds, count=candidates or usual.candidates
-    )
+    confirmation = plan_confirmation(study, method=method, seeds=seeds, count=count)
     run_rows(confirmation, workers)
     return confirmation, verdict_of(study)

@@ -199,12 +199,8 @@ def _hide_password(url: str, argv: list[str]) -> None:
     kept = [a for a in argv if a not in ("--storage", url) and not a.startswith("--storage=")]
     os.environ["BDENSE_STORAGE"] = resolve_storage_url(url)
     # -P: import nothing from the current folder, like the command itself.
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "search.cli", *kept])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "search", *kept])
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    sys.exit(main())

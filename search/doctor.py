@@ -127,7 +127,11 @@ class Subject:
     @property
     def folder(self) -> Path:
         """Of the ledger's rows."""
-        return row_folder(self.name, 0).parent.resolve()
+        return self.row(0).parent
+
+    def row(self, number: int) -> Path:
+        """Folder of one of them."""
+        return row_folder(self.name, number).resolve()
 
     def complete(self, key: str) -> dict[int, Any]:
         """Number -> attribute of each complete row."""
@@ -275,8 +279,10 @@ def rights(url: str, storage: RDBStorage) -> Findings:
                 if not connection.execute(query, {"table": table, "right": right}).scalar_one()
             ]
             if connection.exec_driver_sql("SELECT pg_is_in_recovery()").scalar_one():
-                lacking = ["the primary server: this is a standby"]
-            elif read_only_by_default(connection):
+                text = "the database is a standby: studies can be read, and none launched"
+                yield Finding("problem", text, "give the address of the primary server")
+                return
+            if read_only_by_default(connection):
                 lacking.append("a default_transaction_read_only of off, which is on here")
         who = f"user {user} lacks"
         advice = "launch as another user, or ask for: bdense-search storage init --writer"
@@ -343,7 +349,7 @@ def files(of: Subject) -> Findings:
         yield Finding("problem", text, advice)
         return
     values = of.ledger.complete_values()
-    stored = {number: _value_in(of.folder / f"{number:05d}" / RESULT) for number in values}
+    stored = {number: _value_in(of.row(number) / RESULT) for number in values}
     restore = "restore the runs folder from a backup; the database has the FIDs"
     if other := [number for number, value in stored.items() if value != values[number]]:
         text = f"{_numbers(other)} without {RESULT}, or with another FID in it"
@@ -360,7 +366,7 @@ def leftovers(of: Subject) -> Findings:
     """Checkpoints of rows that have ended."""
     found, asked = [], of.ledger.asked()
     for number in of.ledger.ended():
-        folder = of.folder / f"{number:05d}"
+        folder = of.row(number)
         if (paths := checkpoints(folder)) and _is_own(of, asked[number], folder):
             found += paths
     yield from _leftovers(found)

@@ -22,6 +22,10 @@ class UnknownStudyError(InputError):
     """No study of that name is in the storage."""
 
 
+class UnconfirmedError(InputError):
+    """A search has no confirmed winner yet."""
+
+
 class NoSearchError(InputError):
     """Something that only a search has is asked of a study of given arms."""
 

@@ -22,6 +22,7 @@ from search.analysis.plans import (
     with_arms,
 )
 from search.analysis.recommendation import Recommendation, recommend
+from search.errors import UnconfirmedError
 from search.export import (
     Exported,
     arm_row,
@@ -143,8 +144,8 @@ class Promotion:
                 require_new(folder)
         try:
             arm = asked.weights or confirmed_arm(study)
-        except InputError as error:
-            raise KnobError("weights", f"must be given: {error}") from error
+        except UnconfirmedError as error:
+            raise KnobError("weights", f"is needed: {error}, or give it") from error
         if asked.weights is None and asked.to is None:
             for told in {other_budget(study, each) for each in self._settings} - {""}:
                 say(told)

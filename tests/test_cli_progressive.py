@@ -310,8 +310,8 @@ def test_students_of_one_kind_are_not_distilled_as_the_other(chain, teacher, tmp
             ("--until", 3),
             "--steps 8 do not become until=3 by dividing by .* until=4 or 2, or s",
         ),
-        (("--until", 8), "--until must be below steps=8"),
-        (("--weight-decay", 0.1), "--weight-decay 0.1 needs optimizer=adamw"),
+        (("--until", 8), "--until must be below --steps 8"),
+        (("--weight-decay", 0.1), "--weight-decay 0.1 needs --optimizer adamw"),
         (("--nfe", 2), "--method progressive has no option --nfe; --method sfd has it"),
         (
             ("--data", "digits@16"),

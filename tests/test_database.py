@@ -160,7 +160,7 @@ def test_a_table_of_another_program_is_named_and_stays(either_url):
 def test_a_table_of_another_program_under_optunas_name_is_no_matter_of_the_network(either_url):
     execute(either_url, "CREATE TABLE studies (x INTEGER)")
     for call in (lambda: list_studies(either_url), lambda: Ledger.open(either_url, "x", budget=1)):
-        with pytest.raises(StorageRefusedError, match="a database of their own|no studies yet"):
+        with pytest.raises(StorageRefusedError, match=r"a database of their own|no studies yet"):
             call()
 
 

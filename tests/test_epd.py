@@ -300,7 +300,7 @@ def test_sfds_teacher_walks_by_a_table_of_its_own_grid(tmp_path):
     [
         ({"substeps": 4}, "is for 4 steps, .* and the teacher takes 8"),
         ({"sigma_min": 0.1}, "polynomial levels from 80 to 0.1"),
-        ({"solver": "euler"}, "epd_table is for solver=epd, got solver=euler"),
+        ({"solver": "euler"}, "epd_table is for `solver` epd, got euler"),
         ({"order": 2}, "order 2 is the table's own"),
         ({"nfe": (1, 2)}, "is for 4 steps, .* and the teacher takes 4 or 6"),
     ],

@@ -213,7 +213,7 @@ def test_a_student_whose_activations_are_computed_again_is_the_same():
 
 
 def test_what_excludes_gradient_checkpointing_is_refused():
-    with pytest.raises(InputError, match=r"compile_mode reduce-overhead needs compile"):
+    with pytest.raises(InputError, match=r"compile_mode reduce-overhead needs `compile`"):
         small_teacher().execute(Execution(compile_mode="reduce-overhead"))
     both = Execution(compile=True, gradient_checkpointing=True)
     with pytest.raises(InputError, match=r"compile .*gradient_checkpointing"):

@@ -162,7 +162,7 @@ def test_a_closed_standard_output_is_no_mistake(tmp_path):
     path = tmp_path / "x.safetensors"
     save_denoiser(path, small_teacher(), {"kind": "teacher"})
     draw = f"sample {path} --nfe 2 --images 2 --out {tmp_path / 'x.png'}"
-    command = f"exec {sys.executable} -m bdense.cli {draw} >&-"
+    command = f"exec {sys.executable} -m bdense {draw} >&-"
     found = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (0, "")
     assert (tmp_path / "x.png").exists()

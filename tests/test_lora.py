@@ -183,7 +183,7 @@ def test_what_cannot_have_adapters_is_named(teacher, tmp_path):
     without = read_diffusers(save(tmp_path / "flat", flat, new_scheduler()))[0]
     with pytest.raises(KnobError, match=r"names to_q, .*it has none"):
         trained(without, config(without))
-    with pytest.raises(KnobError, match="to_v need lora_rank above 0"):
+    with pytest.raises(KnobError, match="to_v need `lora_rank` above 0"):
         config(teacher, lora_rank=0, lora_targets=("to_v",))
     with pytest.raises(KnobError, match="epd, which trains no network"):
         EPDConfig(lora_rank=2)

@@ -132,7 +132,7 @@ def test_an_interrupted_training_is_saved(tmp_path):
     """Long before a save is due."""
     out = tmp_path / "teacher.safetensors"
     options = ("teacher", *TINY, "--kimg", 1000, "--out", out)
-    command = [sys.executable, "-m", "bdense.cli", *map(str, options)]
+    command = [sys.executable, "-m", "bdense", *map(str, options)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         done_first = int(process.stderr.readline().partition("/")[0])  # 2 s after the start

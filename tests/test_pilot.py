@@ -9,7 +9,7 @@ from bdense.metrics.records import FID
 from search import cli, open_study
 from search.analysis.pilot import images_of, plan_pilot
 from search.errors import SpecChangedError
-from search.run.launch import _settled
+from search.run.launch import _settled, run_planned
 from search.spec.sections import PILOT_IMAGES
 from search.storage.stop_flags import Launch, is_asked
 from search.study.catalogue import list_studies
@@ -89,7 +89,8 @@ def test_a_study_that_has_not_begun_takes_its_number_from_a_pilot(url, monkeypat
     assert study.enqueue(a=0.3)
     assert study.spec.evaluation.images == "auto"
     piloted(url, (3, 2.5, 2), monkeypatch)
-    settled = _settled(study.record, None)  # the pilot is complete: nothing is trained
+    # The pilot is complete: nothing is trained.
+    settled = _settled(study.record, None, Launch.begin(study.record.ledgers))
     assert settled.spec.evaluation.images == study.spec.evaluation.images == 4 * PILOT_IMAGES
     assert (settled.counts().waiting, settled.given.counts().planned) == (1, 2)
     # A second launch, or a look from Python, leaves what was settled.
@@ -101,7 +102,7 @@ def test_intermediate_fids_take_the_settled_number_too(url, monkeypatch):
     plan = {"trials": 4, "at": [0.5]}
     study = open_study(auto(plan=plan), storage=url)
     piloted(url, (3, 2.5, 2), monkeypatch, plan=plan)
-    settled = _settled(study.record, None)
+    settled = _settled(study.record, None, Launch.begin(study.record.ledgers))
     assert intermediate_of(settled.spec)["images"] == 4 * PILOT_IMAGES
 
 
@@ -116,7 +117,18 @@ def test_a_stop_that_comes_as_the_pilot_ends_is_heard(url, monkeypatch):
     piloted(url, (3, 2.5, 2), monkeypatch)
     monkeypatch.setattr("search.run.launch.run_rows", lambda *_: study.stop())
     with pytest.raises(StoppedError):
-        _settled(study.record, None)
+        run_planned(study.record, None)
+
+
+def test_a_stop_that_comes_between_pilot_and_search_is_heard(url, monkeypatch):
+    study = open_study(auto(), storage=url)
+    piloted(url, (3, 2.5, 2), monkeypatch)
+    begun = []
+    monkeypatch.setattr("search.run.launch.plan_first_points", lambda _: study.stop())
+    monkeypatch.setattr("search.run.launch.run", lambda study, launch, **_: begun.append(launch))
+    run_planned(study.record, None)
+    (launch,) = begun
+    assert is_asked(study.record.ledgers, launch)
 
 
 def test_nothing_is_planned_for_what_is_refused_later(url):

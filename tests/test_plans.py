@@ -489,6 +489,11 @@ def test_a_confirmations_and_a_transfers_dry_run_print_the_rows_that_they_would_
     assert would["name"] == planned.name
     assert would["plan"]["arms"] == [arm.baseline or arm.params for arm in planned.arms]
     assert would["plan"]["seeds"] == sorted({row.seed for row, _ in planned.rows()})
+    # Called again it tells what is there already, and keeps to it.
+    again = command("confirm", "digits", "-n", *options[:2], "--seeds", "3", *options[4:])
+    assert "in the storage already: digits.confirm: 0 of 16 rows" in again.out
+    assert yaml.safe_load(again.out)["plan"] == would["plan"]
+    assert "--json is for the result" in refused(command("confirm", "digits", "-n", "--json"))
 
     other = write(tmp_path, name="other")
     answer = command("transfer", "digits", "--to", other, "--top", "1", "--dry-run")
@@ -542,8 +547,8 @@ def test_without_a_confirmed_winner_nothing_is_promoted(searched, tmp_path):
         assert "only a best of n that may have been lucky" in refused(command(*verb))
     planned = plan_confirmation(searched, method={}, seeds=3, count=1)
     told = refused(command("promote", "digits"))
-    assert "--weights must be given: study digits has no confirmed winner" in told
-    with pytest.raises(InputError, match=r"^weights must be given: .* confirm digits first$"):
+    assert "--weights is needed: study digits has no confirmed winner" in told
+    with pytest.raises(InputError, match=r"^weights is needed: .* first, or give it$"):
         open_study("digits").promote()
     finish(planned, fid, most=3)
     assert "digits has not ended" in refused(command("promote", "digits"))

@@ -296,7 +296,7 @@ def test_a_finite_loss_whose_gradient_overflows_stops_the_run():
         ({"substeps": 1}, "substeps must be"),
         ({"loss": "l1"}, "loss must be one of constant, snr"),
         ({"lr": math.nan}, "lr must be .* got nan"),
-        ({"weight_decay": 0.1}, "weight_decay 0.1 needs optimizer=adamw"),
+        ({"weight_decay": 0.1}, "weight_decay 0.1 needs `optimizer` adamw"),
         ({"rho": 5.0}, "rho 5 is for another schedule: native"),
         ({"schedule": "logsnr", "sigma_min": 99.0}, "needs 0 < sigma_min < sigma_max"),
     ],
@@ -313,7 +313,7 @@ def test_bad_settings_are_named(options, message):
         (64, 6, 2, "end at until=32 or 16 or 8 or 4, or start at steps=48"),
         (6, 4, 2, "end at until=3, or start at steps=8"),
         (96, 1, 2, "; end at until=48 or 24 or 12 or 6 or 3, or start at steps=128"),
-        (8, 8, 2, "until must be below steps=8, the teacher's, got 8"),
+        (8, 8, 2, "until must be below `steps` 8, the teacher's, got 8"),
         (8, 0, 2, "until must be"),
     ],
 )

@@ -107,9 +107,19 @@ def test_images_that_balance_the_noise(latents, seeds, images):
     assert ("evaluation.images" in found.text()) == (images is not None)
 
 
-def test_no_study_is_told_to_draw_more_images_than_the_literature():
-    told = Noise(latents=0.4, seeds=0.04, replicates=3, images=4096).text()
-    assert f"evaluation.images: {MOST_IMAGES} " in told
+@pytest.mark.parametrize(
+    ("latents", "images", "told"),
+    [
+        (0.4, 4096, f"even evaluation.images: {MOST_IMAGES} in a new study would leave"),
+        (0.2, 12_375, f"; evaluation.images: {MOST_IMAGES} in a new study would make"),
+        (0.4, MOST_IMAGES, None),
+    ],
+)
+def test_no_study_is_told_to_draw_more_images_than_the_literature(latents, images, told):
+    """49,500 are needed in the second case, which rounds up to more than the literature's."""
+    text = Noise(latents=latents, seeds=0.2, replicates=3, images=images).text()
+    assert ("evaluation.images" in text) == (told is not None)
+    assert (told or "") in text
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ OF_ANY_METHOD = [
     ({"method__lr": math.nan}, "method.lr", "above 0, got nan"),
     ({"method__batch": 0}, "method.batch", "at least 1, got 0"),
     ({"method__optimizer": "adma"}, "method.optimizer", "adam, adamw, sgd, .* mean adam"),
-    ({"method__weight_decay": 0.1}, "method.weight_decay", "0.1 needs optimizer=adamw"),
+    ({"method__weight_decay": 0.1}, "method.weight_decay", "0.1 needs `optimizer` adamw"),
     ({"method__schedule": "logsn"}, "method.schedule", "did you mean logsnr?"),
     (
         {"method__schedule": "polynomial", "method__sigma_min": 90.0},
@@ -174,6 +174,14 @@ SFD_ALONE = [
     ({"plan__sampler": {"name": "BaseSampler"}}, "plan.sampler.name", "no class BaseSampler"),
     ({"plan__sampler": {"name": "TPESampler", "trials": 3}}, "plan.sampler", "n_startup_trials"),
     ({"plan__sampler": {"name": "TPESampler", "seed": 3}}, "plan.sampler", "seeds.sampler"),
+    (
+        {
+            "weights": NORMALISED,
+            "plan__sampler": {"name": "GridSampler", "search_space": {"a": [0.0, 1.0, 2.0]}},
+        },
+        "plan.trials",
+        "4 .* the 3 points",
+    ),
     ({"plan__sampler": {"name": "BruteForceSampler"}}, "plan.sampler", "step"),
     ({"plan__pruner": {"name": "MedianPruner"}}, "plan.pruner", "MedianPruner .* plan.at"),
     ({"plan__pruner": {"name": "MedianPrune"}}, "plan.pruner.name", "did you mean MedianPruner?"),
@@ -190,7 +198,7 @@ SFD_ALONE = [
 PD_ALONE = [
     ({"method__until": REMOVED}, "method.until", "missing"),
     ({"method__until": 3}, "method.steps", "end at until=4 or 2, or start at steps=6"),
-    ({"method__steps": 2}, "method.until", "steps=2 .* got 2"),
+    ({"method__steps": 2}, "method.until", "`steps` 2, .* got 2"),
     (
         {"weights": PER_INTERVAL, "plan": {"trials": 3}},
         "weights",

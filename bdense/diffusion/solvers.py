@@ -444,7 +444,7 @@ def make_solver(name: str, *, order: int | None = None, **options: Any) -> Solve
 
 
 def _solver_class(name: str) -> type[Solver]:
-    # In this order, as to ask for what is not built in is to search all installed packages.
+    # SOLVERS first: a name that is not built in is looked up in all installed packages.
     is_stochastic = name not in SOLVERS and name in STOCHASTIC_SOLVERS
     return (STOCHASTIC_SOLVERS if is_stochastic else SOLVERS)[name]
 

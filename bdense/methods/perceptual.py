@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bdense.errors import InputError, ShapeError
 from bdense.files import sha256_file
-from bdense.models.zoo import downloaded_checkpoint, reading_checkpoint
+from bdense.models.torch_weights import downloaded_checkpoint, reading_checkpoint
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 # The linear layers on top; the address is piq's own.

@@ -130,7 +130,7 @@ class PDConfig(MethodConfig, NativeGridKnobs, GuidanceKnobs):
 def _require_dividing(first: int, last: int, substeps: int) -> None:
     """Refuse numbers of steps that do not lead from one to the other, and name some that do."""
     if last >= first:
-        raise KnobError("until", f"must be below steps={first}, the teacher's, got {last}")
+        raise KnobError("until", f"must be below `steps` {first}, the teacher's, got {last}")
     reached = [first]
     while reached[-1] > last and reached[-1] % substeps == 0:
         reached.append(reached[-1] // substeps)

@@ -129,7 +129,7 @@ class SFDConfig(GridConfig, GuidanceKnobs):
         if self.second_stage and self.solver != "euler":
             raise KnobError(
                 "solver",
-                f"must be euler with second_stage, as the teacher is a student and takes Euler "
+                f"must be euler with `second_stage`, as the teacher is a student and takes Euler "
                 f"steps, got {self.solver}",
             )
 
@@ -202,9 +202,9 @@ class SFDConfig(GridConfig, GuidanceKnobs):
         if self.epd_table is None:
             return None
         if self.solver != "epd":
-            raise KnobError("epd_table", f"is for solver=epd, got solver={self.solver}; drop one")
+            raise KnobError("epd_table", f"is for `solver` epd, got {self.solver}; drop one")
         if self.order is not None:
-            raise KnobError("order", f"{self.order} is the table's own with epd_table; drop it")
+            raise KnobError("order", f"{self.order} is the table's own with `epd_table`; drop it")
         table = read_table(self.epd_table, self.guidance_teacher)
         walked = [(nfe + self.afs) * self.substeps for nfe in self.several_nfe]
         levels = table.schedule

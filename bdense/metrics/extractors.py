@@ -19,7 +19,12 @@ from bdense.files import require_no_page, sha256_file
 from bdense.metrics.classifiers import RECIPES, Classifier, classifier_checkpoint, load_classifier
 from bdense.metrics.dinov2 import SIZES, load_dinov2
 from bdense.models.store import load_tensors
-from bdense.models.zoo import checkpoint_path, downloaded_checkpoint, last_line, reading_checkpoint
+from bdense.models.torch_weights import (
+    checkpoint_path,
+    downloaded_checkpoint,
+    last_line,
+    reading_checkpoint,
+)
 
 SPECS = ", ".join(
     [

@@ -47,6 +47,8 @@ _UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error),
 )
 
+FEATURES_BATCH = 256  # images at a time
+
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
@@ -106,7 +108,7 @@ class Reference:
 def features_of(
     images: Tensor,
     extractor: Extractor,
-    batch: int = 256,
+    batch: int = FEATURES_BATCH,
     on_image: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Features of images [n, C, H, W] uint8, C = 1 or 3, n >= 2: [n, d] float32 on the CPU.

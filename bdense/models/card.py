@@ -115,7 +115,7 @@ def folder_card(
         given += ", codec=codec"
     python = _PYTHON.format(name=json.dumps(name), which=which, parts=parts, given=given)
     pipeline = "" if has_pipeline else _pipeline_option(metadata)
-    verify = f"bdense verify {name}{pipeline}{_prompts_option(metadata)}"
+    verify = f"bdense verify {shlex.quote(name)}{pipeline}{_prompts_option(metadata)}"
     return _card(
         name,
         denoiser,
@@ -450,7 +450,7 @@ def _terms(metadata: Mapping[str, Any], *, student: bool) -> str:
 def _sample_command(name: str, metadata: Mapping[str, Any], options: str) -> str:
     # A student has its own sampler; for a teacher the user chooses one.
     grid = "" if "sampler" in metadata else " --solver heun --nfe 36 --no-afs"
-    return f"bdense sample {name}{grid}{options} --images 64 --out samples.png"
+    return f"bdense sample {shlex.quote(name)}{grid}{options} --images 64 --out samples.png"
 
 
 def _pipeline_option(metadata: Mapping[str, Any]) -> str:

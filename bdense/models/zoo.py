@@ -1,19 +1,17 @@
-"""Public networks, reference statistics and weights: addresses, licences, downloads.
+"""Public networks and reference statistics: addresses, licences, downloads.
 
 A network's architecture is here too, so that its cost is known before a download. NOTICE has the
 licences in words. Importing this does not import torch.
 """
 
-import contextlib
-import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bdense.downloads import fetch
-from bdense.errors import InputError, did_you_mean, is_out_of_memory
-from bdense.files import require_no_page, user_folder
+from bdense.errors import InputError, did_you_mean
+from bdense.files import user_folder
 from bdense.models.diffusers_files import INDEX
 
 # "All material, including source code and pre-trained models" (NVlabs/edm, README.md, License, at
@@ -24,7 +22,6 @@ EDM_CITATION = (
     "arXiv 2206.00364"
 )
 _EDM_FILES = "https://nvlabs-fi-cdn.nvidia.com/edm"
-_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +128,11 @@ class HubCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedCheckpoint(HubCheckpoint):
-    """A published network that a user makes a folder in diffusers' format of.
+    """A published network that a user first converts to a folder in diffusers' format.
 
     Attributes:
         address: At its publisher.
-        how: In words.
+        how: What converts it.
     """
 
     address: str
@@ -156,7 +153,7 @@ class ConvertedCheckpoint(HubCheckpoint):
 
     def text(self) -> str:
         """How it gets there."""
-        return f"the folder {self.path}, made of {self.address}: {self.how}"
+        return f"the folder {self.path}, made from {self.address}: {self.how}"
 
     def fetch(self) -> Path:
         """Its folder.
@@ -200,48 +197,6 @@ def _resolve(name_or_path: str | Path, table: Mapping[str, PublicFile], what: st
         public = "" if is_path and not close else f", and no public one of that name{hint}"
         raise InputError(f"there is no {what} file {path}{public}")
     return path
-
-
-def downloaded_checkpoint(url: str, what: str, sha256: str | None = None) -> Path:
-    """A weights file in torch's cache, downloaded if missing.
-
-    Raises:
-        InputError: As in ``fetch``.
-    """
-    try:
-        return fetch(url, checkpoint_path(url), what=f"the {what} weights", sha256=sha256)
-    except InputError as error:
-        raise InputError(f"{error} (TORCH_HOME names another folder)") from error
-
-
-def checkpoint_path(url: str) -> Path:
-    """Path of an address's file in torch's cache, whether it exists or not."""
-    import torch
-
-    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-
-
-@contextlib.contextmanager
-def reading_checkpoint(whose: str, path: Path, url: str) -> Iterator[None]:
-    """Turn errors of reading weights into one that names the file and the right address."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot read {whose} weights {path}: {error.strerror}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
-        if is_out_of_memory(error):
-            raise
-        require_no_page(path)
-        raise InputError(
-            f"{path} does not hold {whose} weights ({last_line(error)}); give the file of {url}"
-        ) from error
-
-
-def last_line(error: BaseException) -> str:
-    """The last line of an error: torch puts a stack in front of it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Torch lists all names of a state dict that does not fit.
-    return lines[-1][:_LONGEST_REASON] if lines else type(error).__name__
 
 
 # Network options of EDM's train.py, lines 112-145, and of the table "exact training

@@ -80,20 +80,20 @@ class OptimisationConfig(Knobs):
         if self.lora_targets and not self.lora_rank:
             raise KnobError(
                 "lora_targets",
-                f"{', '.join(self.lora_targets)} need lora_rank above 0; give it, or drop them",
+                f"{', '.join(self.lora_targets)} need `lora_rank` above 0; give it, or drop them",
             )
         if self.weight_decay and self.optimizer != "adamw":
             raise KnobError(
                 "weight_decay",
-                f"{self.weight_decay:g} needs optimizer=adamw; {self.optimizer} has none",
+                f"{self.weight_decay:g} needs `optimizer` adamw; {self.optimizer} has none",
             )
         if self.optimizer == "sgd" and "betas" in self.changed():
             raise KnobError(
                 "betas",
-                f"{list(self.betas)} need optimizer=adam or adamw; sgd has no moments",
+                f"{list(self.betas)} need `optimizer` adam or adamw; sgd has no moments",
             )
         if self.tail is not None and self.ema is not None:
-            raise KnobError("tail", f"{self.tail:g} and ema are two averages; drop one of them")
+            raise KnobError("tail", f"{self.tail:g} and `ema` are two averages; drop one of them")
 
     def lr_at(self, iteration: int, num_updates: int, batch: int) -> float:
         """The step size of that iteration, counted from 0.

@@ -55,7 +55,7 @@ class Tracking(contextlib.AbstractContextManager["Tracking"]):
         run: str = "",
         settings: Mapping[str, Any] = types.MappingProxyType({}),
         *,
-        knob: str = "--log",
+        knob: str = "log",
     ) -> None:
         self._knob = knob
         self._trackers: dict[str, Tracker] = {}

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from bdense.command import Configs, Force
+from bdense.command import Configs, Force, did_you_mean_option
 from bdense.data.names import DATA_SETS, PROMPTS
 from bdense.diffusion import BATCH, SOLVERS, STOCHASTIC_SOLVERS
 from bdense.diffusion.grid_knobs import NativeGridKnobs
-from bdense.errors import InputError, did_you_mean
+from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import Knobs, knob, knob_of, knobs_of, option_names
 from bdense.methods import METHODS
@@ -438,5 +438,5 @@ def unknown_option(argument: str, arguments: Sequence[str]) -> str:
     having = [name for name in METHODS if flag in option_names(METHODS[name].Config)]
     others = "; " + " and ".join(f"--method {name} has it" for name in having) if having else ""
     own = [name for each in distill_configs(arguments) for name in sorted(option_names(each))]
-    hint = "" if having else did_you_mean(flag, own)
+    hint = "" if having else did_you_mean_option(flag, own)
     return f"--method {chosen_method(arguments)} has no option {flag}{others}{hint}"

@@ -165,9 +165,9 @@ def _reference(own: VerifyOptions, recorded: FID, extractor: Extractor) -> Refer
         name, _, digest = recorded.reference.rpartition(":")
         file = published.get(name)
         if file is None and digest != recorded.reference:
-            option = "--data" if split_format(recorded.reference) else "--reference"
+            name = "data" if split_format(recorded.reference) else "reference"
             raise KnobError(
-                option, f"is missing: the FID is against {recorded.reference}; give its path"
+                name, f"is missing: the FID is against {recorded.reference}; give its path"
             )
         data = recorded.reference
     if file is not None:

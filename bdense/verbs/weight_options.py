@@ -73,15 +73,15 @@ def chosen_weighting(
         distributions = space.distributions()
         params = {name: given.get(name, _USUAL.get(name)) for name in distributions}
         for name, value in params.items():
-            option = f"--set {name}=" if space.by_method else _option(name)
+            knob = f"--set {name}=" if space.by_method else _OPTIONS.get(name, name)
             if value is None:
-                raise KnobError(option, f"is missing: the weights {space.name} need it")
+                raise KnobError(knob, f"is missing: the weights {space.name} need it")
             if isinstance(value, str) and not isinstance(distributions[name], Choice):
-                raise KnobError(option, f"must be a number, got {value}")
+                raise KnobError(knob, f"must be a number, got {value}")
     try:
         space.weighting(params, num_branches)
     except KnobError as error:
-        raise KnobError(_option(error.name), error.problem) from error
+        raise KnobError(_OPTIONS.get(error.name, error.name), error.problem) from error
     return lambda: space.weighting(params, num_branches)
 
 

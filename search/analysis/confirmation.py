@@ -22,7 +22,8 @@ from search.analysis.comparison import (
 )
 from search.analysis.observations import arm_of, observed, point_of
 from search.analysis.surrogate import Observation, candidates, posterior_means
-from search.spec.command import CommandConfig, budget
+from search.errors import UnconfirmedError
+from search.spec.command import CommandConfig, command_line
 from search.spec.study import StudySpec
 from search.storage.queries import StoredTrial
 from search.study.arms import Arm, ArmRow
@@ -53,7 +54,7 @@ class Verdict:
     def budget(self) -> str:
         """What each student was trained for, such as ``12.8 kimg``."""
         if self.spec.is_command:
-            return budget(CommandConfig.read(self.settings))
+            return command_line(CommandConfig.read(self.settings))
         if "kimg" in self.settings:
             return f"{self.settings['kimg']:g} kimg"
         return f"{self.spec.resolved.stages[0].num_updates} updates a stage"
@@ -151,18 +152,19 @@ def confirmed_arm(study: Study) -> Arm:
     """The confirmed winner.
 
     Raises:
-        InputError: There is none yet, or the confirmation has not ended.
+        UnconfirmedError: There is none yet, or the confirmation has not ended.
+        InputError: No trial of the search is complete.
     """
     found = verdict(study)
     way_out = f"run bdense-search confirm {study.name} first"
     if found is None:
         require_trials(study)
-        raise InputError(
+        raise UnconfirmedError(
             f"study {study.name} has no confirmed winner, only a best of n that may have been "
             f"lucky; {way_out}"
         )
     if not found.ended:
-        raise InputError(f"the confirmation of study {study.name} has not ended; {way_out}")
+        raise UnconfirmedError(f"the confirmation of study {study.name} has not ended; {way_out}")
     return found.winner.arm
 
 

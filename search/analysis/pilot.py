@@ -22,8 +22,12 @@ PILOT_SUFFIX = ".pilot"
 _SEEDS = 3
 
 
+class NoiseUnknownError(InputError):
+    """A pilot has too few complete rows to tell their noise."""
+
+
 def with_known_images(url: str, spec: StudySpec) -> StudySpec:
-    """With the number of images of a study that has begun, or of its complete pilot, if auto."""
+    """With a number of images in place of auto, if the study or its pilot has settled it."""
     if spec.evaluation.images != "auto":
         return spec
     with suppress(UnknownStudyError):
@@ -32,7 +36,7 @@ def with_known_images(url: str, spec: StudySpec) -> StudySpec:
             return spec.with_images(stored.spec.evaluation.num_images)
         pilot = pilot_of(stored)
         if pilot is not None and not pilot.left():
-            with suppress(InputError):  # it is of other conditions, or cannot tell
+            with suppress(SpecChangedError, NoiseUnknownError):
                 pilot.refuse_other_conditions(pilot_spec(spec))
                 return spec.with_images(images_of(pilot)[0])
     return spec
@@ -43,7 +47,7 @@ def pilot_of(study: Study) -> Study | None:
     return study.beside(study.name + PILOT_SUFFIX)
 
 
-def with_pilot(study: Study) -> list[Ledger]:
+def ledgers_with_pilot(study: Study) -> list[Ledger]:
     """The ledgers that a launch of the study works on."""
     pilot = pilot_of(study)
     return [*study.ledgers, *(() if pilot is None else pilot.ledgers)]
@@ -80,7 +84,7 @@ def images_of(pilot: Study) -> tuple[int, Noise]:
     """Images that a pilot's search takes, at least the pilot's, and the noise that it found.
 
     Raises:
-        InputError: Fewer than two pairs of its rows are complete, or their noise is not known.
+        NoiseUnknownError: Fewer than two pairs of its rows are complete.
     """
     noise, counts = noise_of(compare(pilot)), pilot.counts()
     if noise.seeds is None or noise.latents is None:
@@ -89,7 +93,7 @@ def images_of(pilot: Study) -> tuple[int, Noise]:
             if counts.complete < counts.planned
             else f"see bdense-search status {pilot.name}"
         )
-        raise InputError(
+        raise NoiseUnknownError(
             f"evaluation.images auto: {counts.complete} of the {counts.planned} rows of "
             f"{pilot.name} are complete, and their noise cannot be told; {way_out}, or give a "
             "number"

@@ -19,6 +19,7 @@ from search.analysis.confirmation import (
     verdict,
 )
 from search.spec.study import StudySpec
+from search.storage.queries import StoredTrial
 from search.study.arms import Arm, baseline_arms, given_arms
 from search.study.retention import keep_too
 from search.study.study import CHOSEN_AFTER, JUDGED, Study
@@ -42,22 +43,15 @@ def plan_confirmation(study: Study, *, method: Mapping[str, Any], seeds: int, co
         InputError: No trial of the search is complete.
         SpecChangedError: The stored confirmation is of other conditions.
     """
-    spec, trials = study.spec, require_trials(study)
-    name, facts = study.name + CONFIRM_SUFFIX, {"of": study.name}
-    confirmation = Study.create(study.url, given_arms(spec, name), facts=facts)
-    arms = confirmation.arms or baseline_arms(spec)
-    basis = [len(trials), count]
-    if confirmation.main.attribute(CHOSEN_AFTER) != basis:
-        known = {arm.trial for arm in arms}
-        arms += [arm for arm in choose(study, trials, count) if arm.trial not in known]
-    change = differing(spec, method)
-    # A new candidate has to have the seeds of those that were there before it.
-    variants = confirmation.variants
-    known_seeds = {row.seed for row, _ in confirmation.rows() if variants[row.variant] == change}
-    confirmation.plan(arms, sorted(known_seeds | set(fresh_seeds(spec, seeds))), [change])
+    trials, facts = require_trials(study), {"of": study.name}
+    name = study.name + CONFIRM_SUFFIX
+    confirmation = Study.create(study.url, given_arms(study.spec, name), facts=facts)
+    change = differing(study.spec, method)
+    arms, planned = _confirmed(study, trials, confirmation, change, seeds, count)
+    confirmation.plan(arms, planned, [change])
     keep_too(study.search, [arm.trial for arm in arms if arm.trial is not None])
     record = confirmation.main.study
-    record.set_user_attr(CHOSEN_AFTER, basis)
+    record.set_user_attr(CHOSEN_AFTER, [len(trials), count])
     record.set_user_attr(JUDGED, confirmation.variants.index(change))
     return confirmation
 
@@ -65,15 +59,33 @@ def plan_confirmation(study: Study, *, method: Mapping[str, Any], seeds: int, co
 def confirmation_spec(
     study: Study, *, method: Mapping[str, Any], seeds: int, count: int
 ) -> StudySpec:
-    """What ``plan_confirmation`` plans where there is none yet, as a study file has it.
+    """What ``plan_confirmation`` plans, as a study file has it; arguments and errors as there."""
+    trials, change = require_trials(study), differing(study.spec, method)
+    name = study.name + CONFIRM_SUFFIX
+    arms, planned = _confirmed(study, trials, study.beside(name), change, seeds, count)
+    return with_arms(given_arms(study.spec, name), arms, planned, [change])
 
-    Raises:
-        InputError: No trial of the search is complete.
-    """
-    spec = study.spec
-    arms = [*baseline_arms(spec), *choose(study, require_trials(study), count)]
-    confirmation = given_arms(spec, study.name + CONFIRM_SUFFIX)
-    return with_arms(confirmation, arms, fresh_seeds(spec, seeds), [differing(spec, method)])
+
+def _confirmed(
+    study: Study,
+    trials: Sequence[StoredTrial],
+    stored: Study | None,
+    change: Mapping[str, Any],
+    seeds: int,
+    count: int,
+) -> tuple[list[Arm], list[int]]:
+    """Arms and seeds of a confirmation, those that are stored among them."""
+    planned = set(fresh_seeds(study.spec, seeds))
+    arms, chosen_after = baseline_arms(study.spec), None
+    if stored is not None:
+        arms, chosen_after = stored.arms or arms, stored.main.attribute(CHOSEN_AFTER)
+        # A new candidate has to have the seeds of those that were there before it.
+        variants = stored.variants
+        planned |= {row.seed for row, _ in stored.rows() if variants[row.variant] == change}
+    if chosen_after != [len(trials), count]:
+        known = {arm.trial for arm in arms}
+        arms += [arm for arm in choose(study, trials, count) if arm.trial not in known]
+    return arms, sorted(planned)
 
 
 def plan_transfer(study: Study, to: StudySpec, *, top: int, seeds: int) -> Study:

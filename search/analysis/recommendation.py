@@ -55,9 +55,14 @@ class Noise:
 
         The standard deviation falls with the square root of the images.
         """
+        needed = self._needed_images
+        return None if needed is None else math.ceil(needed / 1024) * 1024
+
+    @property
+    def _needed_images(self) -> float | None:
         if not (self.seeds and self.latents and self.images) or self.latents <= self.seeds / 2:
             return None
-        return math.ceil(self.images * (2 * self.latents / self.seeds) ** 2 / 1024) * 1024
+        return self.images * (2 * self.latents / self.seeds) ** 2
 
     @property
     def _way_to_know(self) -> str:
@@ -81,12 +86,13 @@ class Noise:
             return f"the noise of these {self.metric.plural} is not known; {self._way_to_know}"
         parts = [f"training seeds {self.seeds:.2g}"]
         parts += [] if self.latents is None else [f"latents {self.latents:.2g}"]
-        way_out = ""
-        if (more := self.balanced_images) is not None:
-            images = f"evaluation.images: {min(more, MOST_IMAGES)} in a new study would"
+        way_out, needed = "", self._needed_images
+        if needed is not None and (self.images or 0) < MOST_IMAGES:
+            most = min(math.ceil(needed / 1024) * 1024, MOST_IMAGES)
+            images = f"evaluation.images: {most} in a new study would"
             way_out = (
                 f"; {images} make the latents' half of the seeds'"
-                if more <= MOST_IMAGES
+                if needed <= MOST_IMAGES
                 else f"; even {images} leave the latents' above half of the seeds'"
             )
         return (

@@ -44,22 +44,22 @@ def run_planned(study: Study, workers: int | None) -> Study:
         InputError: The pilot has too few complete rows.
         SpecChangedError: The stored pilot is of other conditions.
     """
+    launch = Launch.begin(study.ledgers)  # a stop that comes during the pilot is this launch's
     if study.spec.evaluation.images == "auto":
-        study = _settled(study, workers)
+        study = _settled(study, workers, launch)
     if study.is_search:
         plan_first_points(study)
         look_ahead(study)
-    run_rows(study, workers)
+    run_rows(study, workers, launch)
     return study
 
 
-def _settled(study: Study, workers: int | None) -> Study:
+def _settled(study: Study, workers: int | None, launch: Launch) -> Study:
     """The study with the number of images that its pilot decides, which runs."""
     spec = study.spec
     pilot = plan_pilot(study.url, spec)
-    begun = Launch.begin(study.ledgers)
     run_rows(pilot, workers)
-    if is_asked(study.ledgers, begun):
+    if is_asked(study.ledgers, launch):
         raise stopped_error(study.name)
     images, noise = images_of(pilot)
     say(
@@ -69,8 +69,14 @@ def _settled(study: Study, workers: int | None) -> Study:
     return Study.create(study.url, spec.with_images(images))
 
 
-def run_rows(study: Study, workers: int | None) -> None:
-    """Run a study's rows to their end, if any are left, and show the progress."""
+def run_rows(study: Study, workers: int | None, launch: Launch | None = None) -> None:
+    """Run a study's rows to their end, if any are left, and show the progress.
+
+    Args:
+        study: The study, planned.
+        workers: Rows at once; None lets the cluster decide.
+        launch: The launch that they belong to; None begins one.
+    """
     showing = Showing(study)
     if not study.left():
         kind = "study " if study.is_search else ""
@@ -81,8 +87,9 @@ def run_rows(study: Study, workers: int | None) -> None:
             say(f"carrying on with {headline(study)}")
         if working := held(study.ledgers):
             say(
-                f"{working} of them are held by another launch, which goes on beside this one, or "
-                f"by workers that died less than {study.main.ttl:g} s ago"
+                f"{working} row{'s' * (working > 1)} of {study.name} held by another launch, "
+                "which goes on beside this one, or by workers that died in the last "
+                f"{study.main.ttl:g} s"
             )
         showing.refresh()  # the preparations may take minutes
         display = Display(lambda: snapshot_of(study))
@@ -93,7 +100,13 @@ def run_rows(study: Study, workers: int | None) -> None:
 
         try:
             with speaking_of(study=study.name):
-                run(study, workers=workers, on_preparing=display.preparing, on_running=on_running)
+                run(
+                    study,
+                    launch or Launch.begin(study.ledgers),
+                    workers=workers,
+                    on_preparing=display.preparing,
+                    on_running=on_running,
+                )
         finally:
             display.close()
     if study.is_search:

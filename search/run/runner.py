@@ -50,6 +50,7 @@ _log = logging.getLogger(__name__)
 
 def run(
     study: Study,
+    launch: Launch,
     *,
     workers: int | None,
     on_preparing: Callable[[Preparation], None],
@@ -59,6 +60,7 @@ def run(
 
     Args:
         study: The study.
+        launch: This launch; requests to stop that came since it began end it.
         workers: Rows at once; None for one on each GPU, or for each ``resources.cpus``.
         on_preparing: Called with the progress of the preparations.
         on_running: Called every second while rows run, from another thread.
@@ -77,7 +79,6 @@ def run(
             "stop interrupt; call from there, or from a process of its own"
         )
     spec = study.spec
-    launch = Launch.begin(study.ledgers)
     worker = WorkerConfig(
         launch=launch,
         log=os.environ.get(LOG, ""),

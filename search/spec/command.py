@@ -362,8 +362,8 @@ def require_runnable(
         raise KnobError(f"{where}.{error.name}", error.problem) from error
 
 
-def budget(config: CommandConfig) -> str:
-    """The program as a budget for people."""
+def command_line(config: CommandConfig) -> str:
+    """The program's command line, for people."""
     return f"`{shlex.join(config.run)}`"
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -43,9 +44,22 @@ def make_sampler(spec: StudySpec, offset: int) -> optuna.samplers.BaseSampler:
 
 
 def sampler_seed(spec: StudySpec, offset: int) -> int:
-    """Of the sampler's ``offset``-th suggestion; one for all where they are one sequence."""
+    """Seed of the ``offset``-th suggestion; grid and quasi-random samplers have one for all."""
     is_sequence = spec.search.sampler.name in _SEQUENCES
     return (spec.seeds.sampler + (0 if is_sequence else offset)) % 2**31
+
+
+def _require_room(spec: StudySpec) -> None:
+    """Refuse more trials than a grid has points, as the others would all repeat one."""
+    sampler, trials = spec.search.sampler, spec.search.trials
+    grid = sampler.options.get("search_space")
+    if sampler.name == "GridSampler" and isinstance(grid, dict):
+        points = math.prod(len(values) for values in grid.values())
+        if trials > points:
+            raise SpecError(
+                f"plan.trials: {trials} are more than the {points} points of "
+                "plan.sampler.search_space; lower it, or widen that"
+            )
 
 
 def require_sampler(spec: StudySpec) -> None:
@@ -56,6 +70,7 @@ def require_sampler(spec: StudySpec) -> None:
             package that is not installed.
     """
     try:
+        _require_room(spec)
         with optuna_says(optuna.logging.ERROR):
             study = optuna.create_study(sampler=make_sampler(spec, 0))
             for value in (1.0, 2.0):

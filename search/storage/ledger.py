@@ -251,8 +251,8 @@ class Ledger(LedgerReader):
 
         Args:
             space: Parameter name to distribution.
-            sampler: Makes the sampler from an offset to its seed, the number of trials started
-                before, so that each claim has its own seed. None starts only planned trials.
+            sampler: Makes the sampler of the n-th trial, from the number of trials started
+                before. None starts only planned trials.
             constraint: How far parameters are beyond the bound; above 0 the trial is finished at
                 once as pruned, outside the budget, and another one is suggested.
 

@@ -77,7 +77,7 @@ _MEASURED = (
 )
 _STUDY_SYSTEM = sa.table("study_system_attributes", *map(sa.column, ("study_id", "key")))
 _OLD_PLOTS = "dashboard:plot_data:"  # of optuna-dashboard; this version stores none
-_VALUES_ON_THE_WAY = sa.table("trial_intermediate_values", *map(sa.column, ("trial_id", "step")))
+_INTERMEDIATE_VALUES = sa.table("trial_intermediate_values", *map(sa.column, ("trial_id", "step")))
 
 
 def upgrade_studies(url: str) -> Iterator[str]:
@@ -202,7 +202,7 @@ def _rewrite_database(ledgers: Sequence[Ledger], form: "_Form") -> None:
 def _refuse_at_work(ledgers: Sequence[Ledger]) -> None:
     if working := held(ledgers):
         raise InputError(
-            f"{working} of its rows are running; end the workers, then run this command again"
+            f"{working} rows are running; end the workers, then run this command again"
         )
 
 
@@ -454,12 +454,16 @@ def _rewrite_params(connection: sa.Connection, row: _Row, trial_id: int) -> None
 def _renumber_stages(connection: sa.Connection, row: _Row, trial_id: int, spec: StudySpec) -> None:
     """Number FIDs by stage instead of by steps; 0 is the teacher."""
     places = {stage.nfe: index for index, stage in enumerate(spec.resolved.stages, 1)}
-    step, mine = _VALUES_ON_THE_WAY.c.step, _VALUES_ON_THE_WAY.c.trial_id == trial_id
+    step, mine = _INTERMEDIATE_VALUES.c.step, _INTERMEDIATE_VALUES.c.trial_id == trial_id
     for old in row.trial.intermediate_values:
         # Negative at first, as a new number may be another's old one.
         new = -1 - places.get(old, 0)
-        connection.execute(sa.update(_VALUES_ON_THE_WAY).where(mine, step == old).values(step=new))
-    connection.execute(sa.update(_VALUES_ON_THE_WAY).where(mine, step < 0).values(step=-1 - step))
+        connection.execute(
+            sa.update(_INTERMEDIATE_VALUES).where(mine, step == old).values(step=new)
+        )
+    connection.execute(
+        sa.update(_INTERMEDIATE_VALUES).where(mine, step < 0).values(step=-1 - step)
+    )
 
 
 def _key_of(connection: sa.Connection, ledger: Ledger) -> int:

@@ -4,13 +4,16 @@ import argparse
 import json
 
 from bdense.errors import InputError
-from bdense.knobs import from_options
+from bdense.knobs import KnobError, from_options
 from search.analysis.comparison import compare
+from search.analysis.confirmation import CONFIRM_SUFFIX
+from search.analysis.pilot import with_known_images
 from search.analysis.plans import confirmation_spec, differing, plan_transfer, transfer_spec
 from search.analysis.recommendation import recommend
 from search.api import run_confirmation
 from search.run.launch import run_rows
 from search.spec.file import read_spec, require_variants_apart
+from search.study.summary import headline
 from search.verbs.common import open_search, show_rows, use_workers
 from search.verbs.launch import dry_run
 from search.verbs.options import ConfirmOptions, DryRun, TransferOptions
@@ -22,18 +25,16 @@ def confirm(options: argparse.Namespace) -> None:
     study = open_search(options)
     method = study.spec.confirm.method | ({"kimg": asked.kimg} if asked.kimg else {})
     require_variants_apart(study.spec, [differing(study.spec, method)])
+    usual = study.spec.confirm
+    seeds, count = asked.seeds or usual.seeds, asked.candidates or usual.candidates
     if from_options(DryRun, options).dry_run:
-        usual = study.spec.confirm
-        seeds, count = asked.seeds or usual.seeds, asked.candidates or usual.candidates
+        if asked.json:
+            raise KnobError("json", "is for the result, and `dry_run` has none; drop one of them")
+        if (stored := study.beside(study.name + CONFIRM_SUFFIX)) is not None:
+            print(f"# in the storage already: {headline(stored)}")
         dry_run(confirmation_spec(study, method=method, seeds=seeds, count=count), workers)
         return
-    planned, found = run_confirmation(
-        study,
-        candidates=asked.candidates,
-        seeds=asked.seeds,
-        method=method,
-        workers=workers,
-    )
+    planned, found = run_confirmation(study, method, seeds=seeds, count=count, workers=workers)
     if asked.json and found is not None:
         print(json.dumps(found.as_dict()))
         return
@@ -51,7 +52,7 @@ def transfer(options: argparse.Namespace) -> None:
     """Run the top weights under the other study's conditions, and compare them."""
     workers, asked = use_workers(options), from_options(TransferOptions, options)
     study = open_search(options)
-    to = read_spec(asked.to)
+    to = with_known_images(study.url, read_spec(asked.to))
     if from_options(DryRun, options).dry_run:
         dry_run(transfer_spec(study, to, top=asked.top, seeds=asked.seeds), workers)
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 from bdense.errors import InputError
 from bdense.knobs import from_options
 from search.analysis.confirmation import CONFIRM_SUFFIX
-from search.analysis.pilot import with_pilot
+from search.analysis.pilot import ledgers_with_pilot
 from search.storage.engine import redact
 from search.storage.ledger import Ledger
 from search.storage.stop_flags import held
@@ -25,7 +25,7 @@ def delete(options: argparse.Namespace) -> None:
     confirmation = study.beside(study.name + CONFIRM_SUFFIX)
     # The study itself last: interrupted, the command can be given again.
     ledgers = [*(() if confirmation is None else confirmation.ledgers)]
-    ledgers += reversed(with_pilot(study))
+    ledgers += reversed(ledgers_with_pilot(study))
     if working := held(ledgers):
         raise InputError(
             f"{working} trials of {study.name} are worked on; end them first: bdense-search stop "

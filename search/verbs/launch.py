@@ -10,7 +10,7 @@ from search.analysis.comparison import settings_text
 from search.analysis.pilot import pilot_spec, with_known_images
 from search.api import changes_of, is_file, planned, with_trials
 from search.run.launch import launch
-from search.spec.command import budget
+from search.spec.command import command_line
 from search.spec.file import as_yaml, read_spec
 from search.spec.study import StudySpec
 from search.study.study import Study
@@ -41,7 +41,7 @@ def launch_study(options: argparse.Namespace) -> None:
 
 def _cost(spec: StudySpec, workers: int | None) -> list[str]:
     if spec.is_command:
-        return [f"rows: {spec.planned_rows}, each a run of {budget(spec.program)}"]
+        return [f"rows: {spec.planned_rows}, each a run of {command_line(spec.program)}"]
     from search.spec.resolve import variant  # with torch
     from search.worker.cost import cost_lines
 
@@ -49,8 +49,9 @@ def _cost(spec: StudySpec, workers: int | None) -> list[str]:
         return cost_lines(spec, workers=workers)
     lines, one = [], replace(spec, plan=replace(spec.given, variants=({},)))
     for changes in spec.given.variants:
-        own = cost_lines(variant(one, changes), workers=workers)
-        lines += [f"with {settings_text(changes)}:", *(f"  {line}" for line in own)]
+        own = [f"  {line}" for line in cost_lines(variant(one, changes), workers=workers)]
+        # What all share, such as a download, is told once.
+        lines += [f"with {settings_text(changes)}:", *(line for line in own if line not in lines)]
     return lines
 
 

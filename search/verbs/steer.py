@@ -11,7 +11,7 @@ from bdense.errors import BdenseError, InputError
 from bdense.knobs import from_options
 from bdense.weights.parameters import given_parameters
 from bdense.weights.space import require_point
-from search.analysis.pilot import with_pilot
+from search.analysis.pilot import ledgers_with_pilot
 from search.report.log_lines import HEADER, LOSSES, has_losses, log_line
 from search.storage.ledger import MENDABLE, Ledger
 from search.storage.stop_flags import ask_all, held
@@ -28,7 +28,7 @@ POLL_SECONDS = 0.5
 def stop(options: argparse.Namespace) -> None:
     """Ask for it, and with --wait see it happen."""
     record = open_study(options)
-    ledgers = with_pilot(record)
+    ledgers = ledgers_with_pilot(record)
     ask_all(ledgers)
     working = held(ledgers)
     longest = max(ledger.ttl for ledger in ledgers)

@@ -204,7 +204,7 @@ class _Row:
             except LeaseLostError:
                 raise
             except Exception:  # noqa: BLE001  why it is ended
-                continue
+                pass
         named = f"SIG{self.config.checkpoint_on}"
         if outcome.hindered:
             return
@@ -411,7 +411,7 @@ class _Values:
                 if line.strip():
                     yield self._read(line.strip())
         if len(line) == _MOST_LINE_BYTES:
-            self._read(line)
+            raise self._wrong_form(line)
 
     def _read(self, line: bytes) -> tuple[int, float]:
         try:
@@ -420,11 +420,14 @@ class _Values:
         except (ValueError, KeyError, TypeError, RecursionError):
             step = value = None
         if type(step) is not int or step < 0 or not _is_number(value):
-            shown = line[:100].decode(errors="replace")
-            raise ProgramError(
-                f'{self._path} must have lines as {{"step": 1, "value": 0.5}}, got {shown}'
-            )
+            raise self._wrong_form(line)
         return step, _as_float(value)
+
+    def _wrong_form(self, line: bytes) -> ProgramError:
+        shown = line[:100].decode(errors="replace")
+        return ProgramError(
+            f'{self._path} must have lines as {{"step": 1, "value": 0.5}}, got {shown}'
+        )
 
 
 def _signal_of(status: int) -> signal.Signals | None:

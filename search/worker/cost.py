@@ -33,10 +33,17 @@ from bdense.methods import METHODS
 from bdense.methods.method import Inputs, Recordings, Stage
 from bdense.metrics.classifiers import RECIPES
 from bdense.metrics.extractors import load_extractor, missing_checkpoint
-from bdense.metrics.references import features_of
+from bdense.metrics.references import FEATURES_BATCH, features_of
 from bdense.models.diffusers_files import hub_page
 from bdense.models.latents import load_codec
-from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, REFERENCES, ConvertedCheckpoint
+from bdense.models.zoo import (
+    PROMPT_SETS,
+    PUBLIC_MODELS,
+    REFERENCES,
+    ConvertedCheckpoint,
+    HubCheckpoint,
+    PublicFile,
+)
 from bdense.training.loop import IterationReport, train
 from bdense.weights.log_linear import uniform_weights
 from bdense.weights.weighting import FixedWeights
@@ -54,7 +61,6 @@ from search.worker.teachers import described_shape
 PATIENCE_SECONDS = 20.0  # a dry run's for a measurement
 _UPDATES = 2  # the first warms up
 _PROMPT_TOKENS = 77  # of CLIP
-_FEATURES_BATCH = 256  # as of bdense.metrics.references.features_of
 # GPU memory of CUDA and its libraries for each process, which torch does not count.
 _CONTEXT = 800 * 2**20
 _CGROUP = Path("/sys/fs/cgroup")
@@ -144,7 +150,7 @@ def require_room(spec: StudySpec, together: int) -> TrialCost:
     if found.device == "cuda":  # trials that hold whole GPUs do not share one
         together = min(together, int(1 / _gpu_share(spec) + 1e-9))
     if (needed := together * found.peak_bytes) > found.free_bytes:
-        fewer = f"run fewer than {together} workers, or " if together > 1 else ""
+        fewer = f"run fewer than {together} on a machine by --workers, or " if together > 1 else ""
         raise InputError(
             f"{together} trial{'s' * (together > 1)} of study {spec.name} at once need "
             f"{_gib(needed)} and {'the GPU' if found.device == 'cuda' else 'this machine'} has "
@@ -181,13 +187,13 @@ def require_gpu(spec: StudySpec, needed: int) -> None:
 
 
 def _gpu_share(spec: StudySpec) -> float:
-    """What a trial takes of a GPU, 1 of one that it holds alone."""
+    """Share of a GPU that a trial takes; 1 if it holds whole GPUs."""
     gpus = spec.resources.gpus
     return 1.0 if gpus == "auto" else min(1.0, gpus)
 
 
 def _kept_cost(spec: StudySpec) -> Path:
-    """File of the cost of such a trial: on a machine with such a GPU, of this software."""
+    """Cache file of a trial's cost, by study, GPU model and package versions."""
     described, _ = describe_teacher(spec)
     resources, evaluation = spec.resources, spec.evaluation
     uses_gpu = resources.gpus != 0 and torch.cuda.is_available()
@@ -340,7 +346,7 @@ def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
     ]
     missing = [(file, size) for file, size in wanted if file is not None and not file.is_here]
     lines = [
-        f"{file.url} to {file.path}" + (f" (about {size / 2**20:,.0f} MiB)" if size else "")
+        f"{_page(file)} to {file.path}" + (f" (about {size / 2**20:,.0f} MiB)" if size else "")
         for file, size in missing
         if not isinstance(file, ConvertedCheckpoint)
     ]
@@ -353,6 +359,11 @@ def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
         *(f"download: the launch fetches {line}" for line in lines),
         *(f"missing: the launch needs {line}" for line in made),
     ]
+
+
+def _page(file: PublicFile | HubCheckpoint) -> str:
+    """Where it is fetched from, a mirror of the Hub perhaps."""
+    return hub_page(file.name) if isinstance(file, HubCheckpoint) else file.url
 
 
 def _gib(size: float) -> str:
@@ -403,7 +414,8 @@ def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
         codec=codec,
     )
     drawing = lap()
-    seen, extracting, name = min(_FEATURES_BATCH, evaluation.num_images), 0.0, evaluation.extractor
+    seen, name = min(FEATURES_BATCH, evaluation.num_images), evaluation.extractor
+    extracting = 0.0
     if name not in RECIPES and (download or missing_checkpoint(name) is None):
         extractor = load_extractor(name, cache=cache_folder(), device=device)
         images = torch.zeros(seen, *described_shape(spec), dtype=torch.uint8)

@@ -130,7 +130,7 @@ def reference_of(spec: StudySpec, dataset: Dataset | None, extractor: Extractor)
 
 
 def clip_scorer_of(spec: StudySpec, device: torch.device) -> CLIPScorer | None:
-    """The study's CLIP model, which has its prompts; None where it names none."""
+    """The study's CLIP scorer with its prompts; None where no model is named."""
     if (model := spec.evaluation.clip_score) is None:
         return None
     file = spec.evaluation.prompts or spec.prompts

@@ -98,7 +98,7 @@ class Workplace:
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "search.cli", *map(str, arguments)],
+            [sys.executable, "-m", "search", *map(str, arguments)],
             cwd=self.folder,
             env=self.environment,
             text=True,

@@ -111,7 +111,7 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(
     launch = Supervisor(
         [
             *(cable.command() if cable else []),
-            *(sys.executable, "-m", "search.cli", "launch", str(file), "--workers", "2"),
+            *(sys.executable, "-m", "search", "launch", str(file), "--workers", "2"),
         ],
         tmp_path,
         place.environment,

@@ -86,9 +86,7 @@ class Cluster:
     def search(self, *arguments: str | Path, **changed: str | None) -> subprocess.Popen[str]:
         """Our command on the head's host: a driver needs a node of Ray beside it."""
         environment = self.environment(self.head, RAY_ADDRESS=self.address, **changed)
-        return self.head.start(
-            sys.executable, "-m", "search.cli", *arguments, environment=environment
-        )
+        return self.head.start(sys.executable, "-m", "search", *arguments, environment=environment)
 
     def has(self, name: str) -> bool:
         """Whether its launch has come so far as to make it."""
@@ -197,7 +195,7 @@ def test_a_study_runs_on_the_other_host_and_tells_nobody_its_password(cluster, c
     assert measured_on == ["worker"] * 5
 
     assert any("raylet" in line for line in told)
-    assert any("search.cli launch" in line for line in told)
+    assert any("search launch" in line for line in told)
     assert pickles
     assert [line for line in told if PASSWORD in line or cluster.token in line] == []
     for where in (head.folder, worker.folder, cluster.shared):

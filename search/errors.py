@@ -1,5 +1,8 @@
 """Errors of the service, in the project's one tree of errors."""
 
+from collections.abc import Iterable
+from typing import Self
+
 from bdense.errors import BdenseError, InputError
 from bdense.knobs import KnobError
 
@@ -44,6 +47,11 @@ class LeaseLostError(BdenseError):
 
 class SpecError(InputError):
     """A study file is wrong; one line for each mistake, naming the key."""
+
+    @classmethod
+    def of_lines(cls, source: str, problems: Iterable[str]) -> Self:
+        """A line for each problem, with the file in front."""
+        return cls("\n".join(f"{source}: {problem}" for problem in problems))
 
     @staticmethod
     def under(key: str, error: Exception) -> InputError:

@@ -249,6 +249,25 @@ def test_a_mistake_is_named_by_file_and_key(tree, keys, key, said):
     assert "\n" not in told
 
 
+def test_mistakes_of_several_sections_are_told_at_once():
+    told = message(
+        STUDY,
+        data="digitz",
+        method__nfee=2,
+        weights={**NORMALISED, "a": {"low": 2, "high": 1}},
+        evaluation__extractor="vgg",
+        resources={"compile_mode": "max-autotune", "log": ["nowhere"]},
+    )
+    assert [line.split()[1].rstrip(":") for line in told.splitlines()] == [
+        "data",
+        "weights.a.low",
+        "method.nfee",
+        "resources.compile_mode",
+        "evaluation.extractor",
+        "resources.log",
+    ]
+
+
 def test_there_is_a_slope_for_each_interval_that_the_method_trains():
     space = spec(weights=PER_INTERVAL, method__nfe=3).space
     assert [*space.distributions()] == ["a_1", "a_2", "a_3"]

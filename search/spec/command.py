@@ -18,6 +18,7 @@ from bdense.errors import InputError
 from bdense.files import sha256_file
 from bdense.knobs import KnobError, Knobs, knob, knobs_of
 from bdense.weights.space import BASELINE, Choice, Range, SearchSpace, Uniform
+from search.errors import SpecError
 
 if TYPE_CHECKING:
     from search.spec.study import StudySpec
@@ -293,6 +294,10 @@ def resolve_command(spec: "StudySpec") -> "StudySpec":
     """
     from search.spec.space import make_pruner, require_sampler
 
+    try:
+        _ = spec.space
+    except InputError as error:
+        raise SpecError.under("weights", error) from error
     config = spec.program
     resolved = replace(spec, method=spec.method.with_options(config.as_dict()))
     resolved = replace(resolved, facts=_facts(config))

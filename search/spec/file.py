@@ -232,13 +232,8 @@ def parse(tree: dict[str, Any], source: str) -> StudySpec:
         raise SpecError(f"{source}: facts is written by bdense; leave it out")
     try:
         spec = StudySpec.read(tree)
-        try:
-            _ = spec.space
-        except InputError as error:
-            raise SpecError.under("weights", error) from error
     except InputError as error:
-        lines = str(error).splitlines()
-        raise SpecError("\n".join(f"{source}: {line}" for line in lines)) from error
+        raise SpecError.of_lines(source, str(error).splitlines()) from error
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", spec.name):
         raise SpecError(
             f"{source}: name must be lower-case letters, digits and hyphens, at most 64, got "

@@ -3,9 +3,10 @@
 It fills in the method's defaults, and the facts that others need without torch.
 """
 
+import contextlib
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,24 +57,43 @@ def resolve(spec: StudySpec, source: str = "") -> StudySpec:
             makes other images than the data set's, no weights are within the bound, or there is
             nothing to search. ``source`` is named in front.
     """
-    try:
+    source = source or f"study {spec.name}"
+    resolved, problems = spec, list[str]()  # of single sections, to be told at once
+    with _noting(problems):
+        if spec.data is not None and spec.uses_data:
+            _data_shape(spec.data)
+    with _noting(problems, "weights"):
+        _ = spec.space
+    with _noting(problems):
         resolved = _with_facts(_with_usual(spec))
+    with _noting(problems, "resources"):
+        execution(spec).require_compatible()
+    with _noting(problems):
+        _check_extractor(spec.evaluation.extractor)
+    with _noting(problems):
+        _check_log(spec.resources.log)
+    if problems:
+        raise SpecError.of_lines(source, problems)
+    try:
         _check_weights(resolved)
         _check_plan(resolved)
-        try:
-            execution(spec).require_compatible()
-        except InputError as error:
-            raise SpecError.under("resources", error) from error
         if spec.resources.gpus == 0:
             execution(spec).require(torch.device("cpu"))
-        _check_extractor(spec.evaluation.extractor)
-        _check_log(spec.resources.log)
         resolved = _with_teacher(resolved)
         if spec.is_search:
             _check_intermediate(resolved)
         return resolved
     except InputError as error:
-        raise SpecError(f"{source or f'study {spec.name}'}: {error}") from error
+        raise SpecError(f"{source}: {error}") from error
+
+
+@contextlib.contextmanager
+def _noting(problems: list[str], key: str = "") -> Iterator[None]:
+    """Note an error, with its section's key in front, and go on."""
+    try:
+        yield
+    except InputError as error:
+        problems.append(str(SpecError.under(key, error) if key else error))
 
 
 def filled_in(spec: StudySpec) -> StudySpec:

@@ -256,7 +256,7 @@ def test_mistakes_of_several_sections_are_told_at_once():
         method__nfee=2,
         weights={**NORMALISED, "a": {"low": 2, "high": 1}},
         evaluation__extractor="vgg",
-        resources={"compile_mode": "max-autotune", "log": ["nowhere"]},
+        resources={"compile_mode": "reduce-overhead", "log": ["nowhere"]},
     )
     assert [line.split()[1].rstrip(":") for line in told.splitlines()] == [
         "data",

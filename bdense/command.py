@@ -1,11 +1,12 @@
 """Shared by both commands: verbs with help and an example, exit statuses."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeAlias
@@ -95,6 +96,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the process with status 2."""
+        if message.endswith("expected one argument"):
+            message += " (with =, as in --name=-1, where it begins with a dash)"
         end = "" if message.endswith("?") else f"; see {self.prog} --help"
         sys.stderr.write(f"{self.prog}: {message}{end}\n")
         self.exit(USER_ERROR)
@@ -158,7 +161,8 @@ def run_verb(
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  until the end
     try:
         call()
-        sys.stdout.flush()
+        with _naming_output():
+            sys.stdout.flush()
     except BrokenPipeError:
         # The reader has gone (``| head``); the interpreter must not fail again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -187,6 +191,17 @@ def run_verb(
         tell(f"\n{on_interrupt}")
         return INTERRUPTED
     return DONE
+
+
+@contextlib.contextmanager
+def _naming_output() -> Iterator[None]:
+    """Name the output in an error of its own, which Python does not."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 class _ShowVersion(argparse.Action):

@@ -58,6 +58,14 @@ class KnobError(InputError):
         return KnobError(options.get(self.name, self.name), problem)
 
 
+class KnobsError(InputError):
+    """Several knobs are wrong; a line for each."""
+
+    def __init__(self, errors: Sequence[KnobError]) -> None:
+        super().__init__("\n".join(map(str, errors)))
+        self.errors = errors
+
+
 class _WrongTypeError(Exception):
     """A value cannot be taken for one of a type."""
 
@@ -113,7 +121,7 @@ class Knob:
             known = f"{'a list' if several else 'one'} of {', '.join(map(str, self.choices))}"
         else:
             known = " ".join(filter(None, (_type_text(self.type), self._range())))
-        return f"{known}, or {NONE}" if self.optional else known
+        return f"{known}, or {NONE}" if self.optional and self.form != "positional" else known
 
     def text(self, value: Any) -> str:  # noqa: ANN401  of the knob's type
         """A value, for people: as the command line has it, but for ``none``'s meaning."""
@@ -137,12 +145,21 @@ class Knob:
         value = None if written == NONE and self.optional else text
         return self._converted(_from_text, value, written or "''")
 
+    def nests(self, given: object) -> bool:
+        """Whether a mapping is given for a class of knobs."""
+        return _is_knobs(self.type) and isinstance(given, Mapping)
+
+    def merged(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A mapping with what it leaves out of a default instance."""
+        if not isinstance(usual := self.default, Knobs):
+            return given
+        return {name: getattr(usual, name) for name in knobs_of(type(usual))} | dict(given)
+
     def _converted(self, convert: Any, given: Any, shown: str) -> Any:  # noqa: ANN401
         if given is None and self.optional:
             return None
-        if isinstance(given, Mapping) and isinstance(self.default, Knobs):
-            usual = self.default
-            given = {name: getattr(usual, name) for name in knobs_of(type(usual))} | dict(given)
+        if isinstance(given, Mapping):
+            given = self.merged(given)
         try:
             value = convert(self.type, given)
         except _WrongTypeError:
@@ -157,7 +174,7 @@ class Knob:
         return value
 
     def _refusal(self, given: object, shown: str) -> KnobError:
-        meaning = f" for {self.none}" if self.optional and self.none else ""
+        meaning = f" ({self.none})" if self.optional and self.none else ""
         hint = did_you_mean(given, self.choices)
         return KnobError(self.name, f"must be {self.values}{meaning}, got {shown}{hint}")
 
@@ -252,24 +269,54 @@ class Knobs:
         Raises:
             KnobError: A name is unknown, a value missing, of another type or out of range.
         """
-        known = knobs_of(cls)
         try:
-            for name in tree:
-                if name not in known:
-                    hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
-                    raise KnobError(str(name), f"is unknown{hint}")
-            for name, each in known.items():
-                if each.required and name not in tree:
-                    raise KnobError(name, f"is missing: {each.help}")
-            return cls(
-                **{
-                    name: known[name].parse(value) if isinstance(value, str) else value
-                    for name, value in tree.items()
-                }
-            )
+            return cls.read_all(tree, where)
+        except KnobsError as error:
+            raise error.errors[0] from error
+
+    @classmethod
+    def read_all(cls, tree: Mapping[str, Any], where: str = "") -> Self:
+        """As ``read``, but the error names every single knob that is wrong.
+
+        Raises:
+            KnobsError: See there.
+        """
+        known = knobs_of(cls)
+        found = list(cls._problems(tree))
+        try:
+            if not found:
+                return cls(
+                    **{
+                        name: known[name].parse(value) if isinstance(value, str) else value
+                        for name, value in tree.items()
+                    }
+                )
         except KnobError as error:
-            name = f"{where}.{error.name}" if where else error.name
-            raise KnobError(name, error.problem) from error
+            found.append(error)
+        front = f"{where}." if where else ""
+        raise KnobsError([KnobError(front + error.name, error.problem) for error in found])
+
+    @classmethod
+    def _problems(cls, tree: Mapping[str, Any]) -> Iterator[KnobError]:
+        """What is wrong with single knobs, those of nested classes among them."""
+        known = knobs_of(cls)
+        for name in tree:
+            if name not in known:
+                hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
+                yield KnobError(str(name), f"is unknown{hint}")
+        for name, each in known.items():
+            if name not in tree:
+                if each.required:
+                    yield KnobError(name, f"is missing: {each.help}")
+                continue
+            value = tree[name]
+            inner = list(each.type._problems(each.merged(value))) if each.nests(value) else []
+            yield from (KnobError(f"{name}.{error.name}", error.problem) for error in inner)
+            try:
+                if not inner:
+                    each.parse(value) if isinstance(value, str) else each.accept(value)
+            except KnobError as error:
+                yield error
 
 
 def knobs_of(cls: type) -> Mapping[str, Knob]:
@@ -483,9 +530,9 @@ def from_options(config: type[C], options: argparse.Namespace, **usual: Any) -> 
 def options_of(parser: argparse.ArgumentParser) -> dict[str, str]:
     """The options that ``add_options`` has added, by the dotted names of their knobs."""
     return {
-        each.dest: next(name for name in each.option_strings if name.startswith("--"))
+        each.dest: next((n for n in each.option_strings if n.startswith("--")), str(each.metavar))
         for each in parser._actions
-        if each.option_strings
+        if each.option_strings or each.metavar
     }
 
 

@@ -17,3 +17,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401  loaded when it is asked for
     from search import api
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -74,8 +74,6 @@ def open_study(
     """
     url = resolve_storage_url(storage)
     if isinstance(study, str) and not is_file(study):
-        if Path(study).is_file():
-            raise InputError(f"{study}: the name of a study file ends in .yaml or .yml")
         if trials is None:
             return OpenStudy(Study.open(url, study))
         return OpenStudy(planned(url, with_trials(Study.open(url, study).spec, trials)))
@@ -372,8 +370,16 @@ def _require_counts(**given: int | None) -> None:
 
 
 def is_file(given: str) -> bool:
-    """Whether a study is given by its file rather than by its name."""
-    return Path(given).suffix in (".yaml", ".yml")
+    """Whether a study is given by its file rather than by its name.
+
+    Raises:
+        InputError: It is a file of another kind.
+    """
+    if Path(given).suffix in (".yaml", ".yml"):
+        return True
+    if Path(given).is_file():
+        raise InputError(f"{given}: the name of a study file ends in .yaml or .yml")
+    return False
 
 
 def changes_of(trials: int | None) -> dict[str, Any]:

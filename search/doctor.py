@@ -54,9 +54,9 @@ from search.study.retention import (
     IDENTITY,
     RESULT,
     UNFINISHED_FILE,
+    best_numbers,
     checkpoints,
     is_abandoned,
-    kept_students,
 )
 from search.study.study import FINGERPRINT, Study
 from search.study.summary import foreign_rows
@@ -356,7 +356,7 @@ def files(of: Subject) -> Findings:
         yield Finding("problem", text, restore)
     kept = set(values)
     if of.ledger is of.study.trials:
-        kept = kept_students(of.ledger, values, of.spec.keep_students)
+        kept = best_numbers(values, of.spec.keep_students)
     named = {number: named_file(students[number]) for number in kept if students.get(number)}
     if lost := sorted(number for number, file in named.items() if not file.is_file()):
         yield Finding("problem", f"{_numbers(lost)} without its student's file", restore)

@@ -132,6 +132,10 @@ def export_trial(
     """
     require_students(study)
     if baseline is not None:
+        if number is not None:
+            raise KnobError(
+                "baseline", f"{baseline} and `trial` {number} are two; drop one of them"
+            )
         ledger, number = _baseline(study, baseline)
     else:
         if number is None:

@@ -117,9 +117,15 @@ class Promotion:
         self._seeds = self._asked_seeds()
 
     def planned_spec(self) -> StudySpec:
-        """As a study file would have it."""
-        winner = Arm(name="the winner", params={"winner_of": self._study.name})
-        arms = [*baseline_arms(self._spec), self._asked.weights or winner]
+        """As a study file would have it.
+
+        Raises:
+            InputError: There is no confirmed winner.
+        """
+        promoted = self._promoted()
+        if self._asked.weights is None:
+            promoted = replace(promoted, params={"winner_of": self._study.name})
+        arms = [*baseline_arms(self._spec), promoted]
         return with_arms(self._spec, arms, self._seeds, self._variants)
 
     def run(
@@ -142,10 +148,7 @@ class Promotion:
         for folder in map(self._folder, self._settings) if asked.out is not None else ():
             if not is_of(folder, spec.name):  # one that this promotion wrote is written anew
                 require_new(folder)
-        try:
-            arm = asked.weights or confirmed_arm(study)
-        except UnconfirmedError as error:
-            raise KnobError("weights", f"is needed: {error}, or give it") from error
+        arm = self._promoted()
         if asked.weights is None and asked.to is None:
             for told in {other_budget(study, each) for each in self._settings} - {""}:
                 say(told)
@@ -191,6 +194,12 @@ class Promotion:
         put_aside(folder)
         model = export_trial(planned, folder, number=number)
         return Promoted(model=model, recommended=found, is_new=True)
+
+    def _promoted(self) -> Arm:
+        try:
+            return self._asked.weights or confirmed_arm(self._study)
+        except UnconfirmedError as error:
+            raise KnobError("weights", f"is needed: {error}, or give it") from error
 
     def _asked_settings(self) -> list[dict[str, Any]]:
         """Of the method: the variants of ``to`` or the search's ``confirm``, with those asked."""

@@ -240,7 +240,10 @@ def test_a_teacher_that_cannot_be_trained_is_refused(tmp_path, options, message)
         (("--sigma-min", 100), "got sigma_min=100.0, sigma_max=80.0"),
         (("--method", "sfdd"), "no method is called 'sfdd'; .* did you mean sfd"),
         (("--method", "sfd-bdense"), "--method sfd-bdense is now written --method sfd"),
-        (("--steps", 8), "--method sfd has no option --steps; --method progressive has it"),
+        (
+            ("--steps", 8),
+            "--method sfd has no option --steps; --method progressive or consistency or epd",
+        ),
         (("--images", 64), "--images needs --extractor"),
         (("--data", "digitz"), "digitz"),  # which nothing here needs
     ],

@@ -49,7 +49,7 @@ def test_weights_that_are_learned():
 def test_a_space_of_another_package_has_its_options(capsys):
     assert weighting("--end", 3).weights().tolist() == [1, 1, 1, 3]
     assert weighting("--a", 1).weights().tolist() == LogLinearWeights(a=1.0)(4).tolist()
-    with pytest.raises(InputError, match="--end is missing: the weights end-point need it"):
+    with pytest.raises(InputError, match="end is missing: the weights end-point need it"):
         weighting("--weights", "end-point")
     with pytest.raises(InputError, match=r"has --a 1 --end 3; .* end-point: --end$"):
         weighting("--a", 1, "--end", 3)

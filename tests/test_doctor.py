@@ -23,7 +23,7 @@ from search.storage.engine import open_reading, open_storage, resolve_storage_ur
 from search.storage.leases import LEASE
 from search.storage.ledger import Claim, Ledger
 from search.study.artifacts import artifact_store, attach
-from search.study.retention import CHECKPOINT, IDENTITY, RESULT
+from search.study.retention import CHECKPOINT, IDENTITY, RESULT, keep_too
 from search.study.study import FINGERPRINT, SPEC, Study
 from tests.contracts.scene import lease_rows, take
 from tests.disks import small_disk
@@ -231,6 +231,13 @@ def test_a_broken_study(patient, broken: Callable[[Patient], None], level, said,
     else:
         assert {each.line() for each in after} == found
         assert sorted(patient.runs.rglob("*.*")) == before
+
+
+def test_a_student_that_was_gone_before_it_was_named_is_no_problem(patient):
+    """A confirmation names its candidates, which may lie behind the best that are kept."""
+    (patient.folder(0) / "student.safetensors").unlink(missing_ok=True)
+    keep_too(patient.trials, [0])
+    assert patient.findings() == []
 
 
 def test_unfinished_files_are_deleted_unless_they_are_fresh(patient):

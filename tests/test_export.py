@@ -108,6 +108,8 @@ def test_a_baseline_s_student_may_be_asked_for(confirmed, tmp_path):
     assert whose(folder) == digest(1)
     assert open_study("digits").export(tmp_path / "plain", baseline="plain").paths
     assert whose(tmp_path / "plain") == digest(0)
+    both = command("export", "digits", tmp_path / "both", "--baseline", "plain", "--trial", "1")
+    assert "--baseline plain and --trial 1 are two" in refused(both)
     with pytest.raises(InputError, match="baseline plain is for a search"):
         export_trial(Study.open(confirmed.url, "digits.confirm"), folder, baseline="plain")
 

@@ -99,7 +99,7 @@ WRONG = [
     ("metrics", ("fid", "kit"), "must be a list of fid, kid, got ('fid', 'kit')"),
     ("optimizer", "adan", "must be one of adam, sgd, got 'adan'; did you mean adam?"),
     ("colour", "green", "must be one of red, blue, got 'green'"),
-    ("clip", -1, "must be a number above 0, or none for no limit, got -1"),
+    ("clip", -1, "must be a number above 0, or none (no limit), got -1"),
     ("gpus", "all", "must be auto or a number of at least 0, got 'all'"),
     ("gpus", -1, "got -1"),
     ("afs", 1, "must be true or false, got 1"),

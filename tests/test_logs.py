@@ -288,6 +288,7 @@ def test_logs_are_shown_of_a_study_that_another_version_stored():
         (("--baseline", "plain"), "trial 0 has no log in "),
         ((), "give either the number of a TRIAL, or --baseline"),
         (("0", "--baseline", "plain"), "give either the number of a TRIAL, or --baseline"),
+        (("--baseline", "defaults"), "--baseline must be plain or uniform here, got defaults"),
         (("-1", "--follow"), "has no trial -1"),  # following it would never end
     ],
 )

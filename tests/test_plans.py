@@ -536,7 +536,7 @@ def test_what_cannot_be_promoted_to_is_refused(confirmed, tmp_path):
     assert "--to names digits, a search; give a study of given arms" in told
     uneven = write(tmp_path, PROMOTION, method__until=3)
     told = refused(command("promote", "digits", "--to", uneven))
-    assert "until=3" in told
+    assert "`until` 3" in told
     taken = write(tmp_path, PROMOTION, name="digits")
     told = refused(command("promote", "digits", "--to", taken))
     assert "exists and is a search" in told
@@ -545,6 +545,7 @@ def test_what_cannot_be_promoted_to_is_refused(confirmed, tmp_path):
 def test_without_a_confirmed_winner_nothing_is_promoted(searched, tmp_path):
     for verb in (("promote", "digits"), ("promote", "digits", "--to", write(tmp_path, PROMOTION))):
         assert "only a best of n that may have been lucky" in refused(command(*verb))
+        assert "only a best of n that may have been lucky" in refused(command(*verb, "-n"))
     planned = plan_confirmation(searched, method={}, seeds=3, count=1)
     told = refused(command("promote", "digits"))
     assert "--weights is needed: study digits has no confirmed winner" in told

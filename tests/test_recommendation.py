@@ -110,8 +110,8 @@ def test_images_that_balance_the_noise(latents, seeds, images):
 @pytest.mark.parametrize(
     ("latents", "images", "told"),
     [
-        (0.4, 4096, f"even evaluation.images: {MOST_IMAGES} in a new study would leave"),
-        (0.2, 12_375, f"; evaluation.images: {MOST_IMAGES} in a new study would make"),
+        (0.4, 4096, f"even evaluation.images: {MOST_IMAGES} in a new study would not bring"),
+        (0.2, 12_375, f"; evaluation.images: {MOST_IMAGES} in a new study would bring"),
         (0.4, MOST_IMAGES, None),
     ],
 )

@@ -88,7 +88,7 @@ OF_ANY = [
     ({"plan": {"trials": 1, "images": 64}}, "plan.images", "64 .* at: [...]"),
     ({"plan": {"trials": 1, "at": [0.5, 0.25]}}, "plan.at", "[0.5, 0.25] must ascend"),
     ({"plan": {"trials": 1, "at": [1.0]}}, "plan.at", "below 1, got [1.0]"),
-    ({"plan": {**ARMS, "trials": 3}}, "plan.trials", "is unknown"),
+    ({"plan": {**ARMS, "trials": 3}}, "plan", "arms, .* trials of a search"),
     ({"plan": {**ARMS, "arms": ["plaim"]}}, "plan.arms", "plain, uniform .*'plaim'"),
     ({"plan": {**ARMS, "arms": ["plain", {"c": 1}]}}, "plan.arms.1", "the parameters c"),
     ({"plan": {**ARMS, "arms": [{"a": "x"}]}}, "plan.arms.0", ""),
@@ -101,7 +101,11 @@ OF_ANY = [
     ({"teacher": {"recipe": "latent-digits"}}, "prompts", "give a file of prompts"),
     ({"prompts": __file__}, "prompts", "takes no text"),
     ({"teacher__train__kimg": 0}, "teacher.train.kimg", "got 0"),
-    ({"teacher__train__network": {"depth": 3}}, "teacher.train.network", "'depth'"),
+    (
+        {"teacher__train__network": {"num_blok": 3}},
+        "teacher.train.network.num_blok",
+        "mean num_blocks",
+    ),
     ({"teacher__train__network__model_channels": 6}, "teacher.train.network", "multiple of 4"),
     (
         {"teacher__train__precond": {"name": "vp"}},
@@ -197,7 +201,7 @@ SFD_ALONE = [
 ]
 PD_ALONE = [
     ({"method__until": REMOVED}, "method.until", "missing"),
-    ({"method__until": 3}, "method.steps", "end at until=4 or 2, or start at steps=6"),
+    ({"method__until": 3}, "method.steps", "end at `until` 4 or 2, or start at 6"),
     ({"method__steps": 2}, "method.until", "`steps` 2, .* got 2"),
     (
         {"weights": PER_INTERVAL, "plan": {"trials": 3}},
@@ -254,6 +258,7 @@ def test_mistakes_of_several_sections_are_told_at_once():
         STUDY,
         data="digitz",
         method__nfee=2,
+        method__lr=-1,
         weights={**NORMALISED, "a": {"low": 2, "high": 1}},
         evaluation__extractor="vgg",
         resources={"compile_mode": "reduce-overhead", "log": ["nowhere"]},
@@ -262,10 +267,17 @@ def test_mistakes_of_several_sections_are_told_at_once():
         "data",
         "weights.a.low",
         "method.nfee",
+        "method.lr",
         "resources.compile_mode",
         "evaluation.extractor",
         "resources.log",
     ]
+
+
+def test_mistakes_in_one_section_are_told_at_once():
+    told = message(STUDY, name="My_Study", plan={"trials": 0, "raze": 1}, evaluation__batch=0)
+    keys = [line.split()[1] for line in told.splitlines()]
+    assert keys == ["name", "plan.raze", "plan.trials", "evaluation.batch"]
 
 
 def test_there_is_a_slope_for_each_interval_that_the_method_trains():

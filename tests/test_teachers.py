@@ -384,9 +384,9 @@ def test_ddpm_ends_in_noise_in_any_number_of_times(timesteps):
         ),
         (
             ("--precond", "ddpm", "--timesteps", 20),
-            "--timesteps must be a whole number from 21 to 100000, or none for 1000, got 20",
+            "--timesteps must be a whole number from 21 to 100000, or none \\(1000\\), got 20",
         ),
-        (("--clip", 0), "--clip must be a number above 0, or none for no limit, got 0"),
+        (("--clip", 0), "--clip must be a number above 0, or none \\(no limit\\), got 0"),
     ],
 )
 def test_options_of_another_process_are_refused(tmp_path, options, message):
@@ -462,7 +462,7 @@ def test_what_makes_another_teacher(digits):
 @pytest.mark.parametrize(
     ("network", "shape", "message"),
     [
-        ({"depth": 3}, (1, 8, 8), r"do not fit a SongUNet: [^@]*'depth'[^@]*$"),
+        ({"depth": 3}, (1, 8, 8), "network.depth is unknown"),
         ({"channel_mult": (1,) * 5}, (1, 8, 8), "cannot be halved 4 times[^@]*$"),
         ({"num_blocks": 10**9}, (1, 8, 8), "more than 10000 modules; take fewer blocks"),
         ({"model_channels": 10**9}, (1, 8, 8), "cannot be built"),

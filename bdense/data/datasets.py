@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from bdense.data.names import DATA_SETS, Fit, split_fit, split_format
 from bdense.data.readers import cropped_arrays, read_folder, read_idx_images, read_zip
 from bdense.downloads import fetch
-from bdense.errors import InputError, ShapeError
+from bdense.errors import InputError, ShapeError, did_you_mean
 from bdense.files import file_lock, require_no_pipe, user_folder
 
 DATA_FOLDER = "BDENSE_DATA"
@@ -181,7 +181,8 @@ def _load(
     if source in _NAMED:
         images, labels = _NAMED[source][1]()
         return source, images if crop is None else cropped_arrays(images, crop), labels
-    raise InputError(f"unknown data set {source!r}; known are {DATA_SETS}")
+    hint = did_you_mean(source, _NAMED)
+    raise InputError(f"unknown data set {source!r}; known are {DATA_SETS}{hint}")
 
 
 def _padded(name: str, images: Tensor, side: int) -> Tensor:

@@ -276,7 +276,7 @@ def _summary(source: str, count: int, problems: Mapping[str, Sequence[str]]) -> 
         f"{len(names)}, such as {names[0]}: {reason}" for reason, names in most[:_SHOWN_PROBLEMS]
     ]
     left = len(most) - len(lines)
-    lines += [f"and {left} other problems"] if left > 0 else []
+    lines += [f"and {left} other problem{'s' * (left > 1)}"] if left > 0 else []
     return f"{source}: {bad} of {count} images cannot be used: {' | '.join(lines)}"
 
 

@@ -136,12 +136,12 @@ def _require_dividing(first: int, last: int, substeps: int) -> None:
         reached.append(reached[-1] // substeps)
     if reached[-1] != last:
         usable = [n for n in reached[1:] if n >= 1]
-        ways = f"end at until={' or '.join(map(str, usable))}, or " if usable else ""
+        ways = f"end at `until` {' or '.join(map(str, usable))}, or " if usable else ""
         power = max(1, round(math.log(first / last, substeps)))
         raise KnobError(
             "steps",
-            f"{first} do not become until={last} by dividing by substeps={substeps} again and "
-            f"again; {ways}start at steps={last * substeps**power}",
+            f"{first} do not become `until` {last} by dividing by `substeps` {substeps} again and "
+            f"again; {ways}start at {last * substeps**power}",
         )
 
 

@@ -134,14 +134,14 @@ class SFDConfig(GridConfig, GuidanceKnobs):
             )
 
     @classmethod
-    def read(cls, tree: Mapping[str, Any], where: str = "") -> Self:
+    def read_all(cls, tree: Mapping[str, Any], where: str = "") -> Self:
         """As in ``Knobs``, with the usual values for several NFE or a second stage."""
         usual: Mapping[str, Any] = {}
         if tree.get("second_stage") is True:
             usual = _SECOND_STAGE
         elif isinstance(nfe := tree.get("nfe"), list | tuple) and len(nfe) > 1:
             usual = _SEVERAL_NFE
-        return super(SFDConfig, cls).read({**usual, **tree}, where)
+        return super(SFDConfig, cls).read_all({**usual, **tree}, where)
 
     @property
     def several_nfe(self) -> tuple[int, ...]:
@@ -544,9 +544,10 @@ def _check_second_stage(
     A student for several NFE gets the number of points of the grid it walks.
     """
     if not served:
-        raise InputError(
-            "second_stage distils a student further, and the teacher is none; make one of it "
-            "first, with nfe=5"
+        raise KnobError(
+            "second_stage",
+            "distils a student further, and this teacher is no student; make one of it first, "
+            "with `nfe` 5",
         )
     any_of_them = next(iter(served.values()))
     if not isinstance(any_of_them.schedule, Schedule):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bdense.errors import InputError, ShapeError
+from bdense.errors import InputError, ShapeError, did_you_mean
 from bdense.files import require_no_page, sha256_file
 from bdense.metrics.classifiers import RECIPES, Classifier, classifier_checkpoint, load_classifier
 from bdense.metrics.dinov2 import SIZES, load_dinov2
@@ -117,7 +117,8 @@ def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor
             return _torchscript(Path(argument), device)
         if kind in RECIPES:
             return _classifier(kind, argument, cache, device)
-    raise InputError(f"unknown feature extractor {spec!r}; known are {SPECS}")
+    hint = did_you_mean(spec, ("inception", "dinov2", *RECIPES))
+    raise InputError(f"unknown feature extractor {spec!r}; known are {SPECS}{hint}")
 
 
 def missing_checkpoint(spec: str) -> tuple[str, Path] | None:

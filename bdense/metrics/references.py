@@ -349,7 +349,8 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         require_no_page(path)
         # numpy's own message would call it a pickle.
         raise CheckpointError(
-            f"{path} cannot be read as .npz (it is cut short, or another kind of file)"
+            f"{path} cannot be read as .npz (it is cut short, or another kind of file); give "
+            "EDM's .npz with mu and sigma, as `bdense reference` writes it"
         )
     try:
         bound = unpacked_bound(path.stat().st_size)

@@ -78,8 +78,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise fault from error
         require_no_page(path)
         raise CheckpointError(
-            f"{path} cannot be read as safetensors ({error}); it may be cut short: fetch or make "
-            "it again"
+            f"{path} cannot be read as safetensors ({error}); it is another kind of file, or cut "
+            "short: fetch or make it again"
         ) from error
     if HEADER_KEY not in header:
         raise CheckpointError(

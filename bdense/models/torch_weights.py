@@ -51,4 +51,5 @@ def last_line(error: BaseException) -> str:
     """The last line of an error: torch puts a stack in front of it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # Torch lists all names of a state dict that does not fit.
-    return lines[-1][:_LONGEST_REASON] if lines else type(error).__name__
+    said = lines[-1] if lines else type(error).__name__
+    return said if len(said) <= _LONGEST_REASON else f"{said[:_LONGEST_REASON]} ..."

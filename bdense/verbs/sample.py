@@ -44,7 +44,9 @@ def sample(options: argparse.Namespace) -> None:
     own, drawing = from_options(SampleOptions, options), from_options(Drawing, options)
     device, execution = chosen_hardware(options)
     texts = chosen_prompts(own.prompt, drawing.prompts)
-    require_out(own.out, options, _no_picture)
+    require_out(own.out, options, _no_picture, inputs=[own.model])
+    if own.out.suffix.lower() not in ("", ".png"):
+        raise KnobError("out", f"is a PNG picture and must end in .png, got {own.out}")
     drawer = chosen_drawer(own.model, drawing, texts, device, execution)
     save_grid(drawer.draw(own.images, own.seed), own.out, own.columns)
     print(own.out)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bdense.errors import InputError
-from bdense.knobs import KnobError, Knobs, from_options, knob, spelt_options
+from bdense.knobs import KnobError, Knobs, from_options, knob, knobs_of, spelt_options
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.parameters import SET_HELP, given_parameters, parameter_knobs
 from bdense.weights.space import BASELINE, PLAIN, Choice, WeightSpace
@@ -103,9 +103,11 @@ def _space(
             fitted: WeightSpace = space.of_method(num_branches, num_intervals)
             if given.keys() <= fitted.distributions().keys():
                 return fitted
+    if name is not None:
+        own = ", ".join(fitted.distributions())
+        raise InputError(f"the weights {name} do not have {_spelt(given)}; here they have {own}")
     known = "; ".join(f"{each.name}: {' '.join(map(_option, _names(each)))}" for each in spaces)
-    of = "no weight space has" if name is None else f"the weights {name} do not have"
-    raise InputError(f"{of} {_spelt(given)}; there are {known}")
+    raise InputError(f"no weight space has {_spelt(given)}; there are {known}")
 
 
 def _names(space: WeightSpace) -> list[str]:
@@ -117,4 +119,10 @@ def _option(parameter: str) -> str:
 
 
 def _spelt(given: Mapping[str, Any]) -> str:
-    return spelt_options({_OPTIONS.get(name, name): value for name, value in given.items()})
+    own = {name: _OPTIONS.get(name, name) for name in given}
+    options = knobs_of(parameter_options()).keys() | knobs_of(WeightOptions).keys()
+    words = [
+        spelt_options({own[name]: value}) if own[name] in options else f"--set {name}={value}"
+        for name, value in given.items()
+    ]
+    return " ".join(words)

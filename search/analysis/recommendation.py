@@ -91,12 +91,13 @@ class Noise:
             most = min(math.ceil(needed / 1024) * 1024, MOST_IMAGES)
             images = f"evaluation.images: {most} in a new study would"
             way_out = (
-                f"; {images} make the latents' half of the seeds'"
+                f"; {images} bring the latents' part down to half of the seeds' part"
                 if needed <= MOST_IMAGES
-                else f"; even {images} leave the latents' above half of the seeds'"
+                else f"; even {images} not bring the latents' part down to half of the seeds' part"
             )
         return (
-            f"least difference that this study can tell: {least:.2g} (standard deviations: "
+            f"least difference in {self.metric.name} that this study can tell: {least:.2g} "
+            "(standard deviations of a difference: "
             f"{', '.join(parts)}; {self.replicates} replicates){way_out}"
         )
 

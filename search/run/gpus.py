@@ -58,9 +58,10 @@ def use_gpus(
     there = count_gpus() if there is None else there
     if missing := [number for number in chosen if not 0 <= number < there]:
         has = {0: "no GPU", 1: "1 GPU: 0"}.get(there, f"{there} GPUs: 0 to {there - 1}")
+        be = "is" if len(missing) == 1 else "are"
         remedy = "leave --gpus out to run on its CPUs" if there == 0 else "choose from them"
         raise InputError(
-            f"{asked}: this machine has {has}, and {', '.join(map(str, missing))} is not there; "
+            f"{asked}: this machine has {has}, and {', '.join(map(str, missing))} {be} not there; "
             f"{remedy}"
         )
     given = environment.get(VISIBLE)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from bdense.data.names import split_fit, split_format
-from bdense.errors import InputError
+from bdense.errors import InputError, did_you_mean
 from bdense.files import split_column
 from bdense.models.diffusers_files import is_hub_id
 from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, REFERENCES
@@ -230,15 +230,17 @@ def parse(tree: dict[str, Any], source: str) -> StudySpec:
     """
     if "facts" in tree:
         raise SpecError(f"{source}: facts is written by bdense; leave it out")
+    problems, name = [], tree.get("name")
+    if isinstance(name, str) and not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", name):
+        problems.append(
+            f"name must be lower-case letters, digits and hyphens, at most 64, got {name!r}"
+        )
     try:
         spec = StudySpec.read(tree)
     except InputError as error:
-        raise SpecError.of_lines(source, str(error).splitlines()) from error
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", spec.name):
-        raise SpecError(
-            f"{source}: name must be lower-case letters, digits and hyphens, at most 64, got "
-            f"{spec.name!r}"
-        )
+        problems += str(error).splitlines()
+    if problems:
+        raise SpecError.of_lines(source, problems)
     return _with_absolute_files(spec, source)
 
 
@@ -282,7 +284,8 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
         if path.is_dir() and not folder:
             raise SpecError(f"{source}: {key}: {file} is a folder; give the name of a file")
         if not path.exists():
-            known = f", nor a public one of that name ({', '.join(names)})" if names else ""
+            public = did_you_mean(file, names) or f" ({', '.join(names)})"
+            known = f", nor a public one of that name{public}" if names else ""
             raise SpecError(f"{source}: {key}: there is no file {file}{known}{_elsewhere(file)}")
         return str(path)
 

@@ -16,9 +16,9 @@ import torch
 from bdense.data.datasets import image_shape
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.guidance import no_null
-from bdense.errors import InputError
+from bdense.errors import InputError, did_you_mean
 from bdense.execution import Execution
-from bdense.knobs import knobs_of
+from bdense.knobs import KnobError, KnobsError, knobs_of
 from bdense.methods import METHODS
 from bdense.methods.one_shot import Coordinates, OneShot
 from bdense.metrics.classifiers import RECIPES, Classifier
@@ -93,7 +93,7 @@ def _noting(problems: list[str], key: str = "") -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        problems.append(str(SpecError.under(key, error) if key else error))
+        problems += str(SpecError.under(key, error) if key else error).splitlines()
 
 
 def filled_in(spec: StudySpec) -> StudySpec:
@@ -147,6 +147,8 @@ def _untrained(spec: StudySpec) -> NetworkDenoiser:
         # Building is what finds a wrong type.
         with torch.device("meta"):
             return new_denoiser(config, shape)
+    except KnobError as error:
+        raise SpecError.under("teacher.train", error) from error
     except (InputError, TypeError, ValueError, RuntimeError) as error:
         raise SpecError.under(f"teacher.train.network {training.network}", error) from error
 
@@ -215,8 +217,10 @@ def _with_facts(
 ) -> StudySpec:
     try:
         method = METHODS[spec.method.name]()
-        config = method.Config.read(spec.method.options, where)
+        config = method.Config.read_all(spec.method.options, where)
         plans = method.plan(config, teacher)
+    except KnobsError:
+        raise
     except InputError as error:
         raise SpecError.under(where, error) from error
     facts = Facts(
@@ -468,4 +472,5 @@ def _check_extractor(name: str) -> None:
     kind, _, file = name.partition(":")
     of_a_file = kind == "torchscript" and file
     if not (of_a_file or kind in ("inception", "dinov2", *SIZES) or name in RECIPES):
-        raise SpecError(f"evaluation.extractor: there is no {name!r}; known are {SPECS}")
+        hint = did_you_mean(name, ("inception", "dinov2", *SIZES, *RECIPES))
+        raise SpecError(f"evaluation.extractor: there is no {name!r}; known are {SPECS}{hint}")

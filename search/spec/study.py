@@ -15,7 +15,7 @@ from bdense.data.names import PROMPTS
 from bdense.errors import InputError
 from bdense.execution import Precision
 from bdense.files import sha256_file, sha256_model
-from bdense.knobs import KnobError, Knobs, knob, knobs_of
+from bdense.knobs import KnobError, Knobs, KnobsError, knob, knobs_of
 from bdense.methods import YOUNGER
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.weights import WEIGHT_SPACES, space_of
@@ -125,23 +125,27 @@ class StudySpec(Knobs):
 
     @classmethod
     def read(cls, tree: Mapping[str, Any], where: str = "") -> Self:
-        """As ``Knobs.read``, but the error has a line for each section with a mistake."""
+        """As ``Knobs.read``, but the error has a line for each mistake."""
         values, problems = dict(tree), []
         facts = values.pop("facts", None)
         for name, known in knobs_of(cls).items():
             try:
                 if name in values:
-                    values[name] = _section(name, values[name])
-                    known.accept(values[name])
+                    values[name] = given = _section(name, values[name])
+                    if known.nests(given):
+                        given = known.type.read_all(known.merged(given))
+                    known.accept(given)
+            except KnobsError as error:
+                problems += [str(SpecError.under(name, each)) for each in error.errors]
             except InputError as error:
                 problems.append(str(SpecError.under(name, error)))
         try:
             # Finds keys that are unknown or missing.
             if not problems or values.keys() - knobs_of(cls).keys():
-                spec = super(StudySpec, cls).read(values, where)
+                spec = super(StudySpec, cls).read_all(values, where)
                 return spec if facts is None else replace(spec, facts=Facts.read(facts))
         except InputError as error:
-            problems.append(str(error))
+            problems += str(error).splitlines()
         raise InputError("\n".join(dict.fromkeys(problems)))
 
     def as_dict(self) -> dict[str, Any]:
@@ -395,12 +399,18 @@ def _section(name: str, given: Any) -> Any:  # noqa: ANN401  as YAML has it
                 name, f"must be {ONE_SHOT_PLAN} or a mapping with trials or arms, got {given!r}"
             )
         if "arms" in given:
-            return ArmsPlan.read(given)
+            if others := given.keys() & (knobs_of(SearchPlan).keys() - knobs_of(ArmsPlan).keys()):
+                raise KnobError(
+                    name,
+                    f"has arms, which are given, and {', '.join(sorted(others))} of a search; "
+                    "drop one of the two",
+                )
+            return ArmsPlan.read_all(given)
         members = {key: given[key] for key in ("sampler", "pruner") if given.get(key) is not None}
         if given.get("one_shot") is not None and "trials" not in given:
             known = knobs_of(SearchPlan)["one_shot"].accept(given["one_shot"])
             given = {**given, "trials": known.best}
-        return SearchPlan.read(
+        return SearchPlan.read_all(
             {**given, **{key: Member.of(each, key) for key, each in members.items()}}
         )
     return given

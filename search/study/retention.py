@@ -52,8 +52,12 @@ def clean_students(ledger: Ledger, keep: int) -> int:
 
 def kept_students(ledger: Ledger, values: Mapping[int, float], keep: int) -> set[int]:
     """Trials of a search whose students stay: the best ``keep`` by value, and the named ones."""
-    ranked = sorted(values, key=lambda number: (values[number], number))
-    return {*ranked[:keep], *_named(ledger)}
+    return best_numbers(values, keep) | _named(ledger)
+
+
+def best_numbers(values: Mapping[int, float], keep: int) -> set[int]:
+    """The best ``keep`` trials; each has its student, which a named one may have lost before."""
+    return set(sorted(values, key=lambda number: (values[number], number))[:keep])
 
 
 def drop_checkpoints(folder: Path) -> int:

@@ -1,6 +1,7 @@
 """``bdense-search launch``: start or continue a study, or print its cost."""
 
 import argparse
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,13 @@ from bdense.knobs import from_options
 from search.analysis.comparison import settings_text
 from search.analysis.pilot import pilot_spec, with_known_images
 from search.api import changes_of, is_file, planned, with_trials
+from search.errors import StorageError, UnknownStudyError
 from search.run.launch import launch
 from search.spec.command import command_line
 from search.spec.file import as_yaml, read_spec
 from search.spec.study import StudySpec
 from search.study.study import Study
+from search.study.summary import headline
 from search.verbs.common import storage_url, use_workers
 from search.verbs.options import DryRun, LaunchOptions
 
@@ -30,6 +33,9 @@ def launch_study(options: argparse.Namespace) -> None:
     else:
         spec = read_spec(Path(asked.study), changes_of(asked.trials))
     if from_options(DryRun, options).dry_run:
+        with contextlib.suppress(UnknownStudyError, StorageError):
+            stored = Study.open(url, spec.name, reading=True)
+            print(f"# in the storage already: {headline(stored)}")
         dry_run(with_known_images(url, spec), workers)
         return
     study = planned(url, spec, by_name=by_name)

@@ -14,15 +14,17 @@ from bdense.files import require_new
 from bdense.knobs import from_options
 from search.analysis.comparison import compare, replicates_of
 from search.analysis.confirmation import judged_summary
+from search.analysis.confirmation import verdict as verdict_of
 from search.analysis.pilot import pilot_of
 from search.analysis.recommendation import assess, noise_of
 from search.analysis.stop_rule import LargestGain, assessed
 from search.log import say
 from search.report.report_files import HTML_PAGE, write_report
-from search.storage.engine import redact
+from search.storage.engine import redact, sqlite_file
 from search.storage.stop_flags import CONTINUE, asked_at
 from search.study.catalogue import list_studies, studies_json, studies_table
 from search.study.one_shot import curve_line, curve_of, curve_text, one_shot_json
+from search.study.study import Study
 from search.study.summary import best_json, counts_json, failures, foreign_rows, headline, table
 from search.study.trial_list import list_rows, rows_csv, rows_table
 from search.study.wording import counts_line, duration
@@ -48,7 +50,9 @@ def show_list(options: argparse.Namespace) -> None:
     elif found:
         print(*studies_table(found), sep="\n")
     else:
-        print(f"no studies in {redact(url)}")
+        path = sqlite_file(url)
+        missing = "" if path is None or path.exists() else ", which does not exist yet"
+        print(f"no studies in {redact(url)}{missing}")
 
 
 def status(options: argparse.Namespace) -> None:
@@ -70,6 +74,8 @@ def status(options: argparse.Namespace) -> None:
                 f"{row} {running.number} on {running.owner} for {duration(running.seconds)}, "
                 f"attempt {running.attempt}: {running.progress or 'starting'}"
             )
+    if study.is_search and (waiting := study.counts().waiting):
+        print(f"planned before any other point: {waiting}")
     if when := asked_at(study.ledgers):
         print(f"asked to stop at {when}; {CONTINUE}")
     for line in failures(study):
@@ -167,10 +173,21 @@ def export(options: argparse.Namespace) -> None:
         require_new(Path(asked.folder))
     written = export_trial(study, Path(asked.folder), **wanted)
     say(written.text())
+    _tell_recommended(study, asked)
     print(*written.paths, sep="\n")
     if hub is not None:
         with _pushable_later(asked):
             print(hub.push(Path(asked.folder)))
+
+
+def _tell_recommended(study: Study, asked: ExportOptions) -> None:
+    """Say so where a search's best trial was written, and a baseline is recommended."""
+    if not study.is_search or (asked.trial, asked.baseline) != (None, None):
+        return
+    verdict = verdict_of(study)
+    use = assess(study, verdict)[1] if verdict is None else None
+    if use is not None and use.arm.baseline is not None:
+        say(f"{use.text()}; to write that one: --baseline {use.arm.baseline}")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bdense.errors import BdenseError, InputError
-from bdense.knobs import from_options
+from bdense.knobs import KnobError, from_options
 from bdense.weights.parameters import given_parameters
 from bdense.weights.space import require_point
 from search.analysis.pilot import ledgers_with_pilot
@@ -75,11 +75,11 @@ def _planned(study: Study, given: Mapping[str, Any]) -> list[str]:
         needed = counts.ended + counts.running + counts.waiting
         lines.append(
             f"plan.trials, {trials.budget}, leaves no room for it; to run it: "
-            f"bdense-search launch STUDY.yaml --trials {needed}"
+            f"bdense-search launch {study.name} --trials {needed}"
         )
     elif not counts.running:
         lines.append(
-            "it is the next to run; if no launcher is at work: bdense-search launch STUDY.yaml"
+            f"it is the next to run; if no launcher is at work: bdense-search launch {study.name}"
         )
     return lines
 
@@ -143,6 +143,9 @@ def _row(study: Study, asked: LogsOptions) -> tuple[Ledger, int]:
         return study.main, asked.trial
     if not study.is_search or study.given is None:
         raise InputError(f"{study.name} has no baselines of its own; give the number of a row")
+    if asked.baseline not in study.spec.baselines:
+        known = " or ".join(study.spec.baselines)
+        raise KnobError("baseline", f"must be {known} here, got {asked.baseline}")
     seed = study.spec.seeds.training
     # The last one: a launch plans a failed baseline anew.
     arms, params = study.arms, study.given.asked()

@@ -284,11 +284,11 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
         )
     try:
         found = measure(spec, patience=PATIENCE_SECONDS)
-        why = f"it takes longer than {PATIENCE_SECONDS:g} s here"
+        why = f"to measure a trial takes longer than {PATIENCE_SECONDS:g} s here"
     except InputError as error:
         found, why = None, str(error)
     if found is None:
-        lines.append(f"time and memory: the launch measures them; not here: {why}")
+        lines.append(f"time and memory: not known before the launch: {why}")
     else:
         at_once = workers or 1
         each = updates * found.update_seconds
@@ -307,9 +307,9 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
         ]
     if spec.teacher.train:
         trained = round(spec.teacher.train.kimg * 1000)
-        lines.append(f"teacher: trained on {trained:,} images first, which is not counted")
+        lines.append(f"teacher: trained on {trained:,} images, once, which is not counted")
     if spec.teacher.recipe:
-        lines.append(f"teacher: {spec.teacher.recipe} is made first, which is not counted")
+        lines.append(f"teacher: {spec.teacher.recipe} is made, once, which is not counted")
     return lines + _downloads(spec, parameters)
 
 

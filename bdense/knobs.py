@@ -62,8 +62,11 @@ class KnobsError(InputError):
     """Several knobs are wrong; a line for each."""
 
     def __init__(self, errors: Sequence[KnobError]) -> None:
-        super().__init__("\n".join(map(str, errors)))
+        super().__init__(errors)  # what a process pickles
         self.errors = errors
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.errors))
 
 
 class _WrongTypeError(Exception):
@@ -314,7 +317,8 @@ class Knobs:
             yield from (KnobError(f"{name}.{error.name}", error.problem) for error in inner)
             try:
                 if not inner:
-                    each.parse(value) if isinstance(value, str) else each.accept(value)
+                    convert = each.parse if isinstance(value, str) else each.accept
+                    convert(value)
             except KnobError as error:
                 yield error
 

@@ -10,7 +10,16 @@ import pytest
 
 from bdense import knobs
 from bdense.errors import InputError
-from bdense.knobs import KnobError, Knobs, add_options, from_options, knob, knobs_of, reference
+from bdense.knobs import (
+    KnobError,
+    Knobs,
+    KnobsError,
+    add_options,
+    from_options,
+    knob,
+    knobs_of,
+    reference,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +127,19 @@ def test_other_values_are_refused_by_name(name, value, problem):
     with pytest.raises(KnobError) as caught:
         Config.read({"steps": 1, name: value}, "method")
     assert str(caught.value).startswith(f"method.{name} must be ")
+
+
+def test_all_that_is_wrong_is_told_also_by_another_process():
+    with pytest.raises(KnobsError) as caught:
+        Config.read_all({"steps": 0, "lr": -1, "stpes": 2, "betas": "x"}, "method")
+    told = pickle.loads(pickle.dumps(caught.value))  # noqa: S301
+    assert [error.name for error in told.errors] == [
+        "method.stpes",
+        "method.steps",
+        "method.lr",
+        "method.betas",
+    ]
+    assert str(told) == str(caught.value) == "\n".join(map(str, told.errors))
 
 
 def test_an_error_survives_another_process():

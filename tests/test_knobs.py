@@ -135,8 +135,8 @@ def test_all_that_is_wrong_is_told_also_by_another_process():
     told = pickle.loads(pickle.dumps(caught.value))  # noqa: S301
     assert [error.name for error in told.errors] == [
         "method.stpes",
-        "method.steps",
         "method.lr",
+        "method.steps",
         "method.betas",
     ]
     assert str(told) == str(caught.value) == "\n".join(map(str, told.errors))

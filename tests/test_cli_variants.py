@@ -236,7 +236,7 @@ def test_other_number_formats_leave_float32_weights(teacher, folder, tmp_path):
             "--device mps: torch sees no Apple GPU",
             marks=pytest.mark.skipif(torch.backends.mps.is_available(), reason="has one"),
         ),
-        (("--second-stage",), "the teacher is none; make one of it first"),
+        (("--second-stage",), "this teacher is no student; make one of it first"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused(teacher, tmp_path, monkeypatch, options, message):
@@ -251,7 +251,7 @@ def test_what_cannot_be_distilled_is_refused(teacher, tmp_path, monkeypatch, opt
     [
         ((), "is a student, which knows the levels .* second_stage, or give its own teacher"),
         (("--second-stage", "--nfe", 1, 2), r"is for one NFE, got nfe=\[1, 2\]; give one"),
-        (("--second-stage", "--solver", "heun"), "--solver must be euler with second_stage"),
+        (("--second-stage", "--solver", "heun"), "--solver must be euler with --second-stage"),
         (("--second-stage", "--rho", 5), "keeps the teacher's noise levels"),
         (
             ("--second-stage", "--nfe", 3),

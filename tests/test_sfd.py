@@ -172,7 +172,7 @@ def test_the_second_stage_walks_as_its_teacher_draws():
     jumps = {"sampler": known["sampler"] | {"solver": "consistency"}}
     with pytest.raises(InputError, match="draws by consistency"):
         method.check(config, teacher, jumps)
-    with pytest.raises(InputError, match="distils a student further, and the teacher is none"):
+    with pytest.raises(InputError, match="distils a student further, and this teacher is no student"):
         method.check(config, teacher, {})
     with pytest.raises(InputError, match="the teacher is a student, which knows the levels it"):
         method.check(SFDConfig(), teacher, known)
@@ -220,7 +220,7 @@ def test_usual_values_depend_on_what_is_made():
         ({"solver": "heun", "thresholding": True}, "heun has no thresholding"),
         ({"sigma_min": 90.0}, "needs 0 < sigma_min < sigma_max"),
         ({"step_condition": "random"}, "step_condition random is for a student of several NFE"),
-        ({"second_stage": True}, "solver must be euler with second_stage"),
+        ({"second_stage": True}, "solver must be euler with `second_stage`"),
         ({"second_stage": True, "nfe": (1, 2)}, "second_stage is for one NFE"),
     ],
 )

@@ -290,7 +290,7 @@ def test_dry_run_starts_nothing(workplace):
     for part in (
         "# rows: 5, each of a student, 40 updates and 64 images",
         "memory: ",  # or why it is not measured: a busy machine takes longer than one waits
-        "# teacher: trained on 256 images first",
+        "# teacher: trained on 256 images, once",
         "# fingerprint ",
     ):
         assert part in said

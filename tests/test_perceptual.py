@@ -115,7 +115,7 @@ def test_missing_weights_are_named_with_where_to_put_them(tmp_path, monkeypatch,
         raise InputError(f"cannot download {what}; fetch {url} by hand and put it at {path}")
 
     checkpoints = tmp_path / "hub/checkpoints"
-    monkeypatch.setattr("bdense.models.zoo.fetch", refuse)
+    monkeypatch.setattr("bdense.models.torch_weights.fetch", refuse)
     expected = f"LPIPS weights; fetch {LPIPS_URL} by hand and put it at {checkpoints}/lpips_w"
     with pytest.raises(InputError, match=re.escape(expected)):
         LPIPS()

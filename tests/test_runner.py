@@ -16,6 +16,7 @@ from bdense.errors import InputError
 from search.run import runner
 from search.spec.study import StudySpec
 from search.storage.engine import resolve_storage_url
+from search.storage.stop_flags import Launch
 from search.study.study import Study
 from search.worker.ray_tasks import WorkerConfig
 from search.worker.trainer import RECORDED, Preparation
@@ -112,7 +113,8 @@ def without_ray(monkeypatch):
 
 
 def run(study: Study) -> None:
-    runner.run(study, workers=1, on_preparing=lambda _: None, on_running=lambda: None)
+    launch = Launch.begin(study.ledgers)
+    runner.run(study, launch, workers=1, on_preparing=lambda _: None, on_running=lambda: None)
 
 
 def test_ray_s_remarks_do_not_mix_with_the_result(study, without_ray, capsys):

@@ -275,7 +275,7 @@ def test_chosen_gpus_are_all_that_ray_sees():
     [
         ([0, 2], 1, "", "--gpus 0,2: .* 1 GPU: 0, and 2 is not there; choose from"),
         ([0], 0, "", "--gpus 0: .* no GPU, and 0 is not there; leave --gpus out"),
-        ([4, 5], 4, "", "4 GPUs: 0 to 3, and 4, 5 is not there"),
+        ([4, 5], 4, "", "4 GPUs: 0 to 3, and 4, 5 are not there"),
         ([-1], 4, "", "-1 is not there"),
         ([1, 1], 4, "", "--gpus 1,1 names a GPU twice"),
         ([0], 4, "RAY_ADDRESS=head:6379", "cluster at RAY_ADDRESS=head:6379"),

@@ -328,7 +328,7 @@ def test_a_study_that_is_worked_on_stays_as_it_is(old):
         # Without the boot id a dead worker cannot be recognised.
         db.execute("UPDATE bdense_lease SET boot = '', expires = 1e12 WHERE trial_id = 28")
     assert "running" in refused(command("storage", "upgrade"))
-    with pytest.raises(InputError, match=r"small: 1 of its rows are running"):
+    with pytest.raises(InputError, match=r"small: rows that are running: 1"):
         list(upgrade.upgrade_studies(old))
     with pytest.raises(OutdatedStudyError):
         Study.open(old, "small")

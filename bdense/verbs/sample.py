@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdense.data.names import SUFFIXES
 from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser
@@ -45,7 +46,7 @@ def sample(options: argparse.Namespace) -> None:
     device, execution = chosen_hardware(options)
     texts = chosen_prompts(own.prompt, drawing.prompts)
     require_out(own.out, options, _no_picture, inputs=[own.model])
-    if own.out.suffix.lower() not in ("", ".png"):
+    if (ending := own.out.suffix.lower()) in SUFFIXES and ending != ".png":
         raise KnobError("out", f"is a PNG picture and must end in .png, got {own.out}")
     drawer = chosen_drawer(own.model, drawing, texts, device, execution)
     save_grid(drawer.draw(own.images, own.seed), own.out, own.columns)

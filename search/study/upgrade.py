@@ -202,7 +202,7 @@ def _rewrite_database(ledgers: Sequence[Ledger], form: "_Form") -> None:
 def _refuse_at_work(ledgers: Sequence[Ledger]) -> None:
     if working := held(ledgers):
         raise InputError(
-            f"{working} rows are running; end the workers, then run this command again"
+            f"rows that are running: {working}; end the workers, then run this command again"
         )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Self
 
 from bdense.errors import BdenseError, InputError
-from bdense.knobs import KnobError
+from bdense.knobs import KnobError, KnobsError
 
 INTERRUPTED = "interrupted; nothing is lost: run the same command again to continue"
 
@@ -56,8 +56,14 @@ class SpecError(InputError):
     @staticmethod
     def under(key: str, error: Exception) -> InputError:
         """An error of a section, with the section's key in front unless it has that already."""
+        if isinstance(error, KnobsError):
+            return KnobsError([SpecError._under(key, each) for each in error.errors])
         if not isinstance(error, KnobError):
             return SpecError(f"{key}: {error}")
+        return SpecError._under(key, error)
+
+    @staticmethod
+    def _under(key: str, error: KnobError) -> KnobError:
         if f"{error.name}.".startswith(f"{key}."):
             return error
         return KnobError(f"{key}.{error.name}", error.problem)

@@ -436,7 +436,7 @@ def unknown_option(argument: str, arguments: Sequence[str]) -> str:
     """The message for an option that ``bdense distill`` does not have for its method."""
     flag = argument.partition("=")[0]
     having = [name for name in METHODS if flag in option_names(METHODS[name].Config)]
-    others = "; " + f"--method {' or '.join(having)} has it" if having else ""
+    others = f"; --method {' or '.join(having)} has it" if having else ""
     own = [name for each in distill_configs(arguments) for name in sorted(option_names(each))]
     hint = "" if having else did_you_mean_option(flag, own)
     return f"--method {chosen_method(arguments)} has no option {flag}{others}{hint}"

@@ -88,7 +88,7 @@ class Noise:
         parts += [] if self.latents is None else [f"latents {self.latents:.2g}"]
         way_out, needed = "", self._needed_images
         if needed is not None and (self.images or 0) < MOST_IMAGES:
-            most = min(math.ceil(needed / 1024) * 1024, MOST_IMAGES)
+            most = min(self.balanced_images or MOST_IMAGES, MOST_IMAGES)
             images = f"evaluation.images: {most} in a new study would"
             way_out = (
                 f"; {images} bring the latents' part down to half of the seeds' part"

@@ -18,7 +18,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.guidance import no_null
 from bdense.errors import InputError, did_you_mean
 from bdense.execution import Execution
-from bdense.knobs import KnobError, KnobsError, knobs_of
+from bdense.knobs import KnobError, knobs_of
 from bdense.methods import METHODS
 from bdense.methods.one_shot import Coordinates, OneShot
 from bdense.metrics.classifiers import RECIPES, Classifier
@@ -219,8 +219,6 @@ def _with_facts(
         method = METHODS[spec.method.name]()
         config = method.Config.read_all(spec.method.options, where)
         plans = method.plan(config, teacher)
-    except KnobsError:
-        raise
     except InputError as error:
         raise SpecError.under(where, error) from error
     facts = Facts(

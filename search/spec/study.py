@@ -15,7 +15,7 @@ from bdense.data.names import PROMPTS
 from bdense.errors import InputError
 from bdense.execution import Precision
 from bdense.files import sha256_file, sha256_model
-from bdense.knobs import KnobError, Knobs, KnobsError, knob, knobs_of
+from bdense.knobs import KnobError, Knobs, knob, knobs_of
 from bdense.methods import YOUNGER
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.weights import WEIGHT_SPACES, space_of
@@ -135,10 +135,8 @@ class StudySpec(Knobs):
                     if known.nests(given):
                         given = known.type.read_all(known.merged(given))
                     known.accept(given)
-            except KnobsError as error:
-                problems += [str(SpecError.under(name, each)) for each in error.errors]
             except InputError as error:
-                problems.append(str(SpecError.under(name, error)))
+                problems += str(SpecError.under(name, error)).splitlines()
         try:
             # Finds keys that are unknown or missing.
             if not problems or values.keys() - knobs_of(cls).keys():

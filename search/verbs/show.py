@@ -182,10 +182,10 @@ def export(options: argparse.Namespace) -> None:
 
 def _tell_recommended(study: Study, asked: ExportOptions) -> None:
     """Say so where a search's best trial was written, and a baseline is recommended."""
-    if not study.is_search or (asked.trial, asked.baseline) != (None, None):
+    is_chosen = (asked.trial, asked.baseline) != (None, None)
+    if is_chosen or not study.is_search or verdict_of(study) is not None:
         return
-    verdict = verdict_of(study)
-    use = assess(study, verdict)[1] if verdict is None else None
+    _, use = assess(study, None)
     if use is not None and use.arm.baseline is not None:
         say(f"{use.text()}; to write that one: --baseline {use.arm.baseline}")
 

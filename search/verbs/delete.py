@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from bdense.errors import InputError
-from search.analysis.confirmation import CONFIRM_SUFFIX
+from search.analysis.confirmation import confirmation_of
 from search.analysis.pilot import ledgers_with_pilot
 from search.storage.engine import redact
 from search.storage.ledger import Ledger
@@ -20,7 +20,7 @@ from search.verbs.options import DeleteOptions
 def delete(asked: DeleteOptions) -> None:
     """Say what would go, ask, and delete it."""
     study = open_study(asked)
-    confirmation = study.beside(study.name + CONFIRM_SUFFIX)
+    confirmation = confirmation_of(study)
     # The study itself last: interrupted, the command can be given again.
     ledgers = [*(() if confirmation is None else confirmation.ledgers)]
     ledgers += reversed(ledgers_with_pilot(study))

@@ -122,6 +122,21 @@ def finish(
     return done
 
 
+def statements(study: Study, call: Callable[[], object]) -> int:
+    """How many statements a call sends to the study's database."""
+    engine, sent = study.main.storage.engine, list[object]()
+
+    def note(*asked: object) -> None:
+        sent.append(asked[2])
+
+    sa.event.listen(engine, "before_cursor_execute", note)
+    try:
+        call()
+    finally:
+        sa.event.remove(engine, "before_cursor_execute", note)
+    return len(sent)
+
+
 def search(
     url: str,
     trials: Sequence[tuple[Mapping[str, Any], float]],

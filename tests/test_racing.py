@@ -18,7 +18,7 @@ from search.storage.ledger import Claim
 from search.study.arms import ROW_SPACE, Arm, ArmRow
 from search.study.study import Study
 from search.worker.worker import Worker
-from tests.measured import command, complete, finish, normalised, search
+from tests.measured import command, complete, finish, normalised, search, statements
 from tests.rows import SFD
 from tests.studies import LEARNED, spec
 
@@ -235,6 +235,15 @@ def test_a_worker_trains_points_again_in_place_of_new_ones(url, monkeypatch, sha
 # ---- what it is good for ----
 
 
+def search_with_one_replicate(folder) -> Study:
+    url, plan = f"sqlite:///{folder / 'few.db'}", {"trials": 1, "replicates": 3}
+    search(url, [({"a": 0.4}, 10.0)], study=normalised(plan=plan), plain=12.0, uniform=11.0)
+    study = Study.create(url, normalised(plan=plan | {"trials": 2, "race": 1}))
+    assert plan_replicate(study)
+    finish(study, lambda arm, row: 10.0)
+    return study
+
+
 def test_raced_points_are_compared_and_recommended_and_best_by_their_mean(url, tmp_path):
     """Trial 3 was lucky under the search's seed: others have the lower mean over the seeds."""
     lucky = {0.4: 10.6, 1.2: 10.0, 1.3: 10.1, 2.0: 9.9, 2.4: 10.9, 2.9: 12.2}
@@ -260,6 +269,9 @@ def test_raced_points_are_compared_and_recommended_and_best_by_their_mean(url, t
     a = best.arm.params["a"]
     assert best.values == pytest.approx({0: lucky[a], 1: bowl(a) + 0.01, 2: bowl(a) + 0.02})
     assert best.arm.trial != 3
+    # As many statements as with one raced point.
+    few = search_with_one_replicate(tmp_path)
+    assert statements(study, lambda: compare(study)) == statements(few, lambda: compare(few))
     told = json.loads(command("best", "digits", "--json").out)
     assert told["best"]["number"] == best.arm.trial
     assert told["recommended"]["params"] == best.arm.params

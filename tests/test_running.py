@@ -27,7 +27,14 @@ from search.study.retention import CHECKPOINT, STUDENT
 from search.study.study import SPEC, TRAJECTORIES, Study
 from search.study.summary import failures
 from tests.contracts.scene import take, wait_until
-from tests.measured import command, copy_storage, created, empty_storage, open_once
+from tests.measured import (
+    command,
+    copy_storage,
+    created,
+    empty_storage,
+    open_once,
+    statements,
+)
 from tests.measured import complete as measured
 from tests.plugins import example_package
 from tests.studies import PROMOTION, STUDY, changed, resolve_here, spec, write
@@ -137,6 +144,15 @@ def test_a_baseline_that_failed_is_tried_again_by_the_next_launch():
     for _ in range(2):
         counts = search().given.counts()
         assert (counts.planned, counts.complete, counts.failed, counts.waiting) == (3, 2, 1, 0)
+
+
+def test_more_failed_baselines_cost_no_more_statements():
+    study = search(plan__replicates=3)
+    study.given.fail(claim_arm(study), "diverged", "nan", {})
+    once = statements(study, lambda: failures(study))
+    study.given.fail(claim_arm(study), "diverged", "nan", {})
+    assert statements(study, lambda: failures(study)) == once
+    assert len(failures(study)) == 2
 
 
 @pytest.mark.parametrize(

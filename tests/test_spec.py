@@ -423,6 +423,12 @@ def test_of_data_files_the_first_image_is_looked_at(tmp_path):
     assert "images of (3, 32, 32) (channels, height, width) and data folder" in told
 
 
+def test_a_classifier_may_come_from_a_file(tmp_path):
+    (tmp_path / "mine.safetensors").touch()
+    extractor = f"digits-classifier:{tmp_path / 'mine.safetensors'}"
+    assert spec(evaluation__extractor=extractor).evaluation.extractor == extractor
+
+
 def test_images_that_the_extractor_does_not_take_are_named():
     assert "evaluation: digits-classifier takes" in message(STUDY, teacher=EDM, data="cifar10")
     few = {"evaluation__images": 999, "evaluation__metrics": ["fid", "kid"]}

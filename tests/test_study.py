@@ -5,7 +5,10 @@ import math
 
 import pytest
 from optuna.samplers import RandomSampler
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
+from psycopg2 import DatabaseError
+from sqlalchemy.exc import OperationalError
 
 from search.errors import (
     NoSearchError,
@@ -264,6 +267,22 @@ def test_a_study_whose_maker_was_killed_is_made_whole_by_the_next(url, method, p
         Study.open(url, given.name)
     study = created(url, given)
     assert len(finish(Study.open(url, given.name), by_arm)) == len(study.rows())
+
+
+def test_a_study_is_made_through_hiccups_of_the_database(url, monkeypatch):
+    store, failed = RDBStorage.set_study_user_attr, set[str]()
+
+    def once_away(storage, study_id, key, value) -> None:
+        if key not in failed:
+            failed.add(key)
+            raise OperationalError("", {}, DatabaseError("gone"), connection_invalidated=True)
+        store(storage, study_id, key, value)
+
+    monkeypatch.setattr("search.storage.engine._FIRST_DELAY_SECONDS", 0.001)
+    monkeypatch.setattr(RDBStorage, "set_study_user_attr", once_away)
+    of = spec(of_kind("sfd", "search"))
+    assert Study.create(url, of).spec == of
+    assert {SPEC, FORMAT, "of"} <= failed
 
 
 def test_a_search_takes_no_name_of_given_arms_nor_the_reverse(url):

@@ -88,6 +88,19 @@ class Extractor:
         return features.float().cpu()
 
 
+def require_known(spec: str) -> None:
+    """Refuse an extractor that ``load_extractor`` does not know.
+
+    Raises:
+        InputError: Names those that it knows.
+    """
+    kind, _, file = spec.partition(":")
+    known = ("inception", "dinov2", *SIZES, *RECIPES)
+    if kind not in known and not (kind == "torchscript" and file):
+        hint = did_you_mean(spec, known)
+        raise InputError(f"unknown feature extractor {spec!r}; known are {SPECS}{hint}")
+
+
 def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor:
     """Make a feature extractor.
 
@@ -106,6 +119,7 @@ def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor
     Raises:
         InputError: The spec is unknown, or its file is missing, corrupt or of another kind.
     """
+    require_known(spec)
     kind, _, argument = spec.partition(":")
     # Constructors draw initial weights; keep the caller's random state.
     with torch.random.fork_rng(devices=[]):
@@ -113,12 +127,9 @@ def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor
             return _inception(argument, device)
         if kind == "dinov2" or kind in SIZES:
             return _dinov2(_DINOV2_DEFAULT if kind == "dinov2" else kind, argument, device)
-        if kind == "torchscript" and argument:
+        if kind == "torchscript":
             return _torchscript(Path(argument), device)
-        if kind in RECIPES:
-            return _classifier(kind, argument, cache, device)
-    hint = did_you_mean(spec, ("inception", "dinov2", *RECIPES))
-    raise InputError(f"unknown feature extractor {spec!r}; known are {SPECS}{hint}")
+        return _classifier(kind, argument, cache, device)
 
 
 def missing_checkpoint(spec: str) -> tuple[str, Path] | None:

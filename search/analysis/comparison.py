@@ -201,10 +201,11 @@ def _with_trials(
     raced = {each.arm.trial: each for each in results if each.arm.trial is not None}
     if not raced:
         return results
+    spec = study.spec
     for trial in study.search.rows(TrialState.COMPLETE, ("fid", "fids", "score")):
         if trial.number in raced and (figure := _figure_at(stage, trial)) is not None:
-            raced[trial.number].figures[study.spec.seeds.training] = figure
-    loss = study.spec.metric.loss
+            raced[trial.number].figures[spec.seeds.training] = figure
+    loss = spec.metric.loss
     ranked = sorted(raced.values(), key=lambda each: (-len(each.figures), loss(each.mean().mean)))
     return [*(each for each in results if each.arm.trial is None), *ranked]
 

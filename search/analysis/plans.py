@@ -50,9 +50,8 @@ def plan_confirmation(study: Study, *, method: Mapping[str, Any], seeds: int, co
     arms, planned = _confirmed(study, trials, confirmation, change, seeds, count)
     confirmation.plan(arms, planned, [change])
     keep_too(study.search, [arm.trial for arm in arms if arm.trial is not None])
-    record = confirmation.main.study
-    record.set_user_attr(CHOSEN_AFTER, [len(trials), count])
-    record.set_user_attr(JUDGED, confirmation.variants.index(change))
+    judged = confirmation.variants.index(change)
+    confirmation.main.store({CHOSEN_AFTER: [len(trials), count], JUDGED: judged})
     return confirmation
 
 

@@ -16,14 +16,13 @@ import torch
 from bdense.data.datasets import image_shape
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.guidance import no_null
-from bdense.errors import InputError, did_you_mean
+from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import KnobError, knobs_of
 from bdense.methods import METHODS
 from bdense.methods.one_shot import Coordinates, OneShot
 from bdense.metrics.classifiers import RECIPES, Classifier
-from bdense.metrics.dinov2 import SIZES
-from bdense.metrics.extractors import SPECS
+from bdense.metrics.extractors import require_known
 from bdense.metrics.metrics import require_enough
 from bdense.metrics.settings import MetricSettings
 from bdense.models.diffusers_files import MODEL_FILE
@@ -68,8 +67,8 @@ def resolve(spec: StudySpec, source: str = "") -> StudySpec:
         resolved = _with_facts(_with_usual(spec))
     with _noting(problems, "resources"):
         execution(spec).require_compatible()
-    with _noting(problems):
-        _check_extractor(spec.evaluation.extractor)
+    with _noting(problems, "evaluation.extractor"):
+        require_known(spec.evaluation.extractor)
     with _noting(problems):
         _check_log(spec.resources.log)
     if problems:
@@ -431,9 +430,10 @@ def _check_images(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str,
     evaluation = spec.evaluation
     try:
         require_enough(evaluation.metrics, MetricSettings(), evaluation.num_images)
-        if (recipe := RECIPES.get(evaluation.extractor)) is not None:
+        kind = evaluation.extractor.partition(":")[0]
+        if (recipe := RECIPES.get(kind)) is not None:
             # On the meta device: only the shapes are looked at.
-            classifier = Classifier(evaluation.extractor, recipe.side, num_classes=2)
+            classifier = Classifier(kind, recipe.side, num_classes=2)
             classifier(torch.zeros(2, *made, dtype=torch.uint8))
     except InputError as error:
         raise SpecError.under("evaluation", error) from error
@@ -464,11 +464,3 @@ def _check_log(places: Sequence[str]) -> None:
                 f"resources.log: {place} needs the package {package}, here and where workers run; "
                 f"pip install 'bdense[{name}]', or leave it out"
             )
-
-
-def _check_extractor(name: str) -> None:
-    kind, _, file = name.partition(":")
-    of_a_file = kind == "torchscript" and file
-    if not (of_a_file or kind in ("inception", "dinov2", *SIZES) or name in RECIPES):
-        hint = did_you_mean(name, ("inception", "dinov2", *SIZES, *RECIPES))
-        raise SpecError(f"evaluation.extractor: there is no {name!r}; known are {SPECS}{hint}")

@@ -196,6 +196,11 @@ class Ledger(LedgerReader):
 
         return self._locked(add)
 
+    def store(self, attributes: Mapping[str, JSON]) -> None:
+        """Set attributes of the study, in this order."""
+        for key, value in attributes.items():
+            retrying(partial(self.study.set_user_attr, key, value))
+
     def change(self, key: str, to: Callable[[Any], JSON]) -> None:
         """Replace an attribute of the study by what ``to`` makes of it.
 

@@ -136,9 +136,7 @@ class Study:
         # A smaller budget, even for a moment, would end others' workers.
         ledger = _ledger(url, spec, spec.name, 1 if stored is None else None)
         if stored is None:
-            ledger.study.set_user_attr(ARMS, [])
-            ledger.study.set_user_attr(VARIANTS, [])
-            ledger.study.set_user_attr(FACTS, dict(facts or {}))
+            ledger.store({ARMS: [], VARIANTS: [], FACTS: dict(facts or {})})
         _store(ledger, spec, before)
         return cls(url, None, ledger)
 
@@ -148,7 +146,7 @@ class Study:
         _store(trials, spec, before)
         beside = spec.name + BASELINES_SUFFIX
         given = _ledger(url, spec, beside, 2 if beside_or_none(trials, beside) is None else None)
-        given.study.set_user_attr("of", spec.name)
+        given.store({"of": spec.name})
         study = cls(url, trials, given)
         # First, as trials wait for it. What failed is tried again in new rows.
         if (one_shot := one_shot_arm(spec)) is not None:
@@ -421,19 +419,23 @@ def _ledger(url: str, spec: StudySpec, name: str, budget: int | None) -> Ledger:
 
 def _store(ledger: Ledger, spec: StudySpec, before: StudySpec | None) -> None:
     """Write the spec into the study, where workers read it, and record what it changes."""
-    study, new = ledger.study, spec.as_dict()
+    new = spec.as_dict()
     if before is not None:
         old = flatten(before.as_dict())
         for key, value in flatten(new).items():
             if old.get(key) != value and key not in _LEDGER_SETTINGS:
                 ledger.record_change(key, old.get(key), value)
     if (intermediate := intermediate_of(spec)) is not None:
-        study.set_user_attr(INTERMEDIATE, intermediate)
+        ledger.store({INTERMEDIATE: intermediate})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        study.set_metric_names([spec.metric.name])  # in the dashboard
-    study.set_user_attr(CONDITIONS, json.dumps(spec.conditions()))
-    study.set_user_attr(FINGERPRINT, spec.fingerprint())
-    study.set_user_attr(FORMAT, CURRENT)
-    # Last: a study without it is incomplete.
-    study.set_user_attr(SPEC, json.dumps(new))
+        # In the dashboard.
+        retrying(lambda: ledger.study.set_metric_names([spec.metric.name]))
+    ledger.store(
+        {
+            CONDITIONS: json.dumps(spec.conditions()),
+            FINGERPRINT: spec.fingerprint(),
+            FORMAT: CURRENT,
+            SPEC: json.dumps(new),  # last: a study without it is incomplete
+        }
+    )

@@ -178,7 +178,7 @@ def copy_baselines(study: Study) -> None:
     found = {name: each.baseline_dict() for name, each in baselines_of(study).items()}
     record = study.search.study
     if found and retrying(lambda: record.user_attrs).get(BASELINE_RESULTS) != found:
-        retrying(lambda: record.set_user_attr(BASELINE_RESULTS, found))
+        study.search.store({BASELINE_RESULTS: found})
 
 
 def table(now: Summary) -> str:
@@ -271,12 +271,13 @@ def foreign_rows(ledger: Ledger) -> str:
 def _failed(study: Study, ledger: Ledger) -> Sequence[str]:
     lines = []
     is_baselines = study.is_search and ledger is study.given
+    done = [each.params for each in study.complete_rows()] if is_baselines else []
     for trial in ledger.rows(TrialState.FAIL):
         if SURPLUS in trial.user_attrs:
             continue
         arm = trial.user_attrs.get("arm")
         # A baseline that failed was tried again by the next launch.
-        if is_baselines and trial.params in [each.params for each in study.complete_rows()]:
+        if trial.params in done:
             continue
         title = f"trial {trial.number}" if study.is_search else f"row {trial.number}"
         if arm:

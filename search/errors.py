@@ -1,6 +1,7 @@
 """Errors of the service, in the project's one tree of errors."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Self
 
 from bdense.errors import BdenseError, InputError
@@ -67,6 +68,16 @@ class SpecError(InputError):
         if f"{error.name}.".startswith(f"{key}."):
             return error
         return KnobError(f"{key}.{error.name}", error.problem)
+
+
+@contextlib.contextmanager
+def under(key: str, *also: type[Exception]) -> Iterator[None]:
+    """Put a section's key in front of the block's input errors, and of ``also``."""
+    caught: tuple[type[Exception], ...] = (InputError, *also)
+    try:
+        yield
+    except caught as error:
+        raise SpecError.under(key, error) from error
 
 
 class SpecChangedError(InputError):

@@ -10,18 +10,14 @@ import shlex
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from bdense.errors import InputError
-from bdense.files import sha256_file
 from bdense.knobs import KnobError, Knobs, knob, knobs_of
 from bdense.weights.space import BASELINE, Choice, Range, SearchSpace, Uniform
-from search.errors import SpecError
-
-if TYPE_CHECKING:
-    from search.spec.study import StudySpec
+from search.errors import under
 
 COMMAND = "command"
 # The one baseline of such a study: the weights that are used today.
@@ -269,78 +265,6 @@ class NamedSpace(SearchSpace):
         return {"name": self.name, "defaults": defaults, "log": logs}
 
 
-def command_contents(spec: "StudySpec") -> dict[str, str]:
-    """Digest of each file that decides the metric, by its key among the conditions.
-
-    Given arms may be runs of several programs, all of which count; a file that only a variant has
-    is named by its path, as a variant has no place of its own.
-    """
-    config = spec.program
-    files = {f"method.{key}": path for key, path in config.used_files()}
-    if not spec.is_search:
-        for changes in (*spec.given.variants, spec.confirm.method):
-            member = spec.method.with_options(changes)
-            for _, path in CommandConfig.read(member.options).used_files():
-                if path not in files.values():
-                    files[f"method.variants.{os.path.relpath(path, config.cwd)}"] = path
-    return {f"{key}_sha256": sha256_file(path) for key, path in files.items()}
-
-
-def resolve_command(spec: "StudySpec") -> "StudySpec":
-    """The spec with the method's defaults and its facts, all checked.
-
-    Raises:
-        InputError: The program cannot be run, or something asked for is not for programs.
-    """
-    from search.spec.space import make_pruner, require_sampler
-
-    try:
-        _ = spec.space
-    except InputError as error:
-        raise SpecError.under("weights", error) from error
-    config = spec.program
-    resolved = replace(spec, method=spec.method.with_options(config.as_dict()))
-    resolved = replace(resolved, facts=_facts(config))
-    require_runnable(config, spec.space.distributions())
-    if not spec.is_search:
-        for index, arm in enumerate(spec.given.arms):
-            if isinstance(arm, Mapping) and "winner_of" not in arm:
-                try:
-                    spec.named_space.require_fitting(arm)
-                except InputError as error:
-                    raise InputError(f"plan.arms.{index}: {error}") from error
-        for index, changes in enumerate(spec.given.variants):
-            command_variant(resolved, changes, f"plan.variants.{index}")
-        return resolved
-    if spec.space.is_one_point and spec.search.trials > 1:
-        raise InputError(
-            f"plan.trials: {spec.search.trials} trials would all be the same, as weights has one "
-            "point; run 1, or widen weights"
-        )
-    require_sampler(resolved)
-    make_pruner(resolved)
-    command_variant(resolved, spec.confirm.method, "confirm.method")
-    return resolved
-
-
-def command_variant(
-    spec: "StudySpec", changes: Mapping[str, Any], where: str = "method"
-) -> "StudySpec":
-    """A resolved spec with some of the program's settings replaced; ``where`` is their key.
-
-    Raises:
-        InputError: There is no such setting, or it is the whole study's.
-    """
-    if not changes:
-        return spec
-    for name in changes.keys() & {"metric", "direction", "folder"}:
-        raise InputError(f"{where}.{name} is the whole study's; give it in method")
-    member = spec.method.with_options(changes)
-    config = CommandConfig.read(member.options, where)
-    require_runnable(config, spec.space.distributions(), where)
-    return replace(spec, method=member.with_options(config.as_dict()), facts=_facts(config))
-
-
 def require_runnable(
     config: CommandConfig, weights: Collection[str], where: str = "method"
 ) -> None:
@@ -349,7 +273,7 @@ def require_runnable(
     Raises:
         InputError: Says which, and the way out.
     """
-    try:
+    with under(where):
         if not config.cwd.is_dir():
             raise KnobError("folder", f"{config.cwd} is no folder; correct it")
         config.program()
@@ -363,8 +287,6 @@ def require_runnable(
                 f"has {{{unknown[0]}}}, which stands for nothing; braces may hold {known}; write "
                 f"{{{{{unknown[0]}}}}} for the braces themselves",
             )
-    except KnobError as error:
-        raise KnobError(f"{where}.{error.name}", error.problem) from error
 
 
 def command_line(config: CommandConfig) -> str:
@@ -372,58 +294,5 @@ def command_line(config: CommandConfig) -> str:
     return f"`{shlex.join(config.run)}`"
 
 
-def _facts(config: CommandConfig) -> Any:  # noqa: ANN401  search.spec.study imports this module
-    """Of a method of one stage, without branches."""
-    from search.spec.sections import Facts, StageFacts
-
-    words = [word for word in config.run if not word.startswith("-")]
-    title = Path(words[1] if len(words) > 1 else words[0]).name
-    stage = StageFacts(name="", label="", num_updates=1, nfe=1, branched=False)
-    return Facts(title=title, num_branches=1, batch=1, needs_data=False, stages=(stage,))
-
-
 def _word(value: object) -> str:
     return repr(value) if isinstance(value, float) else str(value)
-
-
-# Sections and settings that say how students are distilled and judged.
-NOT_FOR_PROGRAMS = (
-    "data",
-    "prompts",
-    "teacher",
-    "evaluation",
-    "precision",
-    "trajectories",
-    "keep_students",
-)
-_RESOURCES = (
-    "deterministic",
-    "compile",
-    "compile_mode",
-    "channels_last",
-    "gradient_checkpointing",
-    "log",
-)
-_PLAN = ("one_shot", "at", "images", "stop")
-
-
-def refuse_foreign(spec: "StudySpec") -> None:
-    """Refuse what is for distillation alone.
-
-    Raises:
-        KnobError: Names the first such setting.
-    """
-    parts: list[tuple[str, Knobs, tuple[str, ...]]] = [
-        ("", spec, NOT_FOR_PROGRAMS),
-        ("resources.", spec.resources, _RESOURCES),
-    ]
-    if spec.is_search:
-        parts.append(("plan.", spec.search, _PLAN))
-    for prefix, part, names in parts:
-        known = knobs_of(type(part))
-        for name in names:
-            if getattr(part, name) != known[name].default:
-                raise KnobError(
-                    f"{prefix}{name}",
-                    "is not for method command, whose program sees to that itself; leave it out",
-                )

@@ -20,9 +20,9 @@ from bdense.files import split_column
 from bdense.models.diffusers_files import is_hub_id
 from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, REFERENCES
 from search.errors import SpecError
-from search.spec.command import command_variant, resolve_command
 from search.spec.contents import flatten
 from search.spec.legacy import translated
+from search.spec.program import command_variant, resolve_command
 from search.spec.study import StudySpec, spelt_plan
 
 T = TypeVar("T")

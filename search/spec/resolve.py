@@ -4,6 +4,7 @@ It fills in the method's defaults, and the facts that others need without torch.
 """
 
 import contextlib
+import functools
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import KnobError, knobs_of
 from bdense.methods import METHODS
+from bdense.methods.method import Method, MethodConfig
 from bdense.methods.one_shot import Coordinates, OneShot
 from bdense.metrics.classifiers import RECIPES, Classifier
 from bdense.metrics.extractors import require_known
@@ -42,9 +44,9 @@ from bdense.training.teacher import TeacherConfig, new_denoiser
 from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights import space_of
 from bdense.weights.space import BASELINE, UNIFORM
-from search.errors import SpecError
+from search.errors import SpecError, under
+from search.spec.plan import check_plan
 from search.spec.sections import Facts, StageFacts, TeacherTraining
-from search.spec.space import make_pruner, require_sampler
 from search.spec.study import StudySpec
 
 
@@ -75,7 +77,8 @@ def resolve(spec: StudySpec, source: str = "") -> StudySpec:
         raise SpecError.of_lines(source, problems)
     try:
         _check_weights(resolved)
-        _check_plan(resolved)
+        _check_batch(resolved)
+        check_plan(resolved, variant, functools.partial(_check_arm, resolved))
         if spec.resources.gpus == 0:
             execution(spec).require(torch.device("cpu"))
         resolved = _with_teacher(resolved)
@@ -132,15 +135,30 @@ def describe_teacher(spec: StudySpec) -> tuple[dict[str, Any], Mapping[str, Any]
     return teacher.describe(), known
 
 
+def meta_teacher(spec: StudySpec) -> tuple[NetworkDenoiser, Mapping[str, Any]]:
+    """The teacher on the meta device, without weights, and its metadata; raises as above."""
+    described, known = describe_teacher(spec)
+    with torch.device("meta"):
+        return build_denoiser(described), known
+
+
+def method_of(spec: StudySpec) -> tuple[Method, MethodConfig]:
+    """The study's method and its config.
+
+    Raises:
+        InputError: There is no such method, or it refuses a setting.
+    """
+    method = METHODS[spec.method.name]()
+    return method, method.Config.read(spec.method.options, "method")
+
+
 def _untrained(spec: StudySpec) -> NetworkDenoiser:
     """The teacher that the study would train, on the meta device."""
     training = spec.teacher.train
     assert training is not None
     assert spec.data is not None  # a spec that trains a teacher names its data
-    try:
+    with under("teacher.train"):
         config = teacher_config(training)
-    except InputError as error:
-        raise SpecError.under("teacher.train", error) from error
     shape = torch.Size(_data_shape(spec.data))
     try:
         # Building is what finds a wrong type.
@@ -183,29 +201,25 @@ def _with_usual(spec: StudySpec) -> StudySpec:
     """The spec with those of the method's settings that a checkpoint settles, if not given."""
     if spec.teacher.train is not None or spec.method.name not in METHODS:
         return spec
-    described, known = describe_teacher(spec)
+    teacher, known = meta_teacher(spec)
     with torch.device("meta"):
-        usual = METHODS[spec.method.name]().usual(known, build_denoiser(described))
+        usual = METHODS[spec.method.name]().usual(known, teacher)
     return replace(spec, method=spec.method.with_options({**usual, **spec.method.options}))
 
 
 def _with_teacher(spec: StudySpec) -> StudySpec:
     """The facts, given the teacher's network, which the method may refuse."""
-    described, known = describe_teacher(spec)
+    teacher, known = meta_teacher(spec)
     with torch.device("meta"):
-        teacher = build_denoiser(described)
         teacher.execution = execution(spec)
         _check_pipeline(spec, teacher, known)
         _check_images(spec, teacher, known)
         _check_prompts(spec, teacher)
         _check_guidance(spec, teacher, known)
-        method = METHODS[spec.method.name]()
-        config = method.Config.read(spec.method.options)
-        try:
+        method, config = method_of(spec)
+        with under("method"):
             method.check(config, teacher, known)
             require_adaptable(teacher.model, config)
-        except InputError as error:
-            raise SpecError.under("method", error) from error
         if spec.is_search and spec.search.one_shot is not None:
             _check_one_shot(spec, teacher, known)
         return _with_facts(spec, teacher)
@@ -214,12 +228,10 @@ def _with_teacher(spec: StudySpec) -> StudySpec:
 def _with_facts(
     spec: StudySpec, teacher: NetworkDenoiser | None = None, *, where: str = "method"
 ) -> StudySpec:
-    try:
+    with under(where):
         method = METHODS[spec.method.name]()
         config = method.Config.read_all(spec.method.options, where)
         plans = method.plan(config, teacher)
-    except InputError as error:
-        raise SpecError.under(where, error) from error
     facts = Facts(
         title=method.title,
         num_branches=method.num_branches(config),
@@ -250,11 +262,6 @@ def _check_weights(spec: StudySpec) -> None:
     if spec.resources.compile and space.needs_gradients:
         raise InputError(f"weights: {_HIDDEN}")
     _check_race(spec)
-    if space.is_one_point and spec.search.trials > 1:
-        raise InputError(
-            f"plan.trials: {spec.search.trials} trials would all be the same, as weights has one "
-            "point; run 1, or widen weights"
-        )
 
 
 def _check_race(spec: StudySpec) -> None:
@@ -273,7 +280,8 @@ def _check_race(spec: StudySpec) -> None:
         )
 
 
-def _check_plan(spec: StudySpec) -> None:
+def _check_batch(spec: StudySpec) -> None:
+    """Refuse missing data, and a batch that its GPUs cannot share."""
     facts = spec.resolved
     if spec.data is None and spec.uses_data:
         if facts.needs_data:
@@ -289,17 +297,6 @@ def _check_plan(spec: StudySpec) -> None:
         raise InputError(
             f"method.batch {facts.batch} cannot be shared equally by resources.gpus "
             f"{spec.resources.team}{each}; choose a multiple, or other gpus"
-        )
-    if not spec.is_search:
-        _check_arms(spec)
-        return
-    require_sampler(spec)
-    make_pruner(spec)
-    confirmed = variant(spec, spec.confirm.method, "confirm.method")
-    if confirmed.space.distributions().keys() != spec.space.distributions().keys():
-        raise InputError(
-            f"confirm.method {spec.confirm.method} changes the branches or intervals, which the "
-            f"parameters of {spec.space.name} weights depend on; leave them as they are"
         )
 
 
@@ -331,31 +328,20 @@ def _check_intermediate(spec: StudySpec) -> None:
 
 
 def _check_one_shot(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-    method = METHODS[spec.method.name]()
-    config = method.Config.read(spec.method.options)
+    method, config = method_of(spec)
     try:
         coordinates = Coordinates.of(spec.weight_space, spec.resolved.num_branches)
         OneShot(method, coordinates).check(config.told(1.0), teacher, known)
-    except InputError as error:
+    except InputError as error:  # whose knobs, if any, are the method's
         raise InputError(f"plan.one_shot: {error}") from error
 
 
-def _check_arms(spec: StudySpec) -> None:
-    facts = spec.resolved
-    for index, arm in enumerate(spec.given.arms):
-        if isinstance(arm, str) or "winner_of" in arm:
-            continue
-        try:
-            space = space_of(arm)
-            weighting = space.weighting(arm, facts.num_branches)
-            if BASELINE not in arm:
-                space.require_fitting(arm, facts.num_branches, facts.num_intervals)
-            if spec.resources.compile and weighting.needs_gradients:
-                raise InputError(_HIDDEN)
-        except (InputError, TypeError) as error:
-            raise SpecError.under(f"plan.arms.{index}", error) from error
-    for index, changes in enumerate(spec.given.variants):
-        variant(spec, changes, f"plan.variants.{index}")
+def _check_arm(spec: StudySpec, params: Mapping[str, Any]) -> None:
+    weighting = space_of(params).weighting(params, spec.resolved.num_branches)
+    if BASELINE not in params:
+        spec.require_fitting(params)
+    if spec.resources.compile and weighting.needs_gradients:
+        raise InputError(_HIDDEN)
 
 
 def _check_pipeline(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
@@ -391,10 +377,8 @@ def _check_prompts(spec: StudySpec, teacher: NetworkDenoiser) -> None:
             raise InputError(f"{key}: the teacher takes no text; leave {key} out")
         if file in PROMPT_SETS and not PROMPT_SETS[file].is_here:
             continue
-        try:
+        with under(key):
             read_prompts(file)
-        except InputError as error:
-            raise SpecError.under(key, error) from error
 
 
 def _check_guidance(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
@@ -410,15 +394,14 @@ def _check_guidance(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[st
             f"these learn their teacher's, method.guidance_teacher {learned:g}; drop one of them"
         )
     if scale != 1 and not guides:
-        raise SpecError.under("evaluation", no_null(scale))
+        with under("evaluation"):
+            raise no_null(scale)
 
 
 def _check_images(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
     """Refuse a teacher of other images than the data's, or than the extractor takes."""
-    try:
+    with under("teacher.checkpoint"):
         made = drawn_shape(teacher, known)
-    except InputError as error:
-        raise SpecError.under("teacher.checkpoint", error) from error
     if spec.data is not None and spec.uses_data:
         shape = _data_shape(spec.data)
         if made != shape:
@@ -428,22 +411,18 @@ def _check_images(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str,
                 f"data {spec.data} holds {shape}; choose another of the two"
             )
     evaluation = spec.evaluation
-    try:
+    with under("evaluation"):
         require_enough(evaluation.metrics, MetricSettings(), evaluation.num_images)
         kind = evaluation.extractor.partition(":")[0]
         if (recipe := RECIPES.get(kind)) is not None:
             # On the meta device: only the shapes are looked at.
             classifier = Classifier(kind, recipe.side, num_classes=2)
             classifier(torch.zeros(2, *made, dtype=torch.uint8))
-    except InputError as error:
-        raise SpecError.under("evaluation", error) from error
 
 
 def _data_shape(data: str) -> tuple[int, int, int]:
-    try:
+    with under("data"):
         return image_shape(data)
-    except InputError as error:
-        raise SpecError.under("data", error) from error
 
 
 def _check_log(places: Sequence[str]) -> None:

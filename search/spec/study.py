@@ -5,6 +5,7 @@ spec never changes.
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +25,8 @@ from search.errors import SpecError
 from search.spec.command import (
     COMMAND,
     DEFAULTS,
-    NOT_FOR_PROGRAMS,
     CommandConfig,
     NamedSpace,
-    command_contents,
-    refuse_foreign,
 )
 from search.spec.contents import content_of, content_of_prompts, fingerprint_of, flatten
 from search.spec.metric import Metric
@@ -51,6 +49,26 @@ TAKEN_NAMES = ("artifacts", "cache")
 
 # A study from before a knob is a study at its default, under the same fingerprint.
 _YOUNGER = {"tail": None, **YOUNGER}
+
+# Sections and settings that say how students are distilled and judged.
+_NOT_FOR_PROGRAMS = (
+    "data",
+    "prompts",
+    "teacher",
+    "evaluation",
+    "precision",
+    "trajectories",
+    "keep_students",
+)
+_RESOURCES = (
+    "deterministic",
+    "compile",
+    "compile_mode",
+    "channels_last",
+    "gradient_checkpointing",
+    "log",
+)
+_PLAN = ("one_shot", "at", "images", "stop")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +133,7 @@ class StudySpec(Knobs):
             )
         if self.is_command:
             _ = self.program  # refuses its settings
-            refuse_foreign(self)
+            self._refuse_foreign()
         elif not self.teacher.is_given:
             raise KnobError(
                 "teacher",
@@ -150,7 +168,7 @@ class StudySpec(Knobs):
         """Plain values, which ``read`` accepts."""
         plain: dict[str, Any] = as_plain(self)
         if self.is_command:
-            for name in NOT_FOR_PROGRAMS:
+            for name in _NOT_FOR_PROGRAMS:
                 del plain[name]
         return plain
 
@@ -335,6 +353,24 @@ class StudySpec(Knobs):
             kept["latents"] = "fresh" if self.fresh_latents else self.seeds.evaluation
         return kept
 
+    def _refuse_foreign(self) -> None:
+        """Refuse settings of a program's study that are for distillation alone."""
+        parts: list[tuple[str, Knobs, tuple[str, ...]]] = [
+            ("", self, _NOT_FOR_PROGRAMS),
+            ("resources.", self.resources, _RESOURCES),
+        ]
+        if self.is_search:
+            parts.append(("plan.", self.search, _PLAN))
+        for prefix, part, names in parts:
+            known = knobs_of(type(part))
+            for name in names:
+                if getattr(part, name) != known[name].default:
+                    raise KnobError(
+                        f"{prefix}{name}",
+                        "is not for method command, whose program sees to that itself; leave it "
+                        "out",
+                    )
+
     def fingerprint(self) -> str:
         """16 hex digits over ``conditions``."""
         return fingerprint_of(self.conditions())
@@ -345,7 +381,7 @@ class StudySpec(Knobs):
         Files are identified by their digest, published ones by their name.
         """
         if self.is_command:
-            return command_contents(self)
+            return self._program_contents()
         kind, _, file = self.evaluation.extractor.partition(":")
         extractor = f"{kind}:{sha256_file(Path(file))}" if file else self.evaluation.extractor
         found = {"evaluation.extractor": extractor}
@@ -366,6 +402,22 @@ class StudySpec(Knobs):
         if self.evaluation.prompts is not None:
             found["evaluation.prompts_sha256"] = content_of_prompts(self.evaluation.prompts)
         return found
+
+    def _program_contents(self) -> dict[str, str]:
+        """Digest of each file that decides a program's metric, by its key among the conditions.
+
+        Given arms may be runs of several programs, all of which count; a file that only a variant
+        has is named by its path, as a variant has no place of its own.
+        """
+        config = self.program
+        files = {f"method.{key}": path for key, path in config.used_files()}
+        if not self.is_search:
+            for changes in (*self.given.variants, self.confirm.method):
+                member = self.method.with_options(changes)
+                for _, path in CommandConfig.read(member.options).used_files():
+                    if path not in files.values():
+                        files[f"method.variants.{os.path.relpath(path, config.cwd)}"] = path
+        return {f"{key}_sha256": sha256_file(path) for key, path in files.items()}
 
 
 def as_plain(value: Any) -> Any:  # noqa: ANN401  any part of a spec

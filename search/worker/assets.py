@@ -23,7 +23,6 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import GRID_COLUMNS
 from bdense.errors import InputError
 from bdense.files import atomic_write, file_lock
-from bdense.methods import METHODS
 from bdense.methods.method import Inputs, Method, MethodConfig, Recordings, require_shape
 from bdense.methods.one_shot import Coordinates, OneShot
 from bdense.methods.recordings import TrajectoryStore
@@ -37,7 +36,7 @@ from bdense.models.store import denoiser_sha256
 from bdense.randomness import Stream, derive_seed
 from bdense.weights.space import Uniform
 from search.spec.contents import fingerprint_of
-from search.spec.resolve import execution, variant
+from search.spec.resolve import execution, method_of, variant
 from search.spec.study import StudySpec
 from search.storage.engine import cache_folder
 from search.study.arms import ONE_SHOT, Task
@@ -241,8 +240,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
         ) from error
     teacher, known = load_teacher(spec, dataset, device, report)
     pipeline = pipeline_of(spec)
-    method = METHODS[spec.method.name]()
-    config = method.Config.read(spec.method.options, "method")
+    method, config = method_of(spec)
     method.check(config, teacher, known)
     codec, conditions, drawn_under, prompts = None, None, None, None
     if pipeline is not None and draws_latents(teacher, known):

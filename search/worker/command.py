@@ -24,8 +24,9 @@ from typing import Any, Self
 from bdense.errors import BdenseError, NonFiniteError
 from bdense.files import atomic_write
 from search.errors import LeaseLostError, SpecChangedError, UnpreparedError
-from search.spec.command import CommandConfig, command_variant, require_runnable
+from search.spec.command import CommandConfig, require_runnable
 from search.spec.contents import fingerprint_of
+from search.spec.program import command_variant
 from search.spec.study import StudySpec
 from search.study.arms import Task
 from search.study.folders import PROGRAM_FOLDER

@@ -49,7 +49,7 @@ from bdense.weights.log_linear import uniform_weights
 from bdense.weights.weighting import FixedWeights
 from search.errors import UnpreparedError
 from search.spec.contents import fingerprint_of
-from search.spec.resolve import describe_teacher, execution
+from search.spec.resolve import describe_teacher, execution, meta_teacher, method_of
 from search.spec.study import StudySpec, as_plain
 from search.storage.engine import cache_folder
 from search.study.arms import ONE_SHOT, one_shot_arm
@@ -251,9 +251,7 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
         spec: The study.
         workers: Trials at once; 1 by default.
     """
-    described, known = describe_teacher(spec)
-    with torch.device("meta"):
-        teacher = build_denoiser(described)
+    teacher, known = meta_teacher(spec)
     parameters = 4 * sum(p.numel() for p in teacher.parameters())
     stages, images = spec.resolved.stages, spec.evaluation.num_images
     if spec.is_search:
@@ -326,8 +324,7 @@ def _stored_bytes(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str,
     """Size of one seed's recorded trajectories; 0 where none are recorded."""
     if spec.trajectories.mode == "live":
         return 0
-    method = METHODS[spec.method.name]()
-    config = method.Config.read(spec.method.options, "method")
+    method, config = method_of(spec)
     recordings = Recordings(root=cache_folder() / "trajectories", dtype=spec.trajectories.dtype)
     inputs = Inputs(recordings=recordings, known=known, conditions=_placeholder(teacher))
     found = method.recording(config, teacher, inputs)

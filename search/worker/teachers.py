@@ -10,7 +10,7 @@ import torch
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset
 from bdense.diffusion.conditions import Prompts
-from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
+from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.files import atomic_write, file_lock, sha256_model
 from bdense.models.diffusers_files import folder_of
 from bdense.models.latents import (
@@ -26,7 +26,7 @@ from bdense.models.zoo import CONVERTED_CHECKPOINTS, HUB_CHECKPOINTS
 from bdense.training.latent_digits import latent_digits
 from bdense.training.teacher import teacher_data, train_teacher
 from search.spec.contents import fingerprint_of
-from search.spec.resolve import describe_teacher, execution, teacher_config
+from search.spec.resolve import execution, meta_teacher, teacher_config
 from search.spec.sections import TeacherTraining
 from search.spec.study import StudySpec
 from search.storage.engine import cache_folder
@@ -103,9 +103,7 @@ def teacher_name(spec: StudySpec) -> str:
 
 def described_shape(spec: StudySpec) -> tuple[int, int, int]:
     """(C, H, W) of the teacher's images."""
-    described, known = describe_teacher(spec)
-    with torch.device("meta"):
-        return drawn_shape(build_denoiser(described), known)
+    return drawn_shape(*meta_teacher(spec))
 
 
 def pipeline_of(spec: StudySpec) -> Path | None:

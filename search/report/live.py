@@ -18,7 +18,7 @@ from search.study.artifacts import attached
 from search.study.dashboard_texts import save_texts
 from search.study.folders import GRID
 from search.study.study import Study
-from search.study.trial_note import address, harmless, study_id
+from search.study.trial_note import address, harmless
 
 _log = logging.getLogger(__name__)
 
@@ -74,12 +74,12 @@ def show(study: Study) -> None:
         if (grid := _grid_address(ledger, number)) is not None:
             grids.append(Picture(title, grid))
     note = as_markdown(study.name, study_page(overview, grids))
-    save_texts(study.main.storage, study_id(study.main), note)
+    save_texts(study.main.storage, study.main.key, note)
 
 
 def _grid_address(ledger: Ledger, number: int) -> str | None:
     """Where the dashboard serves a trial's sample grid; None where it has none."""
-    storage, key = ledger.storage, study_id(ledger)
+    storage, key = ledger.storage, ledger.key
     trial_id = retrying(lambda: storage.get_trial_id_from_study_id_trial_number(key, number))
     stored = attached(storage, retrying(lambda: storage.get_trial(trial_id)))
     # One of each stage, whose name begins with its steps: the last stage has the fewest.

@@ -20,7 +20,6 @@ from search.analysis.recommendation import Recommendation, assess
 from search.analysis.stop_rule import assessed
 from search.report.plots import Plot, study_plots
 from search.spec.file import as_yaml
-from search.storage.engine import retrying
 from search.storage.ledger import Ledger
 from search.storage.settings import CHANGES
 from search.study import summary
@@ -137,8 +136,7 @@ class Overview:
 
 def overview_of(study: Study) -> Overview:
     """Read a study."""
-    record = study.main.study
-    attributes = retrying(lambda: record.user_attrs)
+    attributes = study.main.attributes()
     now, found, trials, recommended, told = None, None, [], None, []
     if study.is_search:
         now, found = judged_summary(study)

@@ -226,8 +226,7 @@ class Ledger(LedgerReader):
 
     def delete(self) -> None:
         """Delete the study and all its trials; no worker may be at work on one."""
-        name = self.study.study_name
-        retrying(lambda: optuna.delete_study(study_name=name, storage=self.storage))
+        retrying(lambda: optuna.delete_study(study_name=self.name, storage=self.storage))
 
     def resize(self, names: Collection[str]) -> None:
         """Set the budget to the number of planned trials, which have parameters of these names."""
@@ -278,14 +277,14 @@ class Ledger(LedgerReader):
         def attempt(connection: sa.Connection) -> Claim | Wait | Done:
             stored = self.study.user_attrs
             if Stops.of(stored.get(HALT)).reaches(self.launch):
-                raise stopped_error(self.study.study_name)
+                raise stopped_error(self.name)
             return self._claimer.claim(connection, asking, int(stored["budget"]))
 
         return self._locked(attempt)
 
     def holding(self, claim: Claim) -> Holding:
         """A context manager that keeps the claim's lease alive while the trial is worked on."""
-        return Holding(self._leases, claim, self.study.study_name, self.launch)
+        return Holding(self._leases, claim, self.name, self.launch)
 
     def complete(self, claim: Claim, value: float, attrs: Mapping[str, JSON]) -> None:
         """Finish with a value; one that is not finite fails as diverged.

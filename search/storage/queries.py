@@ -149,13 +149,27 @@ class LedgerReader:
         return cls(storage, study, retrying(lambda: study.user_attrs))
 
     @property
+    def name(self) -> str:
+        """Name of the Optuna study."""
+        return self.study.study_name
+
+    @property
+    def key(self) -> int:
+        """Optuna's key of the study."""
+        return self.study._study_id
+
+    @property
     def budget(self) -> int:
         """Trials to run in all, as currently stored: another launcher may change it."""
         return int(self.attribute("budget"))
 
     def attribute(self, key: str) -> Any:  # noqa: ANN401  as JSON has it
         """An attribute of the study, as currently stored; None without it."""
-        return retrying(lambda: self.study.user_attrs).get(key)
+        return self.attributes().get(key)
+
+    def attributes(self) -> dict[str, Any]:
+        """The attributes of the study, as currently stored."""
+        return retrying(lambda: self.study.user_attrs)
 
     def counts(self) -> Counts:
         """Number of trials by state."""

@@ -25,7 +25,7 @@ def provenance_of(study: Study) -> list[str]:
     ]
     if not rows:
         return []
-    engine, names = study.main.storage.engine, [each.study.study_name for each in study.ledgers]
+    engine, names = study.main.storage.engine, [each.name for each in study.ledgers]
     found = [each for each in retrying(lambda: read_studies(engine)) if each.name in names]
     begun = min(each.started for each in found if each.started is not None)
     ended = max((each.ended for each in found if each.ended is not None), default=begun)

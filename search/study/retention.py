@@ -33,7 +33,7 @@ def keep_best_students(ledger: Ledger, keep: int, ended: int) -> None:
     """At the end of a trial of a search, delete students behind the best ``keep``."""
     beyond = ledger.ranked_after(keep, _MARGIN, also=ended)
     for number in set(beyond) - _named(ledger):
-        _delete(student_files(row_folder(ledger.study.study_name, number)))
+        _delete(student_files(row_folder(ledger.name, number)))
 
 
 def keep_too(ledger: Ledger, numbers: Iterable[int]) -> list[int]:
@@ -45,7 +45,7 @@ def keep_too(ledger: Ledger, numbers: Iterable[int]) -> list[int]:
 
 def clean_students(ledger: Ledger, keep: int) -> int:
     """Delete every student of a search that is not to be kept; bytes freed."""
-    name, values = ledger.study.study_name, ledger.complete_values()
+    name, values = ledger.name, ledger.complete_values()
     gone = values.keys() - kept_students(ledger, values, keep)
     return sum(_delete(student_files(row_folder(name, number))) for number in gone)
 
@@ -80,7 +80,7 @@ def is_abandoned(path: Path) -> bool:
 
 def clean_checkpoints(ledger: Ledger) -> int:
     """Delete checkpoints of ended rows, folders moved aside, and unfinished files; bytes freed."""
-    name = ledger.study.study_name
+    name = ledger.name
     freed = sum(drop_checkpoints(row_folder(name, number)) for number in ledger.ended())
     study = row_folder(name, 0).parent
     for folder in study.iterdir() if study.is_dir() else ():

@@ -92,8 +92,8 @@ class Study:
 
     @classmethod
     def _of(cls, url: str, found: Ledger) -> Self:
-        name = found.study.study_name
-        attributes = retrying(lambda: found.study.user_attrs)
+        name = found.name
+        attributes = found.attributes()
         if SPEC not in attributes:
             raise UnknownStudyError(
                 f"study {name!r} is incomplete; run the command that makes it again"
@@ -164,7 +164,7 @@ class Study:
     @property
     def name(self) -> str:
         """The study's name."""
-        return self.main.study.study_name
+        return self.main.name
 
     @property
     def is_search(self) -> bool:
@@ -197,12 +197,12 @@ class Study:
         Raises:
             InputError: Another version of bdense stored it.
         """
-        return read_stored(self.name, str(self._attributes()[SPEC]))
+        return read_stored(self.name, str(self.main.attribute(SPEC)))
 
     @property
     def facts(self) -> dict[str, Any]:
         """What a study of given arms was made of."""
-        return dict(self._attributes().get(FACTS, {}))
+        return dict(self.main.attribute(FACTS) or {})
 
     @property
     def arms(self) -> list[Arm]:
@@ -374,7 +374,7 @@ class Study:
 
     def _changed(self, spec: StudySpec, facts: Mapping[str, Any]) -> list[str]:
         """Each condition that differs from the stored one, for people."""
-        old = {**json.loads(self._attributes()[CONDITIONS]), **self.facts}
+        old = {**json.loads(self.main.attribute(CONDITIONS)), **self.facts}
         new = {**spec.conditions(), **facts}
         return [
             f"{key}: {old.get(key)!r} stored, {new.get(key)!r} given"
@@ -384,10 +384,6 @@ class Study:
 
     def _given(self, key: str) -> list[Any]:
         return [] if self.given is None else list(self.given.attribute(key) or [])
-
-    def _attributes(self) -> dict[str, Any]:
-        record = self.main.study
-        return retrying(lambda: record.user_attrs)
 
 
 def intermediate_of(spec: StudySpec) -> dict[str, Any] | None:

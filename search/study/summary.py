@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 from bdense.weights.space import BASELINE, PLAIN
 from search.spec.metric import Metric
 from search.spec.study import StudySpec
-from search.storage.engine import redact, retrying
+from search.storage.engine import redact
 from search.storage.leases import SURPLUS
 from search.storage.ledger import Ledger
 from search.storage.queries import Counts, StoredTrial
@@ -176,8 +176,7 @@ def best_json(now: Summary) -> dict[str, Any]:
 def copy_baselines(study: Study) -> None:
     """Store the baselines in the search's own attributes, where the dashboard shows them."""
     found = {name: each.baseline_dict() for name, each in baselines_of(study).items()}
-    record = study.search.study
-    if found and retrying(lambda: record.user_attrs).get(BASELINE_RESULTS) != found:
+    if found and study.search.attribute(BASELINE_RESULTS) != found:
         study.search.store({BASELINE_RESULTS: found})
 
 
@@ -255,7 +254,7 @@ def headline(study: Study, rows: str = "") -> str:
 def failures(study: Study) -> list[str]:
     """A line for each row that failed and counts as one, with its reason; one for foreign rows."""
     lines = [line for ledger in study.ledgers for line in _failed(study, ledger)]
-    foreign = {each.study.study_name: foreign_rows(each) for each in study.ledgers}
+    foreign = {each.name: foreign_rows(each) for each in study.ledgers}
     return lines + [f"{name}: {rows}" for name, rows in foreign.items() if rows]
 
 

@@ -149,7 +149,7 @@ def _rows_of(study: Study, ledger: Ledger) -> Iterator[ListedRow]:
         timings = stored.get("timings")
         yield ListedRow(
             **own,
-            study=ledger.study.study_name,
+            study=ledger.name,
             number=trial.number,
             state=_NAMES.get(state, state.name.lower()),
             weights=list(stored.get("weights", [])),

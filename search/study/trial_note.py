@@ -12,7 +12,7 @@ from bdense.errors import InputError
 from bdense.weights import space_of
 from bdense.weights.space import by_interval
 from search.errors import LeaseLostError, StorageError
-from search.storage.engine import one_line, retrying
+from search.storage.engine import one_line
 from search.storage.ledger import Claim, Ledger
 from search.study.artifacts import artifact_store, attach
 from search.study.dashboard_texts import save_texts
@@ -92,14 +92,14 @@ def attach_pictures(ledger: Ledger, claim: Claim, folder: Path, result: TrialRes
         arm = result.arm
         title = f"trial {claim.number}" if arm is None else f"{arm}, seed {claim.params['seed']}"
         note = trial_note(title, result, addresses)
-        save_texts(ledger.storage, study_id(ledger), note, trial_id=claim.trial_id)
+        save_texts(ledger.storage, ledger.key, note, trial_id=claim.trial_id)
 
     harmless(f"note of trial {claim.number}", write)
 
 
 def address(ledger: Ledger, trial_id: int, artifact_id: str) -> str:
     """Where the dashboard serves an artifact."""
-    return f"/artifacts/{study_id(ledger)}/{trial_id}/{artifact_id}"
+    return f"/artifacts/{ledger.key}/{trial_id}/{artifact_id}"
 
 
 def sample_command(result: TrialResult) -> str:
@@ -120,11 +120,6 @@ def timings_text(timings: Mapping[str, float]) -> str:
         f"{what} {seconds:.1f} s" if seconds < 60 else f"{what} {duration(seconds)}"
         for what, seconds in spent.items()
     )
-
-
-def study_id(ledger: Ledger) -> int:
-    """Optuna's key of the ledger's study."""
-    return retrying(lambda: ledger.storage.get_study_id_from_name(ledger.study.study_name))
 
 
 def harmless(what: str, call: Callable[[], None]) -> None:

@@ -167,7 +167,7 @@ def _bring_over(url: str, name: str, spec: StudySpec) -> str:
     rows = [form.rows(each) for each in ledgers]
     # Outside the lock, which must not be held for minutes.
     folders = [
-        _rewrite_folder(row_folder(each.study.study_name, row.trial.number), row, form)
+        _rewrite_folder(row_folder(each.name, row.trial.number), row, form)
         for each, its in zip(ledgers, rows, strict=True)
         for row in its
     ]
@@ -179,24 +179,22 @@ def _bring_over(url: str, name: str, spec: StudySpec) -> str:
 def _rewrite_database(ledgers: Sequence[Ledger], form: "_Form") -> None:
     """All that the database holds of a study, in one transaction; twice is once."""
     main, engine = ledgers[0], ledgers[0].storage.engine
-    with exclusive(engine, *(lock_name(each.study.study_name) for each in ledgers)):
+    with exclusive(engine, *(lock_name(each.name) for each in ledgers)):
         if FORMAT in main.study.user_attrs:
             return  # an earlier try was committed, only its answer was lost
         _refuse_at_work(ledgers)
         rows = [form.rows(each) for each in ledgers]
         with engine.begin() as connection:
             for each, its in zip(ledgers, rows, strict=True):
-                key = _key_of(connection, each)
                 plots = _STUDY_SYSTEM.c.key.startswith(_OLD_PLOTS, autoescape=True)
-                mine = _STUDY_SYSTEM.c.study_id == key
+                mine = _STUDY_SYSTEM.c.study_id == each.key
                 connection.execute(sa.delete(_STUDY_SYSTEM).where(mine, plots))
-                _rewrite_rows(connection, key, its, form)
+                _rewrite_rows(connection, each.key, its, form)
                 if each is not main:
                     arms = [arm.as_dict() for arm in form.arms]
-                    _set(connection, STUDY_ATTRIBUTES, key, {ARMS: arms, VARIANTS: [{}]})
-            key = _key_of(connection, main)
-            _drop(connection, STUDY_ATTRIBUTES, key, (_KIND, _KIMG, _LOOKS))
-            _set(connection, STUDY_ATTRIBUTES, key, {**form.attributes(), FORMAT: CURRENT})
+                    _set(connection, STUDY_ATTRIBUTES, each.key, {ARMS: arms, VARIANTS: [{}]})
+            _drop(connection, STUDY_ATTRIBUTES, main.key, (_KIND, _KIMG, _LOOKS))
+            _set(connection, STUDY_ATTRIBUTES, main.key, {**form.attributes(), FORMAT: CURRENT})
 
 
 def _refuse_at_work(ledgers: Sequence[Ledger]) -> None:
@@ -209,7 +207,7 @@ def _refuse_at_work(ledgers: Sequence[Ledger]) -> None:
 def _require_folders(ledgers: Sequence[Ledger]) -> None:
     """Refuse a study whose interrupted rows would lose their checkpoints."""
     for ledger in ledgers:
-        folder = row_folder(ledger.study.study_name, 0).parent
+        folder = row_folder(ledger.name, 0).parent
         if ledger.counts().running and not folder.is_dir():
             raise InputError(
                 f"it has interrupted rows, and their folder {folder} is not here; run this "
@@ -279,7 +277,7 @@ class _Form:
     def rows(self, ledger: Ledger) -> list[_Row]:
         """The rows of one of its ledgers."""
         trials = retrying(lambda: ledger.study.get_trials(deepcopy=False))
-        is_search = _KIND not in self.old and ledger.study.study_name == self.name
+        is_search = _KIND not in self.old and ledger.name == self.name
         return [self._trial(each) if is_search else self._given(each) for each in trials]
 
     def variant(self, kimg: float, nfe: int) -> dict[str, Any]:
@@ -464,13 +462,6 @@ def _renumber_stages(connection: sa.Connection, row: _Row, trial_id: int, spec: 
     connection.execute(
         sa.update(_INTERMEDIATE_VALUES).where(mine, step < 0).values(step=-1 - step)
     )
-
-
-def _key_of(connection: sa.Connection, ledger: Ledger) -> int:
-    name = ledger.study.study_name
-    query = sa.select(STUDIES.c.study_id).where(STUDIES.c.study_name == name)
-    key: int = connection.execute(query).scalar_one()
-    return key
 
 
 def _set(

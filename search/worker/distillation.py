@@ -13,7 +13,6 @@ from bdense.errors import InputError
 from bdense.models.store import denoiser_sha256
 from search.errors import SpecChangedError, UnpreparedError
 from search.spec.study import StudySpec
-from search.storage.engine import retrying
 from search.storage.ledger import Ledger
 from search.study.arms import Task
 from search.study.results import TrialResult
@@ -77,7 +76,7 @@ class Distillation:
             raise UnpreparedError(f"on {platform.node()}: {error}") from error
         folder = str(store.folder.resolve())
         main = self.study.main
-        if folder not in (retrying(lambda: main.study.user_attrs).get(TRAJECTORIES) or []):
+        if folder not in (main.attribute(TRAJECTORIES) or []):
             main.change(TRAJECTORIES, lambda known: sorted({*(known or []), folder}))
 
     def run(

@@ -20,12 +20,13 @@ from bdense.arguments import checked
 from bdense.errors import InputError
 from bdense.knobs import KnobError
 from bdense.weights.space import require_point
+from search.analysis.assessment import assess
 from search.analysis.confirmation import Verdict, judged_summary
 from search.analysis.confirmation import verdict as verdict_of
 from search.analysis.pilot import ledgers_with_pilot, with_known_images
-from search.analysis.plans import arm_of, differing, plan_confirmation, plan_given
+from search.analysis.plans import differing, given_arm, plan_confirmation, plan_given
 from search.analysis.priors import require_priors
-from search.analysis.recommendation import Recommendation, assess
+from search.analysis.recommendation import Recommendation
 from search.log import say
 from search.report.document import as_markdown
 from search.report.overview import overview_of
@@ -202,7 +203,7 @@ class OpenStudy:
     @property
     def recommended(self) -> Recommendation | None:
         """The arm to use: the simplest within a tie; None before a baseline is complete."""
-        return assess(self.record, self.confirmed)[1]
+        return assess(self.record, self.confirmed).recommended
 
     @checked
     def confirm(
@@ -286,14 +287,14 @@ class OpenStudy:
         study, other = self._search(), None if to is None else read_here(to, {})
         asked = Asked(
             to=other,
-            weights=None if weights is None else arm_of(other or study.spec, weights),
+            weights=None if weights is None else given_arm(other or study.spec, weights),
             seeds=seeds,
             nfe=(nfe,) if isinstance(nfe, int) else nfe,
             kimg=kimg,
             arm=arm,
             out=None if out is None else Path(out),
         )
-        promotion = Promotion(study, asked, require_variants)
+        promotion = Promotion(study, asked)
         return list(promotion.models(*promotion.run(workers)))
 
     def plots(self) -> "list[Figure]":

@@ -303,9 +303,8 @@ def leases(of: Subject) -> Findings:
         if row.process is None:
             why, repair = "was never taken by a worker: the process that asked for it died", None
         else:
-            worker = f"{row.process.host}:{row.process.pid}"
             ended = "is dead" if row.process.is_seen_dead() else "has not renewed its lease"
-            why = f"its worker {worker} (attempt {row.attempt}) {ended}"
+            why = f"its worker {row.worker} (attempt {row.attempt}) {ended}"
             repair = partial(_free, of, row)
         yield Finding("warning", f"trial {row.number}: {why}", "a launch takes it over", repair)
 

@@ -26,7 +26,7 @@ from bdense.models.latents import draws_latents
 from bdense.models.store import load_denoiser
 from bdense.networks.diffusers_network import DiffusersNetwork
 from search.analysis.comparison import compare, comparisons_of, table_rows, teacher_of
-from search.analysis.confirmation import CONFIRM_SUFFIX, judged_summary, verdict
+from search.analysis.confirmation import confirmation_of, judged_summary, verdict
 from search.analysis.recommendation import recommend
 from search.report.overview import overview_of
 from search.spec.sections import StageFacts
@@ -82,7 +82,7 @@ class Exported:
         if ledger is study.trials:
             label = f"trial {number}, {study.spec.space.label(trial.params)}"
         else:
-            row = ArmRow.of(trial.params)
+            row = ArmRow(**trial.params)
             kind = "baseline" if study.is_search else f"row {number}"
             label = f"{kind}, {study.arms[row.arm].name}, seed {row.seed}"
         result = TrialResult.of(trial.value, trial.user_attrs)
@@ -242,7 +242,7 @@ def made_from(study: Study, number: int) -> dict[str, Any]:
         "fingerprint": study.main.attribute(FINGERPRINT),
         "row": number,
         "rows": [trial.number for trial in _complete_rows(study.main)],
-        **study.facts,
+        **({} if study.of is None else {"of": study.of}),
     }
 
 
@@ -320,7 +320,7 @@ def _baseline(study: Study, name: str) -> tuple[Ledger, int]:
 
 def _best_of(study: Study) -> tuple[Study, int]:
     """Study and number of the row that a search exports."""
-    found, confirmation = verdict(study), study.beside(study.name + CONFIRM_SUFFIX)
+    found, confirmation = verdict(study), confirmation_of(study)
     if found is not None and found.ended and confirmation is not None:
         return confirmation, arm_row(confirmation)
     _complete_rows(study.search)
@@ -394,11 +394,11 @@ def _pictures(study: Study, trial: StoredTrial, nfe: int | None) -> dict[str, Pi
     stage = _stage(study, nfe)
     plots = overview_of(study).plots()
     pictures: dict[str, Picture] = {FIGURE: plots[0].save} if plots else {}
-    own, arms = ArmRow.of(trial.params), study.arms
+    own, arms = ArmRow(**trial.params), study.arms
     searched = [index for index, arm in enumerate(arms) if arm.baseline is None]
     shown = own.arm if own.arm in searched else searched[0] if len(searched) == 1 else None
     for other in _complete_rows(study.main):
-        row = ArmRow.of(other.params)
+        row = ArmRow(**other.params)
         grid = named_file(other.user_attrs["student"]).with_name(grid_name(stage.name))
         name = arms[row.arm].baseline or ("promoted" if row.arm == shown else None)
         is_beside = (row.seed, row.variant) == (own.seed, own.variant)

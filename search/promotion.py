@@ -10,16 +10,15 @@ from bdense.errors import InputError
 from bdense.files import require_new
 from bdense.knobs import KnobError
 from search.analysis.comparison import compare
-from search.analysis.confirmation import CONFIRM_SUFFIX, confirmed_arm
+from search.analysis.confirmation import confirmation_of, confirmed_arm
 from search.analysis.plans import (
     PROMOTE_SUFFIX,
+    PlannedArms,
     at_another_k,
     differing,
     fresh_seeds,
     other_budget,
-    plan_promotion,
-    seeds_of,
-    with_arms,
+    promotion_arms,
 )
 from search.analysis.recommendation import Recommendation, recommend
 from search.errors import UnconfirmedError
@@ -34,10 +33,11 @@ from search.export import (
 )
 from search.log import say
 from search.run.launch import run_rows
+from search.spec.file import require_variants
 from search.spec.sections import ConfirmSpec
 from search.spec.study import StudySpec
 from search.storage.engine import runs_folder
-from search.study.arms import Arm, baseline_arms, given_arms
+from search.study.arms import Arm, arms_study
 from search.study.study import Study
 from search.study.summary import headline
 
@@ -89,18 +89,12 @@ class Promotion:
     Args:
         study: The search.
         asked: What it is asked for.
-        require_variants: Checks settings of the method, see ``search.spec.file``.
 
     Raises:
         InputError: Something asked for does not fit.
     """
 
-    def __init__(
-        self,
-        study: Study,
-        asked: Asked,
-        require_variants: Callable[[StudySpec, Sequence[dict[str, Any]]], None],
-    ) -> None:
+    def __init__(self, study: Study, asked: Asked) -> None:
         require_students(study)
         if asked.to is not None and asked.to.is_search:
             raise KnobError(
@@ -110,7 +104,7 @@ class Promotion:
                 "transfer`",
             )
         self._study, self._asked = study, asked
-        self._spec = asked.to or given_arms(study.spec, study.name + PROMOTE_SUFFIX)
+        self._spec = asked.to or arms_study(study.spec, study.name + PROMOTE_SUFFIX)
         self._settings = self._asked_settings()
         self._variants = [differing(self._spec, each) for each in self._settings]
         require_variants(self._spec, self._variants)
@@ -122,11 +116,11 @@ class Promotion:
         Raises:
             InputError: There is no confirmed winner.
         """
-        promoted = self._promoted()
+        planned = self._planned(self._promoted())
         if self._asked.weights is None:
-            promoted = replace(promoted, params={"winner_of": self._study.name})
-        arms = [*baseline_arms(self._spec), promoted]
-        return with_arms(self._spec, arms, self._seeds, self._variants)
+            winner = replace(planned.arms[-1], params={"winner_of": self._study.name})
+            planned = replace(planned, arms=[*planned.arms[:-1], winner])
+        return planned.as_spec()
 
     def run(
         self, workers: int | None, *, remark: Callable[[str], None] = say
@@ -152,9 +146,7 @@ class Promotion:
         if asked.weights is None and asked.to is None:
             for told in {other_budget(study, each) for each in self._settings} - {""}:
                 say(told)
-        planned = plan_promotion(
-            study.url, spec, arm, of=study.name, seeds=self._seeds, variants=self._variants
-        )
+        planned = self._planned(arm).store(study.url)
         searched_at, num_branches = (s.resolved.num_branches for s in (study.spec, spec))
         if told := at_another_k(arm, searched_at, num_branches):
             remark(told)
@@ -195,6 +187,11 @@ class Promotion:
         model = export_trial(planned, folder, number=number)
         return Promoted(model=model, recommended=found, is_new=True)
 
+    def _planned(self, arm: Arm) -> PlannedArms:
+        return promotion_arms(
+            self._spec, arm, of=self._study.name, seeds=self._seeds, variants=self._variants
+        )
+
     def _promoted(self) -> Arm:
         try:
             return self._asked.weights or confirmed_arm(self._study)
@@ -224,7 +221,9 @@ class Promotion:
                     f"{shown}",
                 )
             # Not those of the confirmation, which chose the winner.
-            return fresh_seeds(study.spec, number, seeds_of(study, study.name + CONFIRM_SUFFIX))
+            confirmation = confirmation_of(study)
+            used = [] if confirmation is None else [row.seed for row, _ in confirmation.rows()]
+            return fresh_seeds(study.spec, number, used)
         plan = self._asked.to.given
         if asked is None:
             return list(plan.seeds)

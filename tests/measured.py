@@ -18,7 +18,12 @@ from optuna.storages import RDBStorage
 
 from bdense.metrics.records import FID
 from bdense.weights import space_of
-from search.analysis.plans import plan_confirmation, plan_given
+from search.analysis.plans import (
+    plan_confirmation,
+    plan_given,
+    promotion_arms,
+    transfer_arms,
+)
 from search.cli import main
 from search.spec.resolve import variant
 from search.spec.space import search_space
@@ -106,6 +111,24 @@ def created(url: str, study: StudySpec) -> Study:
     return Study.create(url, study) if study.is_search else plan_given(url, study)
 
 
+def plan_transfer(study: Study, to: StudySpec, *, top: int, seeds: int) -> Study:
+    """Top weights under another study's conditions, planned."""
+    return transfer_arms(study, to, top=top, seeds=seeds).store(study.url)
+
+
+def plan_promotion(
+    url: str,
+    of: StudySpec,
+    arm: Arm,
+    *,
+    seeds: Sequence[int],
+    search: str | None = "digits",
+    variants: Any = ({},),
+) -> Study:
+    """Promoted weights, planned."""
+    return promotion_arms(of, arm, of=search, seeds=seeds, variants=variants).store(url)
+
+
 def finish(
     study: Study, value: Callable[[Arm, ArmRow], float], *, most: int = 1000
 ) -> list[ArmRow]:
@@ -116,7 +139,7 @@ def finish(
         claim = study.given.claim(ROW_SPACE, None)
         if not isinstance(claim, Claim):
             break
-        row = ArmRow.of(claim.params)
+        row = ArmRow(**claim.params)
         complete(study, study.given, claim, value(study.arms[row.arm], row))
         done.append(row)
     return done

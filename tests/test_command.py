@@ -23,7 +23,7 @@ from search.errors import SpecChangedError
 from search.report.overview import overview_of
 from search.report.report_files import write_report
 from search.storage.stop_flags import ask_all
-from search.study.arms import given_arms
+from search.study.arms import arms_study
 from search.study.study import Study
 from search.study.trial_log import LOG_FILE, read_log
 from search.worker import guard
@@ -177,7 +177,7 @@ def test_given_arms_and_variants(url, tmp_path):
         },
     )
     study = work(planned(url, path))
-    assert [row.value for row in study.complete_rows()] == [
+    assert [row.value for _, _, row in study.complete_arms()] == [
         sign * score(x, 1, 1) for sign in (1, -1) for x in (2, 1)
     ]
 
@@ -303,7 +303,7 @@ def test_children_that_a_program_leaves_behind_are_killed_and_its_last_output_is
     runs = [[sys.executable, "program.py", "forks", "chatty"], ["sh", "-c", shell]]
     plan = {"arms": ["defaults"], "seeds": [0], "variants": [{"run": run} for run in runs]}
     study = work(planned(url, written(tmp_path, plan=plan, method={"log_mib": 0.25})))
-    assert [each.value for each in study.complete_rows()] == [score(2, 1), 1]
+    assert [each.value for _, _, each in study.complete_arms()] == [score(2, 1), 1]
     children = [int(pid) for pid in program_file(study, 0, "children").split()]
     assert len(children) == 2
     assert not any(map(alive, children))
@@ -637,7 +637,7 @@ def test_a_script_and_the_programs_of_variants_are_part_of_the_fingerprint(tmp_p
     # A search may still be confirmed by another program than it was planned to be.
     path = written(tmp_path, confirm={"method": other})
     search = spec_of(path)
-    confirmation = given_arms(search, "losses.confirm")
+    confirmation = arms_study(search, "losses.confirm")
     before = search.fingerprint(), confirmation.fingerprint()
     program.write_text("c")
     assert search.fingerprint() == before[0]

@@ -11,7 +11,7 @@ from search.analysis.comparison import (
     table_rows,
     teacher_of,
 )
-from search.study.arms import ROW_SPACE, Arm, plain_arm, uniform_arm
+from search.study.arms import ROW_SPACE, Arm, baseline_arms
 from search.study.study import Study
 from search.study.wording import align
 from tests.measured import TEACHER_FID, fid, finish
@@ -34,7 +34,7 @@ def value(arm, row) -> float:
 def planned(url, method="sfd", *, arms=(0, 1, 2), seeds=(1, 2, 3), variants=({},)) -> Study:
     of = spec(of_kind(method, "arms"))
     study = Study.create(url, of)
-    every = [plain_arm(of), uniform_arm(), OURS]
+    every = [*baseline_arms(of), OURS]
     study.plan([every[index] for index in arms], seeds, variants)
     return study
 

@@ -14,11 +14,20 @@ from bdense.weights import WEIGHT_SPACES
 from bdense.weights.space import PLAIN, UNIFORM, Choice, WeightSpace
 from bdense.weights.weighting import FixedWeights
 from search.analysis.confirmation import choose, confirmed_arm, require_trials, verdict
-from search.analysis.plans import at_another_k, fresh_seeds, plan_confirmation, plan_promotion
+from search.analysis.plans import at_another_k, fresh_seeds, plan_confirmation
 from search.study.arms import ROW_SPACE, Arm, ArmRow
 from search.study.study import Study
 from search.study.summary import baselines_of, failures
-from tests.measured import VALLEY, command, copy_storage, finish, open_once, refused, search
+from tests.measured import (
+    VALLEY,
+    command,
+    copy_storage,
+    finish,
+    open_once,
+    plan_promotion,
+    refused,
+    search,
+)
 from tests.studies import LEARNED, NORMALISED, changed, of_kind, promotion, spec, write
 
 # A valley around a = 1.25 with noise of 0.4; uniform weights (a = 0) have 10.6.
@@ -167,7 +176,7 @@ def test_weights_without_coordinates_are_ranked_by_value_and_won_by_mean(
     assert verdict(study).winner.arm.name == "shape peak (trial 2)"
     assert json.loads(command("best", "digits", "--json").out)["best"]["shape"] == "falling"
     assert command("report", "digits", "--out", tmp_path / "shown").status == 0
-    promoted = plan_promotion(url, promotion(), confirmed_arm(study), of="digits", seeds=[0])
+    promoted = plan_promotion(url, promotion(), confirmed_arm(study), seeds=[0])
     assert promoted.arms[2].params == {"shape": "peak"}
     assert at_another_k(promoted.arms[2], 4, 2) == ""
 

@@ -11,12 +11,12 @@ import pytest
 from bdense.errors import InputError
 from bdense.models.store import denoiser_sha256, load_denoiser, load_model, save_denoiser
 from search import open_study
-from search.analysis.plans import plan_confirmation, plan_given, plan_transfer
+from search.analysis.plans import plan_confirmation, plan_given
 from search.export import arm_row, export_trial
 from search.storage.engine import runs_folder
 from search.study.folders import grid_name
 from search.study.study import Study
-from tests.measured import command, finish, normalised, refused, search
+from tests.measured import command, finish, normalised, plan_transfer, refused, search
 from tests.students import METADATA, digest, keep, shade, student
 from tests.studies import of_kind, promotion, spec
 

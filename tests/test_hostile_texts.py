@@ -88,7 +88,7 @@ def hostile_search(url: str, of: StudySpec) -> Study:
 
 
 def hostile_arms(url: str, of: StudySpec) -> Study:
-    study = Study.create(url, of, facts={"of": SCRIPT + LINES})
+    study = Study.create(url, of, of=SCRIPT + LINES)
     study.plan([Arm(name=PICTURE + LINES, params=POINTS[1][0])], [1, 2])
     tell(study, study.given, study.given.claim(ROW_SPACE, None), arm=LINES + SCRIPT)
     fail(study.given, study.given.claim(ROW_SPACE, None))

@@ -118,7 +118,7 @@ def end_one_shot(study: Study, found: Curve) -> None:
     assert study.given is not None
     claim = study.given.claim(ROW_SPACE, None)
     assert isinstance(claim, Claim)
-    row = ArmRow.of(claim.params)
+    row = ArmRow(**claim.params)
     assert study.arms[row.arm] == one_shot_arm(study.spec)
     lowest = found.ranked[0].fid
     ended = TrialResult(
@@ -190,7 +190,7 @@ def test_the_curve_is_no_baseline_and_is_shown(url):
     assert "one-shot curve: FID 2.000 at a 1.000" in shown
     assert "2.500" in shown
     assert "FID 2.000 at a 1.000" in command("status", study.name).out
-    row = study.complete_rows()[0]
+    _, _, row = study.complete_arms()[0]
     assert "2.500" in trial_note("one-shot", TrialResult.of(row.value, row.user_attrs), [])
 
 

@@ -1,6 +1,6 @@
 """``evaluation.images: auto``: the pilot that settles a study's number of images."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -42,7 +42,7 @@ def test_a_pilot_trains_both_baselines_under_three_seeds_on_the_same_latents(url
     found = [(pilot.arms[row.arm].baseline, row.seed) for row, _ in pilot.rows()]
     assert sorted(found) == [(arm, seed) for arm in ("plain", "uniform") for seed in (5, 6, 7)]
     assert pilot.spec.evaluation.images == PILOT_IMAGES
-    tasks = [pilot.task(pilot.given, row.params()) for row, _ in pilot.rows()]
+    tasks = [pilot.task(pilot.given, asdict(row)) for row, _ in pilot.rows()]
     assert {task.latents for task in tasks} == {7}
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,25 @@ from search.analysis.plans import (
     other_budget,
     plan_confirmation,
     plan_given,
-    plan_promotion,
-    plan_transfer,
 )
 from search.errors import SpecChangedError
 from search.promotion import Asked, Promotion
-from search.spec.file import read_spec, require_variants
-from search.study.arms import Arm, ArmRow, given_arms
+from search.spec.file import read_spec
+from search.study.arms import Arm, ArmRow, arms_study
 from search.study.study import Study
 from search.study.wording import align
 from search.worker.assets import load, use_device
 from search.worker.evaluate import evaluate
 from search.worker.worker import Worker
-from tests.measured import command, finish, normalised, refused, search
+from tests.measured import (
+    command,
+    finish,
+    normalised,
+    plan_promotion,
+    plan_transfer,
+    refused,
+    search,
+)
 from tests.students import digest, keep
 from tests.studies import LEARNED, NORMALISED, PROMOTION, changed, promotion, spec, write
 
@@ -81,12 +87,11 @@ def confirm(study: Study, count: int) -> Study:
 
 
 def promote(study: Study, count: int, **keys: Any) -> Study:
-    of = given_arms(normalised(**keys), "digits.promote")
+    of = arms_study(normalised(**keys), "digits.promote")
     return plan_promotion(
         study.url,
         of,
         confirmed_arm(study),
-        of="digits",
         seeds=range(4, 4 + count),
         variants=({}, {"nfe": 3}),
     )
@@ -94,7 +99,7 @@ def promote(study: Study, count: int, **keys: Any) -> Study:
 
 def promote_to(study: Study, count: int = 2, **keys: Any) -> Study:
     arm = confirmed_arm(study)
-    return plan_promotion(study.url, promotion(**keys), arm, of="digits", seeds=range(count))
+    return plan_promotion(study.url, promotion(**keys), arm, seeds=range(count))
 
 
 def transfer(study: Study, count: int, **keys: Any) -> Study:
@@ -163,7 +168,7 @@ def left(study: Study) -> list[ArmRow]:
 @each_way
 def test_the_weights_and_both_baselines_are_trained_under_each_seed(source, way):
     study = way.planned(source)
-    assert (study.name, study.facts, study.is_search) == (way.name, {"of": "digits"}, False)
+    assert (study.name, study.of, study.is_search) == (way.name, "digits", False)
     assert [arm.baseline for arm in study.arms[:2]] == ["plain", "uniform"]
     assert [arm.trial for arm in study.arms[2:]] == list(way.trials)
     # Taken literally: (a, b) whose sum was the search's K have another one elsewhere.
@@ -178,7 +183,7 @@ def test_the_weights_and_both_baselines_are_trained_under_each_seed(source, way)
     ]
     assert left(study) == rows
     for row in rows:
-        task = study.task(study.given, row.params())
+        task = study.task(study.given, asdict(row))
         assert task.params == study.arms[row.arm].params
         assert task.variant == way.variants[row.variant]
         assert (task.seed, task.latents) == (row.seed, row.seed if way.latents is None else 0)
@@ -254,7 +259,7 @@ def test_other_texts_are_no_weights(text):
 
 def test_other_weights_are_one_more_arm_beside_the_same_baselines(confirmed):
     finish(promote_to(confirmed, 1), fid)
-    more = plan_promotion(confirmed.url, promotion(), PAPER, of="digits", seeds=[0])
+    more = plan_promotion(confirmed.url, promotion(), PAPER, seeds=[0])
     assert [arm.trial for arm in more.arms[2:]] == [2, None]
     assert left(more) == [ArmRow(arm=3, seed=0)]
 
@@ -272,10 +277,10 @@ def test_a_file_s_arms_may_be_a_winner_and_given_weights(confirmed):
     assert [arm.trial for arm in study.arms] == [None, 2, None, None]
     assert study.arms[2].params == {"a": 1.0, "b": -2.0}
     assert study.arms[3].params == {"a": 0.0, "b": 0.0}
-    assert study.facts == {"of": "digits"}
+    assert study.of == "digits"
     assert left(study) == [ArmRow(arm=arm, seed=7) for arm in range(4)]
     # Given on the command line they are the same arm.
-    plan_promotion(confirmed.url, of, arm_from("1,-2"), of="digits", seeds=[7])
+    plan_promotion(confirmed.url, of, arm_from("1,-2"), seeds=[7])
     assert [arm.name for arm in study.arms[2:]] == [
         "a 1.000, b -2.000 (given)",
         "a 0.000, b 0.000 (given)",
@@ -287,7 +292,7 @@ def test_a_file_s_arms_may_be_a_winner_and_given_weights(confirmed):
     "make",
     [
         lambda study, arm: plan_transfer(study, spec(**OTHERS), top=1, seeds=1),
-        lambda study, arm: plan_promotion(study.url, promotion(), arm, of=None, seeds=[0]),
+        lambda study, arm: plan_promotion(study.url, promotion(), arm, search=None, seeds=[0]),
     ],
     ids=["transferred", "promoted to progressive"],
 )
@@ -320,7 +325,7 @@ def test_rows_train_as_their_variant_does(searched, tmp_path, monkeypatch, share
     assert (tmp_path / "runs" / ours.user_attrs["student"]).exists()
     alone = evaluate(
         load(to, use_device(to)),
-        study.task(study.given, ArmRow(arm=2, seed=2).params()),
+        study.task(study.given, asdict(ArmRow(arm=2, seed=2))),
         tmp_path / "alone/00000",
         check=lambda: None,
         report=lambda _: None,
@@ -355,7 +360,7 @@ def test_a_model_is_written_once_and_anew_when_there_is_more(confirmed, tmp_path
 
 def test_a_promotion_from_python_is_that_of_the_command(confirmed, tmp_path):
     study = promote_to(confirmed, 1)
-    plan_promotion(confirmed.url, promotion(), PAPER, of="digits", seeds=[0])
+    plan_promotion(confirmed.url, promotion(), PAPER, seeds=[0])
     finish(study, fid)
     keep(study, 2, 3)
     held, file = open_study("digits"), write(tmp_path, PROMOTION)
@@ -391,7 +396,7 @@ def test_a_model_is_of_the_arm_that_was_planned(confirmed):
     """Even if somebody confirms anew while it trains."""
     finish(promote(confirmed, 1), fid)
     keep(confirmed.beside("digits.promote"), 2)
-    promotion = Promotion(confirmed, Asked(seeds=1), require_variants)
+    promotion = Promotion(confirmed, Asked(seeds=1))
     planned, arm = promotion.run(1)
     plan_confirmation(confirmed, method={}, seeds=5, count=2)
     with pytest.raises(InputError, match="has not ended"):
@@ -405,9 +410,8 @@ def test_each_nfe_has_a_model_and_other_weights_another(confirmed, tmp_path):
     for arm in (confirmed_arm(confirmed), PAPER):
         study = plan_promotion(
             confirmed.url,
-            given_arms(confirmed.spec, "digits.promote"),
+            arms_study(confirmed.spec, "digits.promote"),
             arm,
-            of="digits",
             seeds=[4],
             variants=({}, {"nfe": 3}),
         )

@@ -8,7 +8,7 @@ import termios
 from typing import TextIO
 
 from search.run.progress import Display, Snapshot
-from search.storage.queries import Running
+from search.storage.leases import RunningRow
 from search.study.progress_text import in_stage, training
 from search.worker.trainer import Preparation
 
@@ -19,7 +19,7 @@ def follow(stream: TextIO) -> None:
     """A teacher that is trained, then two rows, the second of them halfway, then two more."""
     ended, total = iter((0, 1, 1)), iter((2, 2, 4))
     text = in_stage(2, 2, training(0, 50, 1.0))
-    half = Running(number=1, owner="host:1", attempt=1, seconds=1.0, progress=text)
+    half = RunningRow(trial_id=1, number=1, attempt=1, seconds=1.0, progress=text)
 
     def snapshot() -> Snapshot:
         return Snapshot(text=COUNTS, ended=next(ended), total=next(total), running=[half])

@@ -10,6 +10,7 @@ from optuna.trial import TrialState
 from psycopg2 import DatabaseError
 from sqlalchemy.exc import OperationalError
 
+from bdense.weights.space import BASELINE, UNIFORM
 from search.errors import (
     NoSearchError,
     OutdatedStudyError,
@@ -18,12 +19,13 @@ from search.errors import (
 )
 from search.spec.space import search_space
 from search.storage.ledger import Claim, Ledger
-from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, plain_arm, uniform_arm
+from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, baseline_arms
 from search.study.study import FORMAT, SPEC, Study
 from tests.measured import complete, created, finish
 from tests.studies import KINDS, METHODS, NORMALISED, of_kind, spec
 
 OURS = Arm(name="a 1.000 (trial 3)", params={"a": 1.0, "b": -2.0}, trial=3)
+UNIFORM_ARM = Arm(name="uniform weights", params={BASELINE: UNIFORM})
 BOTH_PLANS = (("sfd", "search"), ("progressive", "arms"))
 OTHER = Arm(name="a 2.000 (trial 5)", params={"a": 2.0, "b": -4.0}, trial=5)
 
@@ -31,11 +33,11 @@ OTHER = Arm(name="a 2.000 (trial 5)", params={"a": 2.0, "b": -4.0}, trial=5)
 @pytest.fixture
 def study(url) -> Study:
     """Given arms, of which none is planned yet."""
-    return Study.create(url, spec(of_kind("progressive", "arms")), facts={"of": "digits"})
+    return Study.create(url, spec(of_kind("progressive", "arms")), of="digits")
 
 
 def three(study: Study) -> list[Arm]:
-    return [plain_arm(study.spec), uniform_arm(), OURS]
+    return [*baseline_arms(study.spec), OURS]
 
 
 def rows(*seeds: int, arms: int = 3, variant: int = 0) -> list[ArmRow]:
@@ -62,8 +64,8 @@ def by_arm(arm: Arm, row: ArmRow) -> float:
 def again(study: Study, **keys) -> Study:
     """Launch again, with a changed file."""
     method, plan = study.name.split("-")
-    facts = keys.pop("facts", None) or study.facts
-    return Study.create(study.url, spec(of_kind(method, plan), **keys), facts=facts)
+    of = keys.pop("of", study.of)
+    return Study.create(study.url, spec(of_kind(method, plan), **keys), of=of)
 
 
 # ---- given arms ----
@@ -76,7 +78,7 @@ def test_rows_are_taken_in_their_order_and_keep_their_parameters(study):
     assert (study.left(), study.main.budget, study.has_started()) == (6, 6, False)
     assert finish(study, by_arm) == rows(1, 2)
     assert (unfinished(study), study.left(), study.has_started()) == ([], 0, True)
-    trials = study.complete_rows()
+    trials = [trial for _, _, trial in study.complete_arms()]
     assert [trial.value for trial in trials] == [
         10 + arm + s / 8 for s in (1, 2) for arm in (0, 1, 2)
     ]
@@ -122,9 +124,11 @@ def test_settings_that_nearly_agree_are_two(study):
     """Comparisons take them for two, so planning must not take them for one."""
     rates = (1e-3, math.nextafter(1e-3, 1.0))
     for lr in rates:
-        study.plan([uniform_arm()], [1], [{"lr": lr}])
+        study.plan([UNIFORM_ARM], [1], [{"lr": lr}])
     finish(study, by_arm)
-    assert [trial.user_attrs["variant"]["lr"] for trial in study.complete_rows()] == list(rates)
+    assert [trial.user_attrs["variant"]["lr"] for _, _, trial in study.complete_arms()] == list(
+        rates
+    )
 
 
 def test_arms_that_another_command_added_meanwhile_are_not_written_over(study, monkeypatch):
@@ -150,7 +154,7 @@ def test_a_task_is_what_its_row_asks_for(url, latents):
     tree = of_kind("sfd", "arms")
     given = spec(tree, plan__latents=latents, seeds={"evaluation": 9})
     study = Study.create(url, given)
-    study.plan([OURS, uniform_arm()], [5], [{}, {"kimg": 5.12}])
+    study.plan([OURS, UNIFORM_ARM], [5], [{}, {"kimg": 5.12}])
     judged = 9 if latents == "shared" else 5
     asked = {"params": OURS.params, "seed": 5, "latents": judged, "arm": OURS.name}
     assert study.task(study.given, take(study).params) == Task(**asked)
@@ -227,13 +231,13 @@ def test_other_conditions_are_refused_once_a_row_was_begun(url, method, plan):
 def test_until_then_a_mistake_may_be_mended_and_nothing_of_it_is_left(study):
     """The old plan's weights would be trained under the new one's name."""
     study.plan(three(study), [1, 2])
-    mended = again(study, method__lr=1e-3, facts={"of": "faces"})
+    mended = again(study, method__lr=1e-3, of="faces")
     assert (mended.arms, mended.rows()) == ([], [])
     mended.plan(three(study)[:2], [1])
-    assert (mended.facts, mended.main.budget) == ({"of": "faces"}, 2)
+    assert (mended.of, mended.main.budget) == ("faces", 2)
     assert finish(mended, by_arm) == rows(1, arms=2)
     with pytest.raises(SpecChangedError, match="of: 'faces' stored, 'digits' given"):
-        again(study, method__lr=1e-3, facts={"of": "digits"})
+        again(study, method__lr=1e-3, of="digits")
 
 
 def test_a_search_that_is_mended_keeps_the_points_that_were_asked_for(url):
@@ -296,7 +300,7 @@ def test_a_search_takes_no_name_of_given_arms_nor_the_reverse(url):
 
 
 def test_a_command_for_searches_names_the_search_of_given_arms(url):
-    study = Study.create(url, spec(of_kind("sfd", "arms")), facts={"of": "digits"})
+    study = Study.create(url, spec(of_kind("sfd", "arms")), of="digits")
     with pytest.raises(NoSearchError, match="give the search itself: digits"):
         _ = study.search
     created(url, spec(of_kind("sfd", "search")))

@@ -236,7 +236,7 @@ def test_a_worker_takes_each_folder_for_its_rows_and_finds_the_result(url, name)
 
 def test_studies_of_given_arms_are_of_their_own_name_and_know_their_trajectories(url):
     found = Study.open(url, "small.confirm")
-    assert (found.spec.name, found.facts) == ("small.confirm", {"of": "small"})
+    assert (found.spec.name, found.of) == ("small.confirm", "small")
     assert (found.variants, found.main.attribute(JUDGED)) == ([{}], 0)
     assert [arm.baseline for arm in found.arms] == ["plain", "uniform", None]
     promoted = Study.open(url, "promote-small").spec.plan
@@ -484,7 +484,7 @@ def test_rows_of_either_database_are_rewritten(planted):
     assert confirmed.task(confirmed.given, claim.params).variant == {"kimg": 6.4}
 
     promoted = Study.open(planted, "promote-small")
-    assert promoted.facts == {"of": "small"}
+    assert promoted.of == "small"
     (row,) = promoted.given.study.trials
     assert row.params == {"arm": 1, "seed": 0, "variant": 0}
     assert row.intermediate_values == {0: 3.0, 1: 2.0, 2: 1.0}

@@ -15,7 +15,7 @@ from search.analysis.paired import Mean, Paired, mean_of, paired_difference
 from search.spec.metric import FID_METRIC, Metric
 from search.spec.sections import StageFacts
 from search.storage.queries import StoredTrial
-from search.study.arms import Arm, ArmRow
+from search.study.arms import Arm
 from search.study.results import Judged, TrialResult
 from search.study.study import Study
 from search.study.wording import align
@@ -174,17 +174,15 @@ def compare(study: Study, *, variant: int = 0, stage: str | None = None) -> Comp
 
     Of a search they are its baselines, then its replicated points: most seeds first, then by mean.
     """
-    spec, arms, variants = study.spec, study.arms, study.variants
+    spec, variants = study.spec, study.variants
     stages = spec.resolved.stages
     at = next(each for each in reversed(stages) if stage in (None, each.name))
-    figures: dict[int, dict[int, Judged]] = {}
-    rows: dict[int, dict[int, int]] = {}
-    for trial in study.complete_rows():
-        row, figure = ArmRow.of(trial.params), _figure_at(at, trial)
-        if row.variant == variant and figure is not None:
-            figures.setdefault(row.arm, {})[row.seed] = figure
-            rows.setdefault(row.arm, {})[row.seed] = trial.number
-    results = [ArmResult(arm=arms[i], figures=figures[i], rows=rows[i]) for i in sorted(figures)]
+    found: dict[int, ArmResult] = {}
+    for arm, row, trial in study.complete_arms():
+        if row.variant == variant and (figure := _figure_at(at, trial)) is not None:
+            result = found.setdefault(row.arm, ArmResult(arm=arm, figures={}, rows={}))
+            result.figures[row.seed], result.rows[row.seed] = figure, trial.number
+    results = [found[index] for index in sorted(found)]
     return Comparison(
         metric=spec.metric,
         baselines=spec.baselines,
@@ -223,6 +221,6 @@ def _figure_at(stage: StageFacts, trial: StoredTrial) -> Judged | None:
 
 def teacher_of(study: Study) -> FID | None:
     """The teacher's FID, which all rows share, where the method measures it."""
-    for trial in study.complete_rows():
+    for _, _, trial in study.complete_arms():
         return TrialResult.of(trial.value, trial.user_attrs).teacher_fid
     return None

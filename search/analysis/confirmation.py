@@ -6,7 +6,7 @@ has the lowest posterior mean over everything measured; claims about it rest on 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from optuna.trial import TrialState
@@ -20,13 +20,13 @@ from search.analysis.comparison import (
     difference_text,
     replicates_of,
 )
-from search.analysis.observations import arm_of, observed, point_of
-from search.analysis.surrogate import Observation, candidates, posterior_means
+from search.analysis.observations import observed, point_of, row_observations, trial_arm
+from search.analysis.surrogate import candidates, posterior_means
 from search.errors import UnconfirmedError
 from search.spec.command import CommandConfig, command_line
 from search.spec.study import StudySpec
 from search.storage.queries import StoredTrial
-from search.study.arms import Arm, ArmRow
+from search.study.arms import Arm
 from search.study.study import JUDGED, Study
 from search.study.summary import Summary, headline, judged_by_mean, summary_of
 
@@ -113,14 +113,19 @@ class Verdict:
     def _arm(self, arm: Arm) -> dict[str, Any]:
         """An arm for scripts; plain distillation under its method's name."""
         if arm.baseline is None:
-            return arm.as_dict()
+            return asdict(arm)
         name = self.spec.method.name if arm.baseline == PLAIN else arm.baseline
-        return arm.as_dict() | {"params": {"method": name}}
+        return asdict(arm) | {"params": {"method": name}}
+
+
+def confirmation_of(study: Study) -> Study | None:
+    """A search's confirmation; None without one."""
+    return study.beside(study.name + CONFIRM_SUFFIX)
 
 
 def verdict(study: Study) -> Verdict | None:
     """The confirmation's result so far; None without one, or before a candidate has a value."""
-    confirmation = study.beside(study.name + CONFIRM_SUFFIX)
+    confirmation = confirmation_of(study)
     if confirmation is None or confirmation.is_search:
         return None
     spec = study.spec
@@ -191,10 +196,10 @@ def choose(study: Study, trials: Sequence[StoredTrial], count: int) -> list[Arm]
     if not spec.space.axes:
         loss = spec.metric.loss
         ranked = sorted(trials, key=lambda trial: (loss(trial.value or 0.0), trial.number))
-        return [arm_of(spec, trial) for trial in ranked[:count]]
+        return [trial_arm(spec, trial) for trial in ranked[:count]]
     now = observed(study, trials)
     found = candidates(now.observations, count, among=now.trials, taken=now.baseline)
-    return [arm_of(spec, trials[index - now.trials.start]) for index in found]
+    return [trial_arm(spec, trials[index - now.trials.start]) for index in found]
 
 
 def _pooled_means(
@@ -207,15 +212,9 @@ def _pooled_means(
     spec = study.spec
     if not spec.space.axes:
         return [spec.metric.loss(result.mean().mean) for result in searched]
-    arms, evaluations = confirmation.arms, []
+    rows = [each for each in confirmation.complete_arms() if each[1].variant == judged]
+    evaluations = row_observations(spec, rows)
     if not confirmation.variants[judged]:
-        evaluations += observed(study, require_trials(study)).observations
-    for trial in confirmation.complete_rows():
-        row = ArmRow.of(trial.params)
-        point = point_of(spec, arms[row.arm].params)
-        if row.variant == judged and point is not None:
-            assert trial.value is not None
-            value = spec.metric.loss(trial.value)
-            evaluations.append(Observation(point=point, value=value, group=f"seed {row.seed}"))
+        evaluations = [*observed(study, require_trials(study)).observations, *evaluations]
     asked = [point_of(spec, result.arm.params) or {} for result in searched]
     return posterior_means(evaluations, asked)

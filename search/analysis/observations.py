@@ -6,7 +6,7 @@ a group with an offset of its own, and where it disagrees with the study's value
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ FEWEST_OWN = 4
 _SEARCH = "search"  # the group of the trials, which share one training seed
 
 
-def arm_of(spec: StudySpec, trial: StoredTrial) -> Arm:
+def trial_arm(spec: StudySpec, trial: StoredTrial) -> Arm:
     """A trial's weights as an arm."""
     space = spec.space
     return Arm(
@@ -95,17 +95,22 @@ def _baseline_of(study: Study) -> list[Observation]:
 
 def _replicated(study: Study) -> list[Observation]:
     """Rows under the further seeds; of uniform weights alone they would tell nothing."""
-    spec, arms, found = study.spec, study.arms, []
-    if not any(arm.trial is not None for arm in arms):
+    if not any(arm.trial is not None for arm in study.arms):
         return []
-    for trial in study.complete_rows():
-        row = ArmRow.of(trial.params)
-        point = point_of(spec, arms[row.arm].params)
-        if row.seed != spec.seeds.training and point is not None:
-            assert trial.value is not None
-            value = spec.metric.loss(trial.value)
-            found.append(Observation(point=point, value=value, group=f"seed {row.seed}"))
-    return found
+    spec = study.spec
+    rows = [each for each in study.complete_arms() if each[1].seed != spec.seeds.training]
+    return row_observations(spec, rows)
+
+
+def row_observations(
+    spec: StudySpec, rows: Iterable[tuple[Arm, ArmRow, StoredTrial]]
+) -> list[Observation]:
+    """Complete rows of arms that have coordinates, a group for each seed."""
+    return [
+        Observation(point=point, value=spec.metric.loss(trial.value), group=f"seed {row.seed}")
+        for arm, row, trial in rows
+        if (point := point_of(spec, arm.params)) is not None and trial.value is not None
+    ]
 
 
 def prior_trials(study: Study, name: str) -> list[tuple[StoredTrial, Observation]]:

@@ -5,7 +5,7 @@ All are arms under seeds, and differ only in which arms, under whose conditions.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bdense.knobs import KnobError
@@ -14,21 +14,63 @@ from bdense.weights.space import SearchSpace
 from search.analysis.confirmation import (
     CONFIRM_SUFFIX,
     choose,
+    confirmation_of,
     confirmed_arm,
     require_trials,
     verdict,
 )
 from search.spec.study import StudySpec
-from search.storage.queries import StoredTrial
-from search.study.arms import Arm, baseline_arms, given_arms
+from search.study.arms import Arm, arms_study, baseline_arms
 from search.study.retention import keep_too
 from search.study.study import CHOSEN_AFTER, JUDGED, Study
 
 PROMOTE_SUFFIX, FROM = ".promote", ".from."
 
 
-def plan_confirmation(study: Study, *, method: Mapping[str, Any], seeds: int, count: int) -> Study:
-    """Candidates and both baselines, under each fresh seed.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedArms:
+    """What a study of given arms is made of.
+
+    Attributes:
+        spec: Its name and conditions.
+        arms, seeds, variants: Each arm is trained under each seed and each changed setting of the
+            method.
+        of: Name of the search that the arms come from.
+        chosen_after: Of a confirmation, numbers of trials and candidates at the choice.
+    """
+
+    spec: StudySpec
+    arms: Sequence[Arm]
+    seeds: Sequence[int]
+    variants: Sequence[Mapping[str, Any]] = ({},)
+    of: str | None
+    chosen_after: tuple[int, int] | None = None
+
+    def store(self, url: str) -> Study:
+        """The study with these rows planned, in a storage.
+
+        Raises:
+            SpecChangedError: The stored study is of other conditions.
+        """
+        study = Study.create(url, self.spec, of=self.of)
+        study.plan(self.arms, self.seeds, self.variants)
+        return study
+
+    def as_spec(self) -> StudySpec:
+        """The spec that a study file with these arms would have."""
+        plan = replace(
+            self.spec.given,
+            arms=tuple(arm.baseline or arm.params for arm in self.arms),
+            seeds=tuple(self.seeds),
+            variants=tuple(map(dict, self.variants)),
+        )
+        return replace(self.spec, plan=plan)
+
+
+def confirmation_arms(
+    study: Study, *, method: Mapping[str, Any], seeds: int, count: int
+) -> PlannedArms:
+    """Candidates and the baselines under fresh seeds, and what is stored of them already.
 
     Called again it adds what is new: more seeds, another budget, and new candidates where the
     search has gone on since.
@@ -41,40 +83,9 @@ def plan_confirmation(study: Study, *, method: Mapping[str, Any], seeds: int, co
 
     Raises:
         InputError: No trial of the search is complete.
-        SpecChangedError: The stored confirmation is of other conditions.
     """
-    trials, facts = require_trials(study), {"of": study.name}
-    name = study.name + CONFIRM_SUFFIX
-    confirmation = Study.create(study.url, given_arms(study.spec, name), facts=facts)
-    change = differing(study.spec, method)
-    arms, planned = _confirmed(study, trials, confirmation, change, seeds, count)
-    confirmation.plan(arms, planned, [change])
-    keep_too(study.search, [arm.trial for arm in arms if arm.trial is not None])
-    judged = confirmation.variants.index(change)
-    confirmation.main.store({CHOSEN_AFTER: [len(trials), count], JUDGED: judged})
-    return confirmation
-
-
-def confirmation_spec(
-    study: Study, *, method: Mapping[str, Any], seeds: int, count: int
-) -> StudySpec:
-    """What ``plan_confirmation`` plans, as a study file has it; arguments and errors as there."""
-    trials, change = require_trials(study), differing(study.spec, method)
-    name = study.name + CONFIRM_SUFFIX
-    arms, planned = _confirmed(study, trials, study.beside(name), change, seeds, count)
-    return with_arms(given_arms(study.spec, name), arms, planned, [change])
-
-
-def _confirmed(
-    study: Study,
-    trials: Sequence[StoredTrial],
-    stored: Study | None,
-    change: Mapping[str, Any],
-    seeds: int,
-    count: int,
-) -> tuple[list[Arm], list[int]]:
-    """Arms and seeds of a confirmation, those that are stored among them."""
-    planned = set(fresh_seeds(study.spec, seeds))
+    trials, stored = require_trials(study), confirmation_of(study)
+    change, planned = differing(study.spec, method), set(fresh_seeds(study.spec, seeds))
     arms, chosen_after = baseline_arms(study.spec), None
     if stored is not None:
         arms, chosen_after = stored.arms or arms, stored.main.attribute(CHOSEN_AFTER)
@@ -84,11 +95,28 @@ def _confirmed(
     if chosen_after != [len(trials), count]:
         known = {arm.trial for arm in arms}
         arms += [arm for arm in choose(study, trials, count) if arm.trial not in known]
-    return arms, sorted(planned)
+    return PlannedArms(
+        spec=arms_study(study.spec, study.name + CONFIRM_SUFFIX),
+        arms=arms,
+        seeds=sorted(planned),
+        variants=[change],
+        of=study.name,
+        chosen_after=(len(trials), count),
+    )
 
 
-def plan_transfer(study: Study, to: StudySpec, *, top: int, seeds: int) -> Study:
-    """A study's top weights, taken literally, and both baselines, under another's conditions.
+def plan_confirmation(study: Study, *, method: Mapping[str, Any], seeds: int, count: int) -> Study:
+    """Store ``confirmation_arms``, which the search then keeps the students of."""
+    asked = confirmation_arms(study, method=method, seeds=seeds, count=count)
+    confirmation = asked.store(study.url)
+    keep_too(study.search, [arm.trial for arm in asked.arms if arm.trial is not None])
+    judged = confirmation.variants.index(dict(asked.variants[0]))
+    confirmation.main.store({CHOSEN_AFTER: asked.chosen_after, JUDGED: judged})
+    return confirmation
+
+
+def transfer_arms(study: Study, to: StudySpec, *, top: int, seeds: int) -> PlannedArms:
+    """A study's top weights, taken literally, and the baselines, under another's conditions.
 
     Args:
         study: Where the weights were found.
@@ -98,56 +126,15 @@ def plan_transfer(study: Study, to: StudySpec, *, top: int, seeds: int) -> Study
 
     Raises:
         InputError: No trial of the study is complete, both are one, or weights do not fit.
-        SpecChangedError: The stored transfer is of other conditions.
     """
-    spec, arms = _transfer(study, to, top)
-    planned = Study.create(study.url, spec, facts={"of": study.name})
-    planned.plan(arms, fresh_seeds(to, seeds))
-    return planned
-
-
-def transfer_spec(study: Study, to: StudySpec, *, top: int, seeds: int) -> StudySpec:
-    """What ``plan_transfer`` plans, as a study file has it; arguments and errors are the same."""
-    return with_arms(*_transfer(study, to, top), fresh_seeds(to, seeds))
-
-
-def _transfer(study: Study, to: StudySpec, top: int) -> tuple[StudySpec, list[Arm]]:
     if to.name == study.name:
         raise KnobError(
             "to", f"names study {study.name} itself; give another's file, or confirm it instead"
         )
     arms = [*baseline_arms(to), *choose(study, require_trials(study), top)]
     _require_fitting(arms, to)
-    return given_arms(to, f"{to.name}{FROM}{study.name}"), arms
-
-
-def plan_promotion(
-    url: str,
-    spec: StudySpec,
-    arm: Arm,
-    *,
-    of: str | None,
-    seeds: Sequence[int],
-    variants: Sequence[Mapping[str, Any]] = ({},),
-) -> Study:
-    """The promoted weights and both baselines, trained under each seed.
-
-    Args:
-        url: The storage.
-        spec: A study of given arms.
-        arm: The promoted weights.
-        of: Name of the search they come from.
-        seeds: Training seeds.
-        variants: Settings of the method to train each under.
-
-    Raises:
-        InputError: The weights do not fit the method's number of branches.
-        SpecChangedError: A promotion of that name has other conditions.
-    """
-    _require_fitting([arm], spec)
-    planned = Study.create(url, spec, facts={"of": of})
-    planned.plan([*baseline_arms(spec), arm], seeds, variants)
-    return planned
+    spec = arms_study(to, f"{to.name}{FROM}{study.name}")
+    return PlannedArms(spec=spec, arms=arms, seeds=fresh_seeds(to, seeds), of=study.name)
 
 
 def plan_given(url: str, spec: StudySpec) -> Study:
@@ -161,26 +148,34 @@ def plan_given(url: str, spec: StudySpec) -> Study:
     arms = [_named(url, spec, each) for each in plan.arms]
     _require_fitting(arms, spec)
     named = [each for each in plan.arms if isinstance(each, dict)]
-    sources = [str(each["winner_of"]) for each in named if "winner_of" in each]
-    planned = Study.create(url, spec, facts={"of": sources[0]} if sources else {})
-    planned.plan(arms, plan.seeds, plan.variants)
-    return planned
+    of = next((str(each["winner_of"]) for each in named if "winner_of" in each), None)
+    asked = PlannedArms(spec=spec, arms=arms, seeds=plan.seeds, variants=plan.variants, of=of)
+    return asked.store(url)
 
 
-def with_arms(
+def promotion_arms(
     spec: StudySpec,
-    arms: Sequence[Arm],
+    arm: Arm,
+    *,
+    of: str | None,
     seeds: Sequence[int],
-    variants: Sequence[Mapping[str, Any]] = ({},),
-) -> StudySpec:
-    """A study of given arms with these, as a study file has them."""
-    plan = replace(
-        spec.given,
-        arms=tuple(arm.baseline or arm.params for arm in arms),
-        seeds=tuple(seeds),
-        variants=tuple(map(dict, variants)),
-    )
-    return replace(spec, plan=plan)
+    variants: Sequence[Mapping[str, Any]],
+) -> PlannedArms:
+    """The promoted weights and the baselines.
+
+    Args:
+        spec: A study of given arms.
+        arm: The promoted weights.
+        of: Name of the search they come from.
+        seeds: Training seeds.
+        variants: Settings of the method to train each under.
+
+    Raises:
+        InputError: The weights do not fit the method's number of branches.
+    """
+    _require_fitting([arm], spec)
+    arms = [*baseline_arms(spec), arm]
+    return PlannedArms(spec=spec, arms=arms, seeds=seeds, variants=variants, of=of)
 
 
 def _require_fitting(arms: Sequence[Arm], spec: StudySpec) -> None:
@@ -195,12 +190,6 @@ def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list
     own = spec.baseline_seeds if spec.is_search else [spec.seeds.training]
     seen = {*own, spec.seeds.evaluation, *used}
     return [seed for seed in range(count + len(seen)) if seed not in seen][:count]
-
-
-def seeds_of(study: Study, name: str) -> set[int]:
-    """Training seeds of another study of given arms; none where there is no such study."""
-    other = study.beside(name)
-    return set() if other is None else {row.seed for row, _ in other.rows()}
 
 
 def arm_from(text: str) -> Arm:
@@ -252,10 +241,10 @@ def _named(url: str, spec: StudySpec, given: str | Mapping[str, Any]) -> Arm:
         return next(arm for arm in baseline_arms(spec) if arm.baseline == given)
     if "winner_of" in given:
         return confirmed_arm(Study.open(url, given["winner_of"]))
-    return arm_of(spec, given)
+    return given_arm(spec, given)
 
 
-def arm_of(spec: StudySpec, params: Mapping[str, Any]) -> Arm:
+def given_arm(spec: StudySpec, params: Mapping[str, Any]) -> Arm:
     """The arm of given parameters, of any space of weights.
 
     Raises:

@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 from optuna.trial import TrialState
 
-from search.analysis.observations import arm_of, observed
+from search.analysis.observations import observed, trial_arm
 from search.analysis.paired import CONFIDENCE
 from search.analysis.surrogate import candidates, posterior
 from search.storage.queries import StoredTrial
@@ -94,7 +94,7 @@ def plan_replicate(study: Study) -> bool:
     contender, seed = chosen
     trial = next(each for each in trials if each.number == contender.trial)
     keep_too(study.search, [trial.number])
-    return study.plan_row(arm_of(spec, trial), seed, seen=seen)
+    return study.plan_row(trial_arm(spec, trial), seed, seen=seen)
 
 
 def contenders_of(study: Study, trials: Sequence[StoredTrial]) -> list[Contender]:

@@ -9,13 +9,11 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from search.analysis.comparison import ArmResult, Comparison, compare, difference_text
-from search.analysis.confirmation import Verdict
+from search.analysis.comparison import ArmResult, Comparison, difference_text
 from search.analysis.paired import CONFIDENCE, Paired
 from search.spec.metric import FID_METRIC, Metric
 from search.spec.sections import MOST_IMAGES
 from search.study.arms import Arm
-from search.study.study import Study
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,19 +134,6 @@ class Recommendation:
             "interval": [interval.low, interval.high] if interval is not None and known else None,
             "why": self.why,
         }
-
-
-def assess(study: Study, found: Verdict | None) -> tuple[Noise, Recommendation | None]:
-    """The noise of a search, and the arm to use by its confirmation, else by its baselines."""
-    baselines = compare(study)
-    return noise_of(baselines), recommend(baselines if found is None else found.comparison)
-
-
-def assessment(noise: Noise, recommended: Recommendation | None) -> list[str]:
-    """Both for people."""
-    if recommended is None:
-        return ["no arm is recommended before a baseline is complete"]
-    return [noise.text(), recommended.text()]
 
 
 def noise_of(comparison: Comparison) -> Noise:

@@ -13,10 +13,9 @@ from optuna.trial import TrialState
 
 from bdense.weights.space import Choice
 from search.analysis.comparison import Comparison, compare
-from search.analysis.confirmation import Verdict
 from search.analysis.observations import observed, point_of
 from search.analysis.racing import BEYOND_NOISE, plan_replicate
-from search.analysis.recommendation import assess, assessment, noise_of, recommend
+from search.analysis.recommendation import noise_of, recommend
 from search.analysis.surrogate import Point, posterior
 from search.spec.study import StudySpec
 from search.study.study import Study
@@ -68,13 +67,6 @@ class LargestGain:
     def as_dict(self) -> dict[str, Any]:
         """As the study's attribute and ``best --json`` hold it."""
         return asdict(self)
-
-
-def assessed(study: Study, found: Verdict | None) -> list[str]:
-    """Noise, recommended arm and what ended a search early, for people."""
-    ended = LargestGain.of(study)
-    lines = assessment(*assess(study, found))
-    return lines if ended is None else [*lines, ended.text()]
 
 
 def largest_gain(study: Study) -> LargestGain | None:

@@ -44,9 +44,9 @@ class Showing:
     def finish(self) -> None:
         """Write it as it is at the end, and that of the search that this study confirms."""
         self._write()
-        if of := self._study.facts.get("of"):
+        if of := self._study.of:
             url = self._study.url
-            _never_in_the_way("the search's note", lambda: show(Study.open(url, str(of))))
+            _never_in_the_way("the search's note", lambda: show(Study.open(url, of)))
 
     def _write(self) -> None:
         with self._writing:

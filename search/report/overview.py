@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from optuna.trial import TrialState
 
 from bdense.metrics.records import FID
+from search.analysis.assessment import assess
 from search.analysis.comparison import (
     Comparison,
     comparisons_of,
@@ -16,8 +17,7 @@ from search.analysis.comparison import (
     teacher_of,
 )
 from search.analysis.confirmation import Verdict, judged_summary
-from search.analysis.recommendation import Recommendation, assess
-from search.analysis.stop_rule import assessed
+from search.analysis.recommendation import Recommendation
 from search.report.plots import Plot, study_plots
 from search.spec.file import as_yaml
 from search.storage.ledger import Ledger
@@ -79,7 +79,7 @@ class Overview:
 
     def facts(self) -> str:
         """What a study of given arms was made of."""
-        return ", ".join(f"{key}: {value}" for key, value in self.study.facts.items())
+        return "" if self.study.of is None else f"of: {self.study.of}"
 
     def table(self) -> list[tuple[str, ...]]:
         """The result: a header and lines of cells."""
@@ -140,8 +140,8 @@ def overview_of(study: Study) -> Overview:
     now, found, trials, recommended, told = None, None, [], None, []
     if study.is_search:
         now, found = judged_summary(study)
-        _, recommended = assess(study, found)
-        told = assessed(study, found)
+        assessment = assess(study, found)
+        recommended, told = assessment.recommended, assessment.lines()
         trials = summary.complete_trials(study)
         replicates = replicates_of(study)
         comparisons = [] if replicates is None else [replicates]

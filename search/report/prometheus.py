@@ -98,7 +98,7 @@ class Studies(Collector):
                 # Rows come in order: of each baseline its first, under the seed of the trials.
                 first: dict[int, float] = {}
                 for row in read_trials(self._engine, complete, ()):
-                    first.setdefault(ArmRow.of(row.params).arm, row.value or 0.0)
+                    first.setdefault(ArmRow(**row.params).arm, row.value or 0.0)
                 for arm, value in first.items():
                     labels = [name.removesuffix(BASELINES_SUFFIX), str(arms[arm])]
                     if arms[arm] is None:

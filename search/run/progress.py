@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from bdense.progress import is_live, progress_bar
 from search.log import say
-from search.storage.queries import Running
+from search.storage.leases import RunningRow
 from search.study.progress_text import share_done
 from search.study.study import Study
 from search.study.summary import summary_of
@@ -46,7 +46,7 @@ class Snapshot:
     text: str
     ended: int
     total: int
-    running: Sequence[Running]
+    running: Sequence[RunningRow]
 
 
 def snapshot_of(study: Study) -> Snapshot:

@@ -170,7 +170,13 @@ class Process:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningRow:
-    """A trial in state RUNNING and its lease; the defaults mean that no worker took it yet."""
+    """A trial in state RUNNING and its lease; the defaults mean that no worker took it yet.
+
+    Attributes:
+        owner: Of the lease, see ``Claim``; empty where it was released.
+        seconds: Time since the claim.
+        adoptable: Whether another worker may take it over.
+    """
 
     trial_id: int
     number: int
@@ -181,6 +187,11 @@ class RunningRow:
     seconds: float = 0.0
     process: Process | None = None
     adoptable: bool = True
+
+    @property
+    def worker(self) -> str:
+        """host:pid; empty where no worker has it."""
+        return f"{self.process.host}:{self.process.pid}" if self.process and self.owner else ""
 
 
 class Leases:

@@ -86,17 +86,6 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Running:
-    """A running trial; ``owner`` is host:pid, ``seconds`` the time since its claim."""
-
-    number: int
-    owner: str
-    attempt: int
-    progress: str
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTrial:
     """A stored trial; ``value`` is None if it has none."""
 
@@ -180,19 +169,9 @@ class LedgerReader:
 
         return Counts.of(retrying(read), budget=self.budget)
 
-    def running(self) -> list[Running]:
-        """Running trials that have a worker, by number."""
-        return [
-            Running(
-                number=row.number,
-                owner=f"{row.process.host}:{row.process.pid}" if row.owner else "",
-                attempt=row.attempt,
-                progress=row.progress,
-                seconds=row.seconds,
-            )
-            for row in self.running_rows()
-            if row.process is not None
-        ]
+    def running(self) -> list[RunningRow]:
+        """Running trials that a worker took, by number."""
+        return [row for row in self.running_rows() if row.process is not None]
 
     def running_rows(self) -> list[RunningRow]:
         """The running trials with their leases, lowest number first."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Self
+from typing import Any
 
 from optuna.distributions import BaseDistribution, IntDistribution
 
@@ -43,26 +43,15 @@ class Arm:
         """``plain``, ``uniform`` or ``defaults``; None for others."""
         return self.params.get(BASELINE)
 
-    def as_dict(self) -> dict[str, Any]:
-        """As the study's attribute stores it."""
-        return {"name": self.name, "params": self.params, "trial": self.trial}
-
-
-def plain_arm(spec: StudySpec) -> Arm:
-    """The method without branches: supervised only at the end of each interval."""
-    return Arm(name=f"plain {spec.resolved.title}", params={BASELINE: PLAIN})
-
-
-def uniform_arm() -> Arm:
-    """Equal weights of all branches."""
-    return Arm(name="uniform weights", params={BASELINE: UNIFORM})
-
 
 def baseline_arms(spec: StudySpec) -> list[Arm]:
     """The arms that a study compares with, in the order of ``StudySpec.baselines``."""
     if spec.is_command:
         return [Arm(name=DEFAULTS, params={BASELINE: DEFAULTS})]
-    return [plain_arm(spec), uniform_arm()]
+    return [
+        Arm(name=f"plain {spec.resolved.title}", params={BASELINE: PLAIN}),
+        Arm(name="uniform weights", params={BASELINE: UNIFORM}),
+    ]
 
 
 def one_shot_arm(spec: StudySpec) -> Arm | None:
@@ -77,7 +66,7 @@ def one_shot_arm(spec: StudySpec) -> Arm | None:
     return Arm(name=ONE_SHOT_PLAN, params={ONE_SHOT: params})
 
 
-def given_arms(spec: StudySpec, name: str) -> StudySpec:
+def arms_study(spec: StudySpec, name: str) -> StudySpec:
     """A study of given arms under a study's conditions, each seed on latents of its own."""
     plan = ArmsPlan(arms=(), seeds=(0,), latents="fresh")
     return replace(spec, name=name, plan=plan)
@@ -85,20 +74,17 @@ def given_arms(spec: StudySpec, name: str) -> StudySpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmRow:
-    """One training of an arm: its index, the training seed, and the index of its variant."""
+    """One training of an arm, whose parameters in the database are these fields.
+
+    Attributes:
+        arm: Index of the arm.
+        seed: Training seed.
+        variant: Index of the changes of the method's settings.
+    """
 
     arm: int
     seed: int
     variant: int = 0
-
-    def params(self) -> dict[str, int]:
-        """As the database holds them."""
-        return asdict(self)
-
-    @classmethod
-    def of(cls, params: Mapping[str, Any]) -> Self:
-        """The row that has these parameters."""
-        return cls(**params)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

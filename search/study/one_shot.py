@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from optuna.trial import TrialState
-
 from bdense.weights.space import BASELINE, UNIFORM
-from search.study.arms import ArmRow, one_shot_arm
+from search.study.arms import one_shot_arm
 from search.study.results import Curve, CurvePoint, TrialResult
 from search.study.study import Study
 from search.study.wording import align
@@ -15,11 +13,10 @@ _MOST_POINTS = 16  # of a table for people
 
 def curve_of(study: Study) -> Curve | None:
     """The curve that the plan of a search asks for; None without one, or before it is complete."""
-    if not study.is_search or study.given is None or (arm := one_shot_arm(study.spec)) is None:
+    if not study.is_search or (arm := one_shot_arm(study.spec)) is None:
         return None
-    arms = study.arms
-    for trial in study.given.rows(TrialState.COMPLETE):
-        if arms[ArmRow.of(trial.params).arm] == arm:
+    for measured, _, trial in study.complete_arms():
+        if measured == arm:
             return TrialResult.of(trial.value, trial.user_attrs).curve
     return None
 

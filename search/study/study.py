@@ -7,7 +7,7 @@ arms in an Optuna study of their own. A study of given arms has one.
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from optuna.exceptions import ExperimentalWarning
@@ -108,14 +108,13 @@ class Study:
         return cls(url, found, beside_or_none(found, name + BASELINES_SUFFIX))
 
     @classmethod
-    def create(cls, url: str, spec: StudySpec, *, facts: Mapping[str, Any] | None = None) -> Self:
+    def create(cls, url: str, spec: StudySpec, *, of: str | None = None) -> Self:
         """The study of a resolved spec: new, or joined if its numbers stay comparable.
 
         Args:
             url: The storage.
             spec: Resolved.
-            facts: What a study of given arms was made of, such as ``of``, a search's name; they
-                must not change.
+            of: Name of the search that given arms come from, which must not change.
 
         Raises:
             SpecChangedError: The stored study has other conditions, which are named.
@@ -129,14 +128,14 @@ class Study:
         before = stored.spec if stored is not None else None
         if before is not None and stored is not None and stored.has_started():
             spec = spec.with_images(before.evaluation.num_images)
-        if stored is not None and stored._forget_if_changed(spec, facts or {}):
+        if stored is not None and stored._forget_if_changed(spec, of):
             stored = before = None
         if spec.is_search:
             return cls._create_search(url, spec, before)
         # A smaller budget, even for a moment, would end others' workers.
         ledger = _ledger(url, spec, spec.name, 1 if stored is None else None)
         if stored is None:
-            ledger.store({ARMS: [], VARIANTS: [], FACTS: dict(facts or {})})
+            ledger.store({ARMS: [], VARIANTS: [], FACTS: {} if of is None else {"of": of}})
         _store(ledger, spec, before)
         return cls(url, None, ledger)
 
@@ -179,15 +178,14 @@ class Study:
             NoSearchError: It is a study of given arms.
         """
         if self.trials is None:
-            of = self.facts.get("of")
             results = f"see its results by `bdense-search report {self.name}`"
-            way_out = f"give the search itself: {of}" if of else results
+            way_out = f"give the search itself: {self.of}" if self.of else results
             raise NoSearchError(f"{self.name!r} measures given arms and has no search; {way_out}")
         return self.trials
 
     @property
     def ledgers(self) -> tuple[Ledger, ...]:
-        """Of its trials and its given arms, as far as there are any."""
+        """The ledgers that this study has: trials, then arms."""
         return tuple(each for each in (self.trials, self.given) if each is not None)
 
     @property
@@ -200,18 +198,19 @@ class Study:
         return read_stored(self.name, str(self.main.attribute(SPEC)))
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What a study of given arms was made of."""
-        return dict(self.main.attribute(FACTS) or {})
+    def of(self) -> str | None:
+        """Name of the search that given arms come from; None where there is none."""
+        name: str | None = (self.main.attribute(FACTS) or {}).get("of")
+        return name
 
     @property
     def arms(self) -> list[Arm]:
-        """Given arms, in the order that rows count them in."""
+        """Given arms, indexed by ``ArmRow.arm``."""
         return [Arm(**each) for each in self._given(ARMS)]
 
     @property
     def variants(self) -> list[dict[str, Any]]:
-        """Changes of the method's settings, in the order that rows count them in."""
+        """Changes of the method's settings, indexed by ``ArmRow.variant``."""
         return list(self._given(VARIANTS))
 
     def plan(
@@ -233,7 +232,7 @@ class Study:
         known += new
         changes += [dict(each) for each in variants if dict(each) not in changes]
         # Without a new one it is no matter what others add: a race does all the time.
-        added = not new or self.given.extend_list(ARMS, [arm.as_dict() for arm in known])
+        added = not new or self.given.extend_list(ARMS, [asdict(arm) for arm in known])
         if not (added and self.given.extend_list(VARIANTS, changes)):
             raise SpecChangedError(
                 f"another command has added arms to {self.name!r} meanwhile; run this one again"
@@ -244,7 +243,7 @@ class Study:
                     place = known.index(arm)
                     row = ArmRow(arm=place, seed=seed, variant=changes.index(dict(change)))
                     called = {"arm": known[place].name}
-                    self.given.enqueue(row.params(), called, again=MENDABLE)
+                    self.given.enqueue(asdict(row), called, again=MENDABLE)
         self.given.resize(ROW_SPACE)
 
     def plan_failed_again(self) -> None:
@@ -252,7 +251,7 @@ class Study:
         assert self.given is not None
         arms = self.arms
         for row, _ in self.rows():
-            self.given.enqueue(row.params(), {"arm": arms[row.arm].name}, again=MENDABLE)
+            self.given.enqueue(asdict(row), {"arm": arms[row.arm].name}, again=MENDABLE)
         self.given.resize(ROW_SPACE)
 
     def plan_row(self, arm: Arm, seed: int, *, seen: int) -> bool:
@@ -265,8 +264,8 @@ class Study:
         known = self.arms
         known += [arm] if arm not in known else []
         row = ArmRow(arm=known.index(arm), seed=seed)
-        stored = self.given.extend_list(ARMS, [each.as_dict() for each in known])
-        return stored and self.given.enqueue_next(row.params(), {"arm": arm.name}, seen=seen)
+        stored = self.given.extend_list(ARMS, [asdict(each) for each in known])
+        return stored and self.given.enqueue_next(asdict(row), {"arm": arm.name}, seen=seen)
 
     def task(self, ledger: Ledger, params: Mapping[str, Any]) -> Task:
         """The task of a row of one of its ledgers."""
@@ -275,7 +274,7 @@ class Study:
             return Task(
                 params=dict(params), seed=spec.seeds.training, latents=spec.seeds.evaluation
             )
-        row = ArmRow.of(params)
+        row = ArmRow(**params)
         arm = self.arms[row.arm]
         return Task(
             params=arm.params,
@@ -292,24 +291,26 @@ class Study:
         record = self.given.study
         trials = retrying(lambda: record.get_trials(deepcopy=False))
         asked = [(asked_of(trial), trial.state.is_finished()) for trial in trials]
-        return [(ArmRow.of(one), ended) for one, ended in asked if one.keys() == ROW_SPACE.keys()]
+        return [(ArmRow(**one), ended) for one, ended in asked if one.keys() == ROW_SPACE.keys()]
 
-    def complete_rows(self) -> list[StoredTrial]:
-        """Rows of given arms that have a result, in order."""
-        return [] if self.given is None else self.given.rows(TrialState.COMPLETE)
+    def complete_arms(self) -> list[tuple[Arm, ArmRow, StoredTrial]]:
+        """Rows of given arms that have a result, in order, each with its arm."""
+        found = [] if self.given is None else self.given.rows(TrialState.COMPLETE)
+        rows, arms = [ArmRow(**trial.params) for trial in found], self.arms
+        return [(arms[row.arm], row, trial) for row, trial in zip(rows, found, strict=True)]
 
     def tasks_left(self) -> list[Task]:
         """The tasks of rows that have not ended, without their weights; each once."""
         tasks = [] if self.trials is None else [self.task(self.trials, {})]
         for row in [row for row, ended in self.rows() if not ended]:
             assert self.given is not None
-            task = replace(self.task(self.given, row.params()), params={}, arm=None)
+            task = replace(self.task(self.given, asdict(row)), params={}, arm=None)
             if task not in tasks:
                 tasks.append(task)
         return tasks
 
     def counts(self) -> Counts:
-        """Of the trials of a search, else of the given arms."""
+        """Counts of the main ledger."""
         return self.main.counts()
 
     def left(self) -> int:
@@ -327,17 +328,18 @@ class Study:
         for ledger in self.ledgers:
             ledger.forgive_running()
 
-    def refuse_other_conditions(
-        self, spec: StudySpec, facts: Mapping[str, Any] | None = None
-    ) -> None:
+    def refuse_other_conditions(self, spec: StudySpec) -> None:
         """Refuse a resolved spec whose numbers would not compare with those measured.
 
         Raises:
-            SpecChangedError: It has other conditions, or other ``facts`` than those stored.
+            SpecChangedError: It has other conditions than those stored.
         """
+        self._refuse_changed(spec, self.of)
+
+    def _refuse_changed(self, spec: StudySpec, of: str | None) -> None:
         if spec.evaluation.images == "auto":
             spec = spec.with_images(self.spec.evaluation.num_images)
-        changed = self._changed(spec, self.facts if facts is None else facts)
+        changed = self._changed(spec, of)
         if changed and self.has_started():
             raise SpecChangedError(
                 f"study {spec.name!r} exists under other conditions, so its numbers would not "
@@ -351,7 +353,7 @@ class Study:
                 f"{now['at']} of {now['images']} given); restore them, or drop plan.at"
             )
 
-    def _forget_if_changed(self, spec: StudySpec, facts: Mapping[str, Any]) -> bool:
+    def _forget_if_changed(self, spec: StudySpec, of: str | None) -> bool:
         """Delete what was planned under other conditions, if no row was ever begun.
 
         Returns:
@@ -366,16 +368,16 @@ class Study:
                 f"study {spec.name!r} exists and is {kinds[self.is_search]}, not "
                 f"{kinds[spec.is_search]}; choose another name"
             )
-        self.refuse_other_conditions(spec, facts)
-        changed = bool(self._changed(spec, facts))
+        self._refuse_changed(spec, of)
+        changed = bool(self._changed(spec, of))
         if changed and self.given is not None:
             self.given.delete()
         return changed and not self.is_search
 
-    def _changed(self, spec: StudySpec, facts: Mapping[str, Any]) -> list[str]:
+    def _changed(self, spec: StudySpec, of: str | None) -> list[str]:
         """Each condition that differs from the stored one, for people."""
-        old = {**json.loads(self.main.attribute(CONDITIONS)), **self.facts}
-        new = {**spec.conditions(), **facts}
+        old = {**json.loads(self.main.attribute(CONDITIONS)), "of": self.of}
+        new = {**spec.conditions(), "of": of}
         return [
             f"{key}: {old.get(key)!r} stored, {new.get(key)!r} given"
             for key in sorted(old.keys() | new.keys())

@@ -13,7 +13,7 @@ from search.storage.engine import redact
 from search.storage.leases import SURPLUS
 from search.storage.ledger import Ledger
 from search.storage.queries import Counts, StoredTrial
-from search.study.arms import ArmRow, baseline_arms
+from search.study.arms import baseline_arms
 from search.study.results import TrialResult
 from search.study.study import BASELINE_RESULTS, Study
 from search.study.wording import align, counts_line, weights_text
@@ -135,10 +135,8 @@ def complete_trials(study: Study) -> list[Measured]:
 
 def baselines_of(study: Study) -> dict[str, Measured]:
     """The complete baselines of a search by name, of the trials' own seed."""
-    spec, arms, found = study.spec, study.arms, {}
-    for trial in study.complete_rows():
-        row = ArmRow.of(trial.params)
-        arm = arms[row.arm]
+    spec, found = study.spec, {}
+    for arm, row, trial in study.complete_arms():
         if arm.baseline is not None and row.seed == spec.seeds.training:
             found[arm.baseline] = Measured(
                 metric=spec.metric,
@@ -270,7 +268,7 @@ def foreign_rows(ledger: Ledger) -> str:
 def _failed(study: Study, ledger: Ledger) -> Sequence[str]:
     lines = []
     is_baselines = study.is_search and ledger is study.given
-    done = [each.params for each in study.complete_rows()] if is_baselines else []
+    done = [each.params for _, _, each in study.complete_arms()] if is_baselines else []
     for trial in ledger.rows(TrialState.FAIL):
         if SURPLUS in trial.user_attrs:
             continue

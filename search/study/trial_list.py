@@ -140,7 +140,7 @@ def _rows_of(study: Study, ledger: Ledger) -> Iterator[ListedRow]:
         own: dict[str, Any] = {"arm": None, "params": trial.params, "seed": seed, "variant": {}}
         value = trial.value if state is TrialState.COMPLETE else None
         if ledger is study.given:
-            row = ArmRow.of(trial.params)
+            row = ArmRow(**trial.params)
             arm, variant = arms[row.arm], variants[row.variant]
             own = {"arm": arm.name, "params": arm.params, "seed": row.seed, "variant": variant}
             if ONE_SHOT in arm.params:

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from search.storage.queries import FIXED, PARAMS, asked_of
 from search.storage.schema import open_tables
 from search.storage.settings import BASELINES_SUFFIX, lock_name
 from search.storage.stop_flags import held
-from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, given_arms, plain_arm, uniform_arm
+from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, arms_study, baseline_arms
 from search.study.folders import row_folder
 from search.study.retention import IDENTITY, INTERMEDIATE_FILE, RESULT
 from search.study.study import (
@@ -191,7 +191,7 @@ def _rewrite_database(ledgers: Sequence[Ledger], form: "_Form") -> None:
                 connection.execute(sa.delete(_STUDY_SYSTEM).where(mine, plots))
                 _rewrite_rows(connection, each.key, its, form)
                 if each is not main:
-                    arms = [arm.as_dict() for arm in form.arms]
+                    arms = [asdict(arm) for arm in form.arms]
                     _set(connection, STUDY_ATTRIBUTES, each.key, {ARMS: arms, VARIANTS: [{}]})
             _drop(connection, STUDY_ATTRIBUTES, main.key, (_KIND, _KIMG, _LOOKS))
             _set(connection, STUDY_ATTRIBUTES, main.key, {**form.attributes(), FORMAT: CURRENT})
@@ -254,7 +254,7 @@ class _Form:
     def of(cls, name: str, old: Mapping[str, Any], spec: StudySpec) -> "_Form":
         """From its attributes and its spec of today."""
         if old.get(_KIND) == _RETRAIN:
-            spec = given_arms(spec, name)
+            spec = arms_study(spec, name)
         measured = json.loads(old[CONDITIONS])
         known = {key: measured[key] for key in _MEASURED if measured.get(key) is not None}
         # 0 is a version before numerics were counted; it compares with none.
@@ -270,7 +270,7 @@ class _Form:
     def arms(self) -> list[Arm]:
         """Given arms; of a search its baselines."""
         if _KIND not in self.old:
-            return [plain_arm(self.spec), uniform_arm()]
+            return baseline_arms(self.spec)
         stored = [Arm(**each) for each in self.old.get(ARMS, [])]
         return [replace(arm, params=_arm_params(arm.params)) for arm in stored]
 
@@ -297,7 +297,7 @@ class _Form:
         if isinstance(folder := old.get(TRAJECTORIES), str):
             found[TRAJECTORIES] = [folder]
         if _KIND in old:
-            found |= {ARMS: [arm.as_dict() for arm in self.arms], VARIANTS: self.variants}
+            found |= {ARMS: [asdict(arm) for arm in self.arms], VARIANTS: self.variants}
             # A promotion's facts had its weights, too, which are in its arm.
             found[FACTS] = {"of": old.get(FACTS, {}).get("of")}
             if (kimg := old.get(_KIMG)) is not None:
@@ -348,7 +348,7 @@ class _Form:
             variant=variant,
             arm=arms[index].name,
         )
-        return _Row(trial=trial, params=row.params(), before=before, task=task)
+        return _Row(trial=trial, params=asdict(row), before=before, task=task)
 
     def _index(self, variant: dict[str, Any]) -> int:
         if variant not in self.variants:

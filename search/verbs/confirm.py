@@ -6,9 +6,9 @@ import json
 from bdense.errors import InputError
 from bdense.knobs import KnobError, from_options
 from search.analysis.comparison import compare
-from search.analysis.confirmation import CONFIRM_SUFFIX
+from search.analysis.confirmation import confirmation_of
 from search.analysis.pilot import with_known_images
-from search.analysis.plans import confirmation_spec, differing, plan_transfer, transfer_spec
+from search.analysis.plans import confirmation_arms, differing, transfer_arms
 from search.analysis.recommendation import recommend
 from search.api import run_confirmation
 from search.run.launch import run_rows
@@ -30,9 +30,10 @@ def confirm(options: argparse.Namespace) -> None:
     if from_options(DryRun, options).dry_run:
         if asked.json:
             raise KnobError("json", "is for the result, and `dry_run` has none; drop one of them")
-        if (stored := study.beside(study.name + CONFIRM_SUFFIX)) is not None:
+        if (stored := confirmation_of(study)) is not None:
             print(f"# in the storage already: {headline(stored)}")
-        dry_run(confirmation_spec(study, method=method, seeds=seeds, count=count), workers)
+        asked_for = confirmation_arms(study, method=method, seeds=seeds, count=count)
+        dry_run(asked_for.as_spec(), workers)
         return
     planned, found = run_confirmation(study, method, seeds=seeds, count=count, workers=workers)
     if asked.json and found is not None:
@@ -53,10 +54,11 @@ def transfer(options: argparse.Namespace) -> None:
     workers, asked = use_workers(options), from_options(TransferOptions, options)
     study = open_search(options)
     to = with_known_images(study.url, read_spec(asked.to))
+    arms = transfer_arms(study, to, top=asked.top, seeds=asked.seeds)
     if from_options(DryRun, options).dry_run:
-        dry_run(transfer_spec(study, to, top=asked.top, seeds=asked.seeds), workers)
+        dry_run(arms.as_spec(), workers)
         return
-    planned = plan_transfer(study, to, top=asked.top, seeds=asked.seeds)
+    planned = arms.store(study.url)
     run_rows(planned, workers)
     show_rows(planned)
     comparison = compare(planned)

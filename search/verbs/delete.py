@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bdense.errors import InputError
 from bdense.knobs import from_options
-from search.analysis.confirmation import CONFIRM_SUFFIX
+from search.analysis.confirmation import confirmation_of
 from search.analysis.pilot import ledgers_with_pilot
 from search.storage.engine import redact
 from search.storage.ledger import Ledger
@@ -22,7 +22,7 @@ from search.verbs.options import DeleteOptions
 def delete(options: argparse.Namespace) -> None:
     """Say what would go, ask, and delete it."""
     study = open_study(options)
-    confirmation = study.beside(study.name + CONFIRM_SUFFIX)
+    confirmation = confirmation_of(study)
     # The study itself last: interrupted, the command can be given again.
     ledgers = [*(() if confirmation is None else confirmation.ledgers)]
     ledgers += reversed(ledgers_with_pilot(study))

@@ -7,7 +7,7 @@ from bdense.knobs import from_options
 from search.analysis.comparison import comparisons_of, table_rows, teacher_of
 from search.analysis.plans import arm_from
 from search.promotion import Asked, Promotion
-from search.spec.file import read_spec, require_variants_apart
+from search.spec.file import read_spec
 from search.study.wording import align
 from search.verbs.common import open_search, show_rows, use_workers
 from search.verbs.launch import dry_run
@@ -28,7 +28,7 @@ def promote(arguments: argparse.Namespace) -> None:
         arm=options.arm,
         out=options.out,
     )
-    promotion = Promotion(study, asked, require_variants_apart)
+    promotion = Promotion(study, asked)
     if from_options(DryRun, arguments).dry_run:
         dry_run(promotion.planned_spec(), workers)
         return

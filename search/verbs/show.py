@@ -12,12 +12,13 @@ from bdense.command import Force
 from bdense.errors import InputError
 from bdense.files import require_new
 from bdense.knobs import from_options
+from search.analysis.assessment import assess
 from search.analysis.comparison import compare, replicates_of
 from search.analysis.confirmation import judged_summary
 from search.analysis.confirmation import verdict as verdict_of
 from search.analysis.pilot import pilot_of
-from search.analysis.recommendation import assess, noise_of
-from search.analysis.stop_rule import LargestGain, assessed
+from search.analysis.recommendation import noise_of
+from search.analysis.stop_rule import LargestGain
 from search.log import say
 from search.report.report_files import HTML_PAGE, write_report
 from search.storage.engine import redact, sqlite_file
@@ -71,7 +72,7 @@ def status(options: argparse.Namespace) -> None:
     for row, ledger in ledgers.items():
         for running in ledger.running():
             print(
-                f"{row} {running.number} on {running.owner} for {duration(running.seconds)}, "
+                f"{row} {running.number} on {running.worker} for {duration(running.seconds)}, "
                 f"attempt {running.attempt}: {running.progress or 'starting'}"
             )
     if study.is_search and (waiting := study.counts().waiting):
@@ -113,14 +114,8 @@ def best(options: argparse.Namespace) -> None:
     study = open_study(options, reading=True)
     now, found = judged_summary(study)
     if from_options(BestOptions, options).json:
-        noise, recommended = assess(study, found)
-        ended = LargestGain.of(study)
-        more = {
-            "confirmed": None if found is None else found.as_dict(),
-            "noise": noise.as_dict(),
-            "recommended": None if recommended is None else recommended.as_dict(),
-            **({} if ended is None else {"ended_early": ended.as_dict()}),
-        }
+        more = {"confirmed": None if found is None else found.as_dict()}
+        more |= assess(study, found).as_dict()
         print(json.dumps(best_json(now) | more | one_shot_json(study)))
         return
     print(headline(study) if now.best else f"{headline(study)}; no trial is complete yet")
@@ -134,7 +129,7 @@ def best(options: argparse.Namespace) -> None:
             print("", *found.lines(), sep="\n")
     if (curve := curve_of(study)) is not None:
         print("", curve_text(curve), "", sep="\n")
-    print(*assessed(study, found), sep="\n")
+    print(*assess(study, found).lines(), sep="\n")
 
 
 def report(options: argparse.Namespace) -> None:
@@ -185,7 +180,7 @@ def _tell_recommended(study: Study, asked: ExportOptions) -> None:
     is_chosen = (asked.trial, asked.baseline) != (None, None)
     if is_chosen or not study.is_search or verdict_of(study) is not None:
         return
-    _, use = assess(study, None)
+    use = assess(study, None).recommended
     if use is not None and use.arm.baseline is not None:
         say(f"{use.text()}; to write that one: --baseline {use.arm.baseline}")
 

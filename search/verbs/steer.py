@@ -152,7 +152,7 @@ def _row(study: Study, asked: LogsOptions) -> tuple[Ledger, int]:
     for number in reversed(range(len(params))):
         if params[number].keys() != ROW_SPACE.keys():
             continue  # foreign
-        row = ArmRow.of(params[number])
+        row = ArmRow(**params[number])
         if arms[row.arm].baseline == asked.baseline and row.seed == seed:
             return study.given, number
     raise InputError(

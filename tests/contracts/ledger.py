@@ -261,7 +261,7 @@ class LedgerContract(Deaths, Planned, Stops):
             wait_until(lambda: ledger.running()[0].progress == "iteration 10 of 160")
         [row] = scene.open().running()
         assert (row.number, row.attempt) == (0, 1)
-        assert row.owner.endswith(f":{os.getpid()}")
+        assert row.worker.endswith(f":{os.getpid()}")
         assert 0.0 < row.seconds < 30.0
         complete(ledger, claim)
         assert ledger.running() == []

@@ -224,10 +224,10 @@ class Chaos:
     def _owners(self) -> dict[int, Path]:
         """Processes that hold a trial, or held it when they died, and the trials' folders."""
         return {
-            int(row.owner.rpartition(":")[2]): self.runs / name / f"{row.number:05d}"
+            int(row.worker.rpartition(":")[2]): self.runs / name / f"{row.number:05d}"
             for name, ledger in self._ledgers.items()
             for row in ledger.running()
-            if row.owner
+            if row.worker
         }
 
     def _workers(self) -> list[int]:

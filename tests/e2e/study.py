@@ -19,8 +19,8 @@ from optuna.trial import FrozenTrial
 from search.analysis.plans import plan_given
 from search.errors import UnknownStudyError
 from search.storage.engine import resolve_storage_url
+from search.storage.leases import RunningRow
 from search.storage.ledger import Ledger
-from search.storage.queries import Running
 from search.study.study import Study
 from search.worker.ray_tasks import WorkerConfig, slot
 from tests.studies import spec
@@ -166,7 +166,7 @@ class Workplace:
         assert len(found) == len(trials), "a parameter twice"
         return found
 
-    def _running(self, name: str) -> Sequence[Running]:
+    def _running(self, name: str) -> Sequence[RunningRow]:
         """None where there is no such study yet."""
         if self.storage is None and not (self.runs / "bdense.db").exists():
             return ()
@@ -183,9 +183,9 @@ class Workplace:
         def found() -> tuple[int, int] | None:
             for each in [each for name in names for each in self._running(name)]:
                 # One that was given back keeps its progress and has no owner.
-                is_there = each.owner and each.progress.startswith(progress)
+                is_there = each.worker and each.progress.startswith(progress)
                 if is_there and row in (None, each.number):
-                    return int(each.owner.rpartition(":")[2]), each.number
+                    return int(each.worker.rpartition(":")[2]), each.number
             return None
 
         return wait_until(found, what=f"a row at {progress!r}")

@@ -161,7 +161,7 @@ def test_a_trial_that_kills_its_workers_is_given_up_and_the_study_goes_on(tmp_pa
         while launcher.poll() is None:
             assert time.monotonic() < deadline
             for row in Ledger.open(url, "poison", budget=None).running():
-                pid = int(row.owner.rpartition(":")[2])
+                pid = int(row.worker.rpartition(":")[2])
                 if row.number == 0 and pid not in victims:
                     victims.add(pid)
                     with contextlib.suppress(ProcessLookupError):

@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from bdense.errors import InputError
 from bdense.files import sha256_file
 from bdense.knobs import KnobError
+from bdense.methods.plan import StagePlan
 from bdense.metrics.classifiers import RECIPES, classifier_path
 from bdense.metrics.records import FID
 from bdense.models.card import EXAMPLE_PROMPTS
@@ -29,7 +30,6 @@ from search.analysis.comparison import compare, comparisons_of, table_rows, teac
 from search.analysis.confirmation import confirmation_of, judged_summary, verdict
 from search.analysis.recommendation import recommend
 from search.report.overview import overview_of
-from search.spec.sections import StageFacts
 from search.storage.engine import cache_folder
 from search.storage.ledger import Ledger
 from search.storage.queries import StoredTrial
@@ -384,7 +384,7 @@ def _student(study: Study, ledger: Ledger, trial: StoredTrial, nfe: int | None) 
     )
 
 
-def _stage(study: Study, nfe: int | None) -> StageFacts:
+def _stage(study: Study, nfe: int | None) -> StagePlan:
     """The stage of that NFE; None is the last."""
     return next(s for s in reversed(study.spec.resolved.stages) if nfe in (None, s.nfe))
 

@@ -21,6 +21,7 @@ from bdense.diffusion.sampling import Sampler, levels_of
 from bdense.errors import InputError
 from bdense.knobs import KnobError, Knobs, knob
 from bdense.methods import YOUNGER
+from bdense.methods.plan import StagePlan as StagePlan
 from bdense.models.latents import draws_latents
 from bdense.training.optimisation import OptimisationConfig
 from bdense.training.stage import Training
@@ -140,26 +141,6 @@ class GridConfig(MethodConfig, GridKnobs):
     def num_updates(self) -> int:
         """ceil(images / batch)."""
         return -(-self.images // self.batch)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StagePlan:
-    """What is known of a stage without its teacher.
-
-    Attributes:
-        name: What its files are called, such as ``00032``; empty where the method has one stage.
-        label: For people, such as ``2 NFE`` or ``32 steps``.
-        num_updates: Iterations of the training loop.
-        nfe: Network evaluations an image costs the student; the fewest, where it serves several.
-            Stages of one method differ in it: results are kept by NFE.
-        branched: Whether it uses the branch weights; else it has one branch of weight 1.
-    """
-
-    name: str
-    label: str
-    num_updates: int
-    nfe: int
-    branched: bool = True
 
 
 @dataclass(frozen=True, slots=True)

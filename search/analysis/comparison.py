@@ -9,11 +9,11 @@ from typing import Any
 
 from optuna.trial import TrialState
 
+from bdense.methods.plan import StagePlan
 from bdense.metrics.records import FID
 from bdense.weights.space import PLAIN, UNIFORM
 from search.analysis.paired import Mean, Paired, mean_of, paired_difference
 from search.spec.metric import FID_METRIC, Metric
-from search.spec.sections import StageFacts
 from search.storage.queries import StoredTrial
 from search.study.arms import Arm
 from search.study.results import Judged, TrialResult
@@ -193,7 +193,7 @@ def compare(study: Study, *, variant: int = 0, stage: str | None = None) -> Comp
 
 
 def _with_trials(
-    study: Study, stage: StageFacts, results: Sequence[ArmResult]
+    study: Study, stage: StagePlan, results: Sequence[ArmResult]
 ) -> Sequence[ArmResult]:
     """Replicated points with the figure of their trial, their training under the first seed."""
     raced = {each.arm.trial: each for each in results if each.arm.trial is not None}
@@ -214,7 +214,7 @@ def replicates_of(study: Study) -> Comparison | None:
     return found if any(each.arm.baseline is None for each in found.results) else None
 
 
-def _figure_at(stage: StageFacts, trial: StoredTrial) -> Judged | None:
+def _figure_at(stage: StagePlan, trial: StoredTrial) -> Judged | None:
     result = TrialResult.of(trial.value, trial.user_attrs)
     return result.fids.get(str(stage.nfe)) if result.fids else result.figure
 

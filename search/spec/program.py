@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from bdense.errors import InputError
+from bdense.methods.plan import StagePlan
 from search.errors import under
 from search.spec.command import CommandConfig, require_runnable
 from search.spec.plan import check_plan
-from search.spec.sections import Facts, StageFacts
+from search.spec.sections import Facts
 from search.spec.study import StudySpec
 
 
@@ -52,5 +53,5 @@ def _facts(config: CommandConfig) -> Facts:
     """Facts of a program: one stage, one branch."""
     words = [word for word in config.run if not word.startswith("-")]
     title = Path(words[1] if len(words) > 1 else words[0]).name
-    stage = StageFacts(name="", label="", num_updates=1, nfe=1, branched=False)
+    stage = StagePlan(name="", label="", num_updates=1, nfe=1, branched=False)
     return Facts(title=title, num_branches=1, batch=1, needs_data=False, stages=(stage,))

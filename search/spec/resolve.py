@@ -46,7 +46,7 @@ from bdense.weights import space_of
 from bdense.weights.space import BASELINE, UNIFORM
 from search.errors import SpecError, under
 from search.spec.plan import check_plan
-from search.spec.sections import Facts, StageFacts, TeacherTraining
+from search.spec.sections import Facts, TeacherTraining
 from search.spec.study import StudySpec
 
 
@@ -238,10 +238,7 @@ def _with_facts(
         num_intervals=method.num_intervals(config),
         batch=config.batch,
         needs_data=method.needs_data,
-        stages=tuple(
-            StageFacts(**{name: getattr(plan, name) for name in knobs_of(StageFacts)})
-            for plan in plans
-        ),
+        stages=plans,
     )
     chosen = spec.method.with_options(config.as_dict())
     return replace(spec, method=chosen, facts=facts)

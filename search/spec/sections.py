@@ -11,6 +11,7 @@ from bdense.data.names import PROMPTS
 from bdense.errors import InputError
 from bdense.execution import CompileMode, Execution
 from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of
+from bdense.methods.plan import StagePlan
 from bdense.training.teacher_knobs import TeacherKnobs, TeacherRecipe
 
 _SEEDS: dict[str, Any] = {"low": 0, "below": 2**31}
@@ -362,19 +363,8 @@ class ConfirmSpec(Knobs):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageFacts(Knobs):
-    """What is known of a stage before it is trained, see ``bdense.methods.method.StagePlan``."""
-
-    name: str = knob()
-    label: str = knob()
-    num_updates: int = knob()
-    nfe: int = knob()
-    branched: bool = knob()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Facts(Knobs):
-    """What the engine knows of a spec, for those that run without torch."""
+    """What the engine knows of a spec, readable without torch."""
 
     title: str = knob(help="the method's short name for people, such as SFD")
     num_branches: int = knob(help="K")
@@ -382,4 +372,4 @@ class Facts(Knobs):
     num_intervals: int = knob(1, "S, the intervals that every iteration trains")
     batch: int = knob(help="images an update")
     needs_data: bool = knob(help="whether students learn from the data itself")
-    stages: tuple[StageFacts, ...] = knob(help="of the method, in order")
+    stages: tuple[StagePlan, ...] = knob(help="of the method, in order")

@@ -4,7 +4,7 @@ A row is judged by one figure: a student by its FID, a program's run by the scor
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
@@ -30,7 +30,7 @@ class Judged(Protocol):
         """Standard error of the value from the draw of the latents."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As the row's attributes and files hold it."""
+        """The JSON form that attributes and files store."""
 
     def conditions(self) -> dict[str, Any]:
         """Everything but the value, for scripts."""
@@ -72,7 +72,7 @@ class Score:
         return cls(**stored)
 
     def as_dict(self) -> dict[str, Any]:
-        """As the row's attributes and files hold it."""
+        """The JSON form that attributes and files store."""
         return {"value": self.value, **self.conditions()}
 
     def conditions(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class IntermediateFID:
         return cls(fraction=stored["fraction"], trained_images=stored["trained_images"], fid=fid)
 
     def as_dict(self) -> dict[str, Any]:
-        """As the row's attributes and files hold it."""
+        """The JSON form that attributes and files store."""
         when = {"fraction": self.fraction, "trained_images": self.trained_images}
         return {**when, "fid": self.fid.value, **self.fid.conditions()}
 
@@ -187,14 +187,24 @@ def grid_legend(prompts: Sequence[str]) -> str:
     return f"First row: {', '.join(prompts)}." if prompts else ""
 
 
-_MEASURED = {
-    "fid": FID.read,
-    "score": Score.read,
-    "teacher_fid": FID.read,
-    "curve": Curve.read,
-    "kid": KID.read,
-    "prc": PrecisionRecall.read,
-    "clip_score": CLIPScore.read,
+# How fields that are no plain values are stored, and how they are read.
+_FORMS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "fid": (FID.as_dict, FID.read),
+    "score": (Score.as_dict, Score.read),
+    "teacher_fid": (FID.as_dict, FID.read),
+    "curve": (Curve.as_dict, Curve.read),
+    "kid": (KID.as_dict, KID.read),
+    "prc": (PrecisionRecall.as_dict, PrecisionRecall.read),
+    "clip_score": (CLIPScore.as_dict, CLIPScore.read),
+    "fids": (
+        lambda fids: {nfe: fid.as_dict() for nfe, fid in fids.items()},
+        lambda stored: {nfe: FID.read(fid) for nfe, fid in stored.items()},
+    ),
+    "intermediate": (
+        lambda found: [one.as_dict() for one in found],
+        lambda stored: [IntermediateFID.read(one) for one in stored],
+    ),
+    "weights_over_time": (dataclasses.asdict, lambda stored: WeightHistory(**stored)),
 }
 
 
@@ -264,7 +274,7 @@ class TrialResult:
         return "fid" if self.score is None else "value"
 
     def attrs(self) -> dict[str, Any]:
-        """As the row's attributes hold it; what is empty is left out."""
+        """The attributes of its row; what is empty is left out."""
         found: dict[str, Any] = {}
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
@@ -272,32 +282,20 @@ class TrialResult:
                 continue
             if each.name == "parameters":
                 found |= {name: one for name, one in value.items() if name in PARAMETERS}
-                if own := {name: one for name, one in value.items() if name not in PARAMETERS}:
-                    found["parameters"] = own
-            elif each.name in _MEASURED:
-                found[each.name] = value.as_dict()
-            elif each.name == "fids":
-                found["fids"] = {key: fid.as_dict() for key, fid in value.items()}
-            elif each.name == "intermediate":
-                found["intermediate"] = [one.as_dict() for one in value]
-            elif each.name == "weights_over_time":
-                found[each.name] = dataclasses.asdict(value)
-            else:
-                found[each.name] = value
+                value = {name: one for name, one in value.items() if name not in PARAMETERS}
+                if not value:
+                    continue
+            found[each.name] = _FORMS[each.name][0](value) if each.name in _FORMS else value
         return found
 
     @classmethod
     def of(cls, value: float | None, attrs: Mapping[str, Any]) -> Self:
         """From a row's value and attributes."""
         known = {each.name for each in dataclasses.fields(cls)}
-        own = {name: attrs[name] for name in known & attrs.keys()}
-        own |= {name: read(own[name]) for name, read in _MEASURED.items() if name in own}
-        if "fids" in own:
-            own["fids"] = {key: FID.read(fid) for key, fid in own["fids"].items()}
-        own["intermediate"] = [IntermediateFID.read(one) for one in own.get("intermediate", [])]
-        if "weights_over_time" in own:
-            history = own["weights_over_time"]
-            own["weights_over_time"] = WeightHistory(history["iterations"], history["weights"])
+        own = {
+            name: _FORMS[name][1](attrs[name]) if name in _FORMS else attrs[name]
+            for name in known & attrs.keys()
+        }
         named = {name: attrs[name] for name in PARAMETERS if name in attrs}
         own["parameters"] = named | own.get("parameters", {})
         missing: dict[str, Any] = dict.fromkeys(("fingerprint", "device", "worker"), "")

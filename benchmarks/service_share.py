@@ -17,7 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bdense.errors import InputError
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
-from search.storage.engine import redact, resolve_storage_url
+from search.secrets import redact
+from search.storage.engine import resolve_storage_url
 from search.storage.ledger import Ledger
 
 GOAL, GOAL_SECONDS = 0.05, 15.0

@@ -32,9 +32,10 @@ from search.report.document import as_markdown
 from search.report.overview import overview_of
 from search.report.pages import study_page
 from search.report.report_files import write_report
+from search.secrets import redact
 from search.spec.file import read_here, require_variants
 from search.spec.study import StudySpec
-from search.storage.engine import redact, resolve_storage_url
+from search.storage.engine import resolve_storage_url
 from search.storage.ledger import MENDABLE
 from search.storage.queries import Counts
 from search.storage.stop_flags import ask_all

@@ -24,30 +24,22 @@ from optuna.trial import TrialState
 
 from bdense.errors import BdenseError
 from search.errors import StorageError, UnknownStudyError
+from search.places import cache_folder, runs_folder
 from search.run.ray_folders import ray_folder_problems
+from search.secrets import redact
 from search.spec.study import StudySpec
 from search.storage.engine import (
     DATABASE_ERRORS,
-    cache_folder,
     one_line,
     open_reading,
     open_storage,
-    redact,
-    runs_folder,
     sqlite_file,
 )
-from search.storage.leases import (
-    LEASE,
-    RELEASED,
-    STUDIES,
-    SYSTEM_ATTRIBUTES,
-    TRIALS,
-    RunningRow,
-    database_clock,
-)
+from search.storage.leases import RunningRow, database_clock
 from search.storage.ledger import Ledger
-from search.storage.schema import read_only_by_default, require_schema
-from search.storage.settings import BASELINES_SUFFIX, unknown_study
+from search.storage.own_study import BASELINES_SUFFIX, unknown_study
+from search.storage.schema import require_schema
+from search.storage.tables import LEASE, RELEASED, STUDIES, SYSTEM_ATTRIBUTES, TRIALS
 from search.study.artifacts import artifact_store, artifacts_place, is_stored
 from search.study.folders import named_file, row_folder
 from search.study.retention import (
@@ -282,7 +274,7 @@ def rights(url: str, storage: RDBStorage) -> Findings:
                 text = "the database is a standby: studies can be read, and none launched"
                 yield Finding("problem", text, "give the address of the primary server")
                 return
-            if read_only_by_default(connection):
+            if _read_only_by_default(connection):
                 lacking.append("a default_transaction_read_only of off, which is on here")
         who = f"user {user} lacks"
         advice = "launch as another user, or ask for: bdense-search storage init --writer"
@@ -290,6 +282,21 @@ def rights(url: str, storage: RDBStorage) -> Findings:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         text = f"{who} {lacking[0]}{more}: it can read studies, and launch nothing"
         yield Finding("problem", text, advice)
+
+
+def _read_only_by_default(connection: sa.Connection) -> bool:
+    """Whether server, database or user make this user's transactions on PostgreSQL read-only.
+
+    Asked of the settings, since a connection that only reads is set to that itself.
+    """
+    sets = sa.text(
+        "SELECT setconfig FROM pg_db_role_setting WHERE setdatabase IN (0, (SELECT oid FROM "
+        "pg_database WHERE datname = current_database())) AND setrole IN (0, (SELECT oid FROM "
+        "pg_roles WHERE rolname = current_user)) ORDER BY (setrole <> 0), (setdatabase <> 0)"
+    )
+    found = [each for (config,) in connection.execute(sets) for each in config]
+    values = dict(each.split("=", 1) for each in found)
+    return values.get("default_transaction_read_only", "off") in ("on", "true", "yes", "1")
 
 
 # A study, and one of its ledgers.

@@ -29,8 +29,8 @@ from bdense.networks.diffusers_network import DiffusersNetwork
 from search.analysis.comparison import compare, comparisons_of, table_rows, teacher_of
 from search.analysis.confirmation import confirmation_of, judged_summary, verdict
 from search.analysis.recommendation import recommend
+from search.places import cache_folder
 from search.report.overview import overview_of
-from search.storage.engine import cache_folder
 from search.storage.ledger import Ledger
 from search.storage.queries import StoredTrial
 from search.study.arms import ArmRow

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, TextIO
 
 from bdense.errors import InputError
-from search.storage.engine import redact
+from search.secrets import redact
 
 LOG = "BDENSE_LOG"
 TEXT, JSON = "text", "json"
@@ -74,6 +74,18 @@ def start_logging() -> None:
     handler.setFormatter(JsonLines() if as_json else Text("%(message)s"))
     logging.getLogger("search").setLevel(logging.INFO if as_json else logging.WARNING)
     logging.getLogger("optuna").setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def optuna_says(level: int) -> Iterator[None]:
+    """Optuna's log has only records of this level and above."""
+    log = logging.getLogger("optuna")
+    before = log.getEffectiveLevel()
+    log.setLevel(max(before, level))
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def say(line: str, stream: TextIO | None = None) -> None:

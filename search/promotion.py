@@ -32,11 +32,11 @@ from search.export import (
     require_students,
 )
 from search.log import say
+from search.places import runs_folder
 from search.run.launch import run_rows
 from search.spec.file import require_variants
 from search.spec.sections import ConfirmSpec
 from search.spec.study import StudySpec
-from search.storage.engine import runs_folder
 from search.study.arms import Arm, arms_study
 from search.study.study import Study
 from search.study.summary import headline

@@ -10,9 +10,9 @@ from unittest.mock import patch
 import yaml
 
 from search.analysis.plans import plan_given
+from search.places import cache_folder, runs_folder
 from search.spec.file import parse, resolved
 from search.spec.study import StudySpec
-from search.storage.engine import cache_folder, runs_folder
 from search.storage.stop_flags import Launch
 from search.study.folders import row_folder
 from search.study.study import Study

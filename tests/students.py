@@ -7,7 +7,7 @@ from PIL import Image
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler
 from bdense.models.store import denoiser_sha256, save_denoiser
-from search.storage.engine import runs_folder
+from search.places import runs_folder
 from search.storage.ledger import Ledger
 from search.study.folders import grid_name
 from search.study.study import Study

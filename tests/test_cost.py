@@ -21,10 +21,11 @@ from bdense.models.zoo import (
     EDM_LICENCE,
     HUB_CHECKPOINTS,
 )
+from search.places import cache_folder
 from search.spec.file import parse, read_tree
 from search.spec.resolve import describe_teacher, resolve
 from search.spec.study import StudySpec
-from search.storage.engine import cache_folder, resolve_storage_url
+from search.storage.engine import resolve_storage_url
 from search.study.study import GPU_BYTES, Study
 from search.verbs.launch import dry_run
 from search.worker import cost

@@ -20,8 +20,8 @@ from search import doctor
 from search.doctor import Finding, examine, examine_study
 from search.spec.space import search_space
 from search.storage.engine import open_reading, open_storage, resolve_storage_url
-from search.storage.leases import LEASE
 from search.storage.ledger import Claim, Ledger
+from search.storage.tables import LEASE
 from search.study.artifacts import artifact_store, attach
 from search.study.retention import CHECKPOINT, IDENTITY, RESULT, keep_too
 from search.study.study import FINGERPRINT, SPEC, Study

@@ -13,7 +13,7 @@ from bdense.models.store import denoiser_sha256, load_denoiser, load_model, save
 from search import open_study
 from search.analysis.plans import plan_confirmation, plan_given
 from search.export import arm_row, export_trial
-from search.storage.engine import runs_folder
+from search.places import runs_folder
 from search.study.folders import grid_name
 from search.study.study import Study
 from tests.measured import command, finish, normalised, plan_transfer, refused, search

@@ -13,9 +13,9 @@ from search.report.dashboard import dashboard_application
 from search.report.prometheus import mount
 from search.spec.space import search_space
 from search.storage.engine import open_reading, open_storage
-from search.storage.leases import ENDED, OUT_OF_BOUNDS
 from search.storage.ledger import Ledger
-from search.storage.settings import BASELINES_SUFFIX
+from search.storage.own_study import BASELINES_SUFFIX
+from search.storage.tables import ENDED, OUT_OF_BOUNDS
 from search.study.catalogue import list_studies
 from search.study.study import Study
 from tests.contracts.scene import take

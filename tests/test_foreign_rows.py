@@ -13,7 +13,7 @@ from optuna.trial import TrialState, create_trial
 from search.spec.space import make_sampler, search_space
 from search.storage.engine import open_storage
 from search.storage.ledger import Done
-from search.storage.settings import BASELINES_SUFFIX
+from search.storage.own_study import BASELINES_SUFFIX
 from search.study.arms import ROW_SPACE
 from search.study.study import Study
 from tests.contracts.scene import take

@@ -9,7 +9,7 @@ import pytest
 from search import cli
 from search.storage.engine import open_reading, open_storage
 from search.storage.ledger import Ledger
-from search.storage.settings import BASELINES_SUFFIX
+from search.storage.own_study import BASELINES_SUFFIX
 from search.storage.studies import read_studies
 from search.study.study import ARMS, SPEC
 from tests.contracts.scene import take

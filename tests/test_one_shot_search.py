@@ -13,7 +13,7 @@ from search.spec.sections import OneShotSpec, SearchPlan
 from search.spec.space import make_sampler, search_space
 from search.storage.ledger import Claim
 from search.study.arms import ROW_SPACE, ArmRow, one_shot_arm
-from search.study.one_shot import curve_of, enqueue_best, is_waited_for
+from search.study.curve import curve_of, enqueue_best, is_waited_for
 from search.study.results import Curve, CurvePoint, TrialResult
 from search.study.study import Study
 from search.study.trial_note import trial_note

@@ -16,10 +16,10 @@ from benchmarks.large_study import fill
 from search.errors import StorageError, UnknownStudyError
 from search.spec.space import search_space
 from search.storage.engine import open_storage
-from search.storage.leases import BEGUN, ENDED
 from search.storage.ledger import Claim, Ledger
 from search.storage.queries import StoredTrial, asked_of
 from search.storage.schema import Role, grant
+from search.storage.tables import BEGUN, ENDED
 from search.study.results import TrialResult
 from search.study.study import Study
 from search.study.summary import best_json, complete_trials, counts_json, failures, summary_of

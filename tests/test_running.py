@@ -17,9 +17,9 @@ from search.run.ending import Ending
 from search.run.gpus import count_gpus, use_gpus
 from search.spec.space import search_space
 from search.storage.engine import resolve_storage_url
-from search.storage.leases import SURPLUS
 from search.storage.ledger import Claim, Ledger
 from search.storage.stop_flags import HALT, Launch, Stops, ask_all
+from search.storage.tables import SURPLUS
 from search.study import retention
 from search.study.arms import ROW_SPACE
 from search.study.folders import row_folder

@@ -18,7 +18,7 @@ from search.report.overview import overview_of
 from search.storage.ledger import Ledger
 from search.study.arms import ROW_SPACE
 from search.study.artifacts import artifact_store
-from search.study.dashboard_texts import save_texts
+from search.study.dashboard_note import save_note
 from search.study.folders import LOSS_PLOT, pictures
 from search.study.markdown import escaped
 from search.study.study import Study
@@ -240,11 +240,11 @@ def test_notes_of_trials_and_study_are_apart_and_a_shorter_one_leaves_no_piece(s
     """Texts are stored in pieces; the dashboard joins all that there are."""
     ledger, study_id = study.search, study.search.study._study_id
     for note in ("x" * 5000, "short"):
-        save_texts(ledger.storage, study_id, note)
+        save_note(ledger.storage, study_id, note)
         assert get_note(ledger.study) == note
     notes = {1: "first", 11: "eleventh", None: "study", 111: ""}
     for trial_id, note in notes.items():
-        save_texts(ledger.storage, study_id, note, trial_id=trial_id)
+        save_note(ledger.storage, study_id, note, trial_id=trial_id)
     stored = ledger.storage.get_study_system_attrs(study_id)
     for trial_id, note in notes.items():
         found = get_note_from_system_attrs(stored, trial_id)
@@ -262,7 +262,7 @@ def test_two_launchers_write_the_same_note_at_once(either_url):
         together.wait()
         try:
             for length in (5000, 10, 3000):
-                save_texts(storage, study_id, letter * length)
+                save_note(storage, study_id, letter * length)
         except Exception as error:  # noqa: BLE001
             failed.append(error)
 

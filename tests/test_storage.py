@@ -15,11 +15,11 @@ from sqlalchemy.exc import OperationalError, ProgrammingError
 import search.storage.engine
 from search import cli
 from search.errors import StorageError, StorageRefusedError
+from search.secrets import redact
 from search.storage.engine import (
     exclusive,
     is_transient,
     open_storage,
-    redact,
     resolve_storage_url,
     retrying,
     sqlite_file,

@@ -3,24 +3,20 @@
 Errors here are logged and never end a launch: notes can be written again.
 """
 
-import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from search.errors import LeaseLostError, StorageError
 from search.report.document import Picture, as_markdown
 from search.report.overview import overview_of
 from search.report.pages import study_page
 from search.storage.engine import retrying
 from search.storage.ledger import Ledger
 from search.study.artifacts import attached
-from search.study.dashboard_texts import save_texts
+from search.study.dashboard_note import save_note
 from search.study.folders import GRID
 from search.study.study import Study
-from search.study.trial_note import address, harmless
-
-_log = logging.getLogger(__name__)
+from search.study.trial_note import address, log_errors
 
 LEAST_SECONDS = 20.0
 # Between two writings pass at least so many times the seconds that the last one took.
@@ -46,12 +42,12 @@ class Showing:
         self._write()
         if of := self._study.of:
             url = self._study.url
-            _never_in_the_way("the search's note", lambda: show(Study.open(url, of)))
+            log_errors("the search's note", lambda: show(Study.open(url, of)), but=())
 
     def _write(self) -> None:
         with self._writing:
             started = time.monotonic()
-            _never_in_the_way("the study's note", self._write_if_changed)
+            log_errors("the study's note", self._write_if_changed, but=())
             took = time.monotonic() - started
             self._not_before = time.monotonic() + max(LEAST_SECONDS, _SHARE * took)
 
@@ -74,7 +70,7 @@ def show(study: Study) -> None:
         if (grid := _grid_address(ledger, number)) is not None:
             grids.append(Picture(title, grid))
     note = as_markdown(study.name, study_page(overview, grids))
-    save_texts(study.main.storage, study.main.key, note)
+    save_note(study.main.storage, study.main.key, note)
 
 
 def _grid_address(ledger: Ledger, number: int) -> str | None:
@@ -85,11 +81,3 @@ def _grid_address(ledger: Ledger, number: int) -> str | None:
     # One of each stage, whose name begins with its steps: the last stage has the fewest.
     grids = sorted((m.filename, m.artifact_id) for m in stored if m.filename.endswith(GRID))
     return address(ledger, trial_id, grids[0][1]) if grids else None
-
-
-def _never_in_the_way(what: str, call: Callable[[], None]) -> None:
-    """Call and log every error."""
-    try:
-        harmless(what, call)
-    except (LeaseLostError, StorageError) as error:
-        _log.warning("%s could not be stored: %s", what, error)

@@ -21,13 +21,14 @@ from search.analysis.recommendation import Recommendation
 from search.report.plots import Plot, study_plots
 from search.spec.file import as_yaml
 from search.storage.ledger import Ledger
-from search.storage.settings import CHANGES
+from search.storage.own_study import CHANGES
 from search.study import summary
-from search.study.one_shot import curve_of
+from search.study.curve import curve_of
 from search.study.provenance import provenance_of
-from search.study.results import Curve, grid_legend
+from search.study.results import Curve
 from search.study.study import FINGERPRINT, Study
 from search.study.summary import Measured, Summary
+from search.study.wording import grid_legend
 
 
 class ShownRow(NamedTuple):

@@ -16,8 +16,8 @@ from search.report.document import (
     Text,
 )
 from search.report.overview import Overview
-from search.study.one_shot import curve_line, curve_rows
-from search.study.trial_note import sample_command
+from search.study.curve import curve_line, curve_rows
+from search.study.results import sample_command
 from search.study.wording import weights_text
 
 

@@ -16,11 +16,12 @@ from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.spec.metric import FID_METRIC
-from search.storage.leases import LEASE, RELEASED, STATE, TRIALS, database_clock
+from search.storage.leases import database_clock
+from search.storage.own_study import BASELINES_SUFFIX
 from search.storage.queries import read_trials, trials_in
 from search.storage.schema import has_tables
-from search.storage.settings import BASELINES_SUFFIX
 from search.storage.studies import read_studies
+from search.storage.tables import LEASE, RELEASED, STATE, TRIALS
 from search.study.arms import Arm, ArmRow
 from search.study.catalogue import metric_of
 from search.study.study import ARMS, SPEC

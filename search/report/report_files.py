@@ -16,8 +16,7 @@ from search.report.pages import study_page
 from search.study.folders import GRID, LOSS_PLOT, WEIGHTS_PLOT, pictures, row_folder
 from search.study.study import Study
 from search.study.summary import Measured, cell
-from search.study.trial_note import TIMINGS
-from search.study.wording import weights_text
+from search.study.wording import TIMINGS, weights_text
 
 PAGE, HTML_PAGE = "report.md", "report.html"
 _SAMPLES = "samples-"

@@ -10,8 +10,8 @@ from bdense.metrics.extractors import load_extractor, missing_checkpoint
 from bdense.models.diffusers_files import folder_of
 from bdense.models.store import load_model
 from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, resolve_reference
+from search.places import cache_folder
 from search.spec.study import StudySpec
-from search.storage.engine import cache_folder
 
 
 def fetch_all(spec: StudySpec) -> Iterator[str]:

@@ -10,9 +10,9 @@ from search.run.progress import Display, snapshot_of
 from search.run.runner import run
 from search.storage.stop_flags import Launch, held, is_asked, stopped_error
 from search.study.folders import named_file
+from search.study.results import sample_command
 from search.study.study import Study
 from search.study.summary import copy_baselines, failures, headline
-from search.study.trial_note import sample_command
 from search.study.wording import align
 
 

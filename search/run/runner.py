@@ -28,12 +28,13 @@ from bdense.errors import InputError
 from bdense.knobs import KnobError
 from search.errors import INTERRUPTED, ClusterLostError, WorkersFailedError
 from search.log import LOG, say
+from search.places import cache_folder, runs_folder
 from search.run.ending import Ending
 from search.run.head import Head, leave_ray
 from search.run.ray_folders import ray_scratch
 from search.spec.sections import ResourcesSpec
 from search.spec.study import StudySpec
-from search.storage.engine import cache_folder, one_line, runs_folder, without_password
+from search.storage.engine import one_line, without_password
 from search.storage.stop_flags import Launch, is_asked, stopped_error
 from search.study.artifacts import artifacts_place
 from search.study.study import Study

@@ -1,10 +1,9 @@
 """What a study samples, with which sampler and pruner: Optuna's own classes, by name."""
 
-import contextlib
 import inspect
+import logging
 import math
 import warnings
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +14,7 @@ from optuna.exceptions import ExperimentalWarning
 from bdense.errors import did_you_mean
 from bdense.weights.space import Choice
 from search.errors import SpecError
+from search.log import optuna_says
 from search.spec.sections import Member
 from search.spec.study import StudySpec
 
@@ -71,7 +71,7 @@ def require_sampler(spec: StudySpec) -> None:
     """
     try:
         _require_room(spec)
-        with optuna_says(optuna.logging.ERROR):
+        with optuna_says(logging.ERROR):
             study = optuna.create_study(sampler=make_sampler(spec, 0))
             for value in (1.0, 2.0):
                 study.tell(study.ask(search_space(spec)), value)
@@ -79,17 +79,6 @@ def require_sampler(spec: StudySpec) -> None:
         raise
     except Exception as error:  # Optuna's samplers raise what they like
         raise SpecError(f"plan.sampler: {spec.search.sampler.name}: {error}") from error
-
-
-@contextlib.contextmanager
-def optuna_says(level: int) -> Iterator[None]:
-    """Optuna's log has only records of this level and above."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(max(before, level))
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
 
 
 def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:

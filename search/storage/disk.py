@@ -5,7 +5,8 @@ import platform
 
 from bdense.errors import InputError
 from search.errors import DiskFullError, NoAccessError
-from search.storage.engine import cache_folder, redact, runs_folder
+from search.places import cache_folder, runs_folder
+from search.secrets import redact
 
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 

@@ -25,6 +25,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from bdense.files import file_lock
 from search.errors import StorageError, StorageFullError, StorageRefusedError
+from search.places import runs_folder
+from search.secrets import redact
 from search.storage.leases import add_clock
 from search.storage.mounts import refuse_network_file_system
 
@@ -82,28 +84,6 @@ _REFUSALS = {
 # SQLite has one code for both.
 _SQLITE_REFUSALS = {"no such table": "42P01", "no such column": "42703"}
 
-# A text that is one URL, well-formed or not, may have blanks in its password.
-_WHOLE_URL_PASSWORD = re.compile(
-    r"^([a-z][\w+.-]*:/*[^:/@\s]*|[^:/@\s]+):(?![\s/]).*@", re.IGNORECASE
-)
-_URL_PASSWORD = re.compile(r"([a-z][\w+.-]*://[^:/@\s]*):\S*@", re.IGNORECASE)
-# The percent-encoded value of another key in a URL's query may hold a password too.
-_DSN_PASSWORD = re.compile(
-    r"((?:pass(?:word|wd)?|oauth_client_secret|scram_(?:client|server)_key)\s*(?:=|%3D)\s*)"
-    r"('(?:[^'\\]|\\.)*'|[^\s&'\"]+)",
-    re.IGNORECASE,
-)
-
-
-def runs_folder() -> Path:
-    """Folder of all files of studies: ``$BDENSE_RUNS``, else ``runs``."""
-    return Path(os.environ.get("BDENSE_RUNS") or "runs")
-
-
-def cache_folder() -> Path:
-    """Folder of files that studies share: ``$BDENSE_CACHE``, else ``cache`` under the runs."""
-    return Path(os.environ.get("BDENSE_CACHE") or runs_folder() / "cache")
-
 
 def resolve_storage_url(given: str | None) -> str:
     """The storage to use: ``given``, else ``$BDENSE_STORAGE``, else a SQLite file under the runs.
@@ -129,12 +109,6 @@ def without_password(url: str) -> str:
     # URL.set ignores None.
     bare = make_url(url)._replace(password=None).difference_update_query(_SECRETS)
     return bare.render_as_string(hide_password=False)
-
-
-def redact(text_or_url: str) -> str:
-    """The text without passwords of URLs and connection strings."""
-    without = _WHOLE_URL_PASSWORD.sub(r"\1:***@", text_or_url)
-    return _DSN_PASSWORD.sub(r"\1***", _URL_PASSWORD.sub(r"\1:***@", without))
 
 
 def sqlite_file(url: str) -> Path | None:

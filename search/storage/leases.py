@@ -18,101 +18,18 @@ from pathlib import Path
 from typing import Any, Self
 
 import sqlalchemy as sa
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from sqlalchemy.dialects import postgresql, sqlite
 
-LEASE = sa.Table(
-    "bdense_lease",
-    sa.MetaData(),
-    sa.Column("trial_id", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("owner", sa.Text, nullable=False),
-    sa.Column("attempt", sa.Integer, nullable=False),
-    sa.Column("forgiven", sa.Integer, nullable=False),
-    sa.Column("claimed", sa.Double, nullable=False),  # seconds since 1970 by the database's clock
-    sa.Column("expires", sa.Double, nullable=False),  # likewise; RELEASED: free at once
-    sa.Column("progress", sa.Text, nullable=False),
-    sa.Column("host", sa.Text, nullable=False),
-    sa.Column("boot", sa.Text, nullable=False),
-    sa.Column("pid_namespace", sa.Text, nullable=False),
-    sa.Column("pid", sa.Integer, nullable=False),
-    sa.Column("started", sa.Text, nullable=False),
-)
-RELEASED = 0.0
-
-# A row for each start of a PostgreSQL server: when a claim first saw it serve. Beside a SQLite
-# file a row for each boot of its machine: the clock at that boot, as the first claim knew it.
-SERVER = sa.Table(
-    "bdense_server",
-    LEASE.metadata,
-    sa.Column("started", sa.Double, primary_key=True),
-    sa.Column("seen", sa.Double, nullable=False),
-)
-
-# User attributes of trials that were never trained and count nowhere: beyond the bound on the
-# largest weight, or beyond the budget.
-OUT_OF_BOUNDS = "out_of_bounds"
-SURPLUS = "surplus"
-
-# Optuna's tables, with the columns that are read here.
-TRIALS = sa.table(
-    "trials",
-    *map(sa.column, ("trial_id", "number", "study_id", "state")),
-    sa.column("datetime_start", sa.DateTime),  # both in UTC
-    sa.column("datetime_complete", sa.DateTime),
-)
-# PostgreSQL has a type for the state, which does not compare with text.
-STATE = sa.cast(TRIALS.c.state, sa.String)
-USER_ATTRIBUTES = sa.table(
-    "trial_user_attributes", *map(sa.column, ("trial_id", "key", "value_json"))
-)
-SYSTEM_ATTRIBUTES = sa.table(
-    "trial_system_attributes", *map(sa.column, ("trial_id", "key", "value_json"))
-)
-# System attributes of the trials that bdense-search began, and of those that it finished.
-BEGUN, ENDED = "bdense:begun", "bdense:ended"
-# User attributes, one of which has each trial that a version without these finished.
-ENDED_BEFORE = ("fingerprint", "reason", OUT_OF_BOUNDS, SURPLUS)
-
-
-def _has(table: sa.TableClause, *keys: str) -> sa.ColumnElement[bool]:
-    there = (table.c.trial_id == TRIALS.c.trial_id, table.c.key.in_(keys))
-    return sa.exists(sa.select(1).where(*there).correlate(TRIALS))
-
-
-# Trials that something else began or finished, as ``study.add_trial`` does: they count nowhere.
-FOREIGN = sa.case(
-    (STATE == "WAITING", sa.false()),
-    (
-        STATE == "RUNNING",
-        ~sa.or_(
-            _has(SYSTEM_ATTRIBUTES, BEGUN),
-            sa.exists(sa.select(1).where(LEASE.c.trial_id == TRIALS.c.trial_id).correlate(TRIALS)),
-        ),
-    ),
-    else_=~sa.or_(_has(SYSTEM_ATTRIBUTES, ENDED), _has(USER_ATTRIBUTES, *ENDED_BEFORE)),
-)
-
-
-def is_own(ended: FrozenTrial) -> bool:
-    """``~FOREIGN`` for a finished trial that Optuna has read."""
-    return ENDED in ended.system_attrs or not ended.user_attrs.keys().isdisjoint(ENDED_BEFORE)
-
-
-def mark_leased(connection: sa.Connection) -> None:
-    """Mark running trials that have a lease as begun here, so that they outlive its table."""
-    begun = sa.select(TRIALS.c.trial_id, sa.literal(BEGUN), sa.literal("true")).where(
-        STATE == "RUNNING",
-        TRIALS.c.trial_id.in_(sa.select(LEASE.c.trial_id)),
-        ~_has(SYSTEM_ATTRIBUTES, BEGUN),
-    )
-    names = ["trial_id", "key", "value_json"]
-    connection.execute(sa.insert(SYSTEM_ATTRIBUTES).from_select(names, begun))
-
-
-LEFT_OUT = sa.or_(_has(USER_ATTRIBUTES, OUT_OF_BOUNDS, SURPLUS), FOREIGN)
-STUDIES = sa.table("studies", *map(sa.column, ("study_id", "study_name")))
-STUDY_ATTRIBUTES = sa.table(
-    "study_user_attributes", *map(sa.column, ("study_id", "key", "value_json"))
+from search.storage.tables import (
+    FOREIGN,
+    LEASE,
+    LEFT_OUT,
+    RELEASED,
+    SERVER,
+    STATE,
+    STUDY_ATTRIBUTES,
+    TRIALS,
 )
 
 _PROGRESS_CHARACTERS = 200

@@ -27,12 +27,11 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from search.storage.engine import exclusive, redact, retrying
+from search.secrets import redact
+from search.storage.engine import exclusive, retrying
 from search.storage.lease_renewal import Holding, lost_error
-from search.storage.leases import OUT_OF_BOUNDS, SURPLUS, Claim, Leases, RunningRow
-from search.storage.queries import NOT_COUNTED, LedgerReader, asked_of
-from search.storage.schema import open_tables
-from search.storage.settings import (
+from search.storage.leases import Claim, Leases, RunningRow
+from search.storage.own_study import (
     DEFAULT_MAX_ATTEMPTS,
     JSON,
     lock_name,
@@ -40,7 +39,10 @@ from search.storage.settings import (
     record_change,
     require_file,
 )
+from search.storage.queries import NOT_COUNTED, LedgerReader, asked_of
+from search.storage.schema import open_tables
 from search.storage.stop_flags import HALT, Launch, Stops, stopped_error
+from search.storage.tables import OUT_OF_BOUNDS, SURPLUS
 
 __all__ = ["Claim", "Done", "FailureReason", "Holding", "Ledger", "Wait"]
 

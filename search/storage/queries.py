@@ -20,34 +20,27 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from search.storage.engine import open_reading, retrying
-from search.storage.leases import (
+from search.storage.leases import Leases, RunningRow
+from search.storage.own_study import DEFAULT_TTL_SECONDS, find_study, require_file
+from search.storage.tables import (
+    FIXED,
     FOREIGN,
+    KIND_OF_VALUE,
     OUT_OF_BOUNDS,
+    PARAMS,
     STATE,
     SURPLUS,
     SYSTEM_ATTRIBUTES,
     TRIALS,
     USER_ATTRIBUTES,
-    Leases,
-    RunningRow,
+    VALUES,
+    attributes_by_owner,
 )
-from search.storage.settings import DEFAULT_TTL_SECONDS, find_study, require_file
 
-# Optuna's own tables, as far as they are read here.
-VALUES = sa.table(
-    "trial_values", *map(sa.column, ("trial_id", "objective", "value", "value_type"))
-)
-PARAMS = sa.table(
-    "trial_params",
-    *map(sa.column, ("param_id", "trial_id", "param_name", "param_value", "distribution_json")),
-)
-# The trial's system attribute in which Optuna stores planned parameters.
-FIXED = "fixed_params"
 # Reason of a row that counts nowhere: foreign, or beyond the bounds or the budget.
 NOT_COUNTED = "not counted"
 # Values without a number in SQL; PostgreSQL has a type for their kind.
 _INFINITE = {"INF_POS": math.inf, "INF_NEG": -math.inf}
-KIND_OF_VALUE = sa.cast(VALUES.c.value_type, sa.String)
 _LOWEST_FIRST = (
     sa.case((KIND_OF_VALUE == "INF_NEG", -1), (KIND_OF_VALUE == "INF_POS", 1), else_=0),
     VALUES.c.value,
@@ -277,9 +270,11 @@ class LedgerReader:
         ids = ids.where(self._mine).order_by(TRIALS.c.number)
         with self.storage.engine.connect() as connection:
             keys = {row.trial_id: row.foreign for row in connection.execute(ids)}
-            fixed = {key: each[FIXED] for key, each in _attributes(connection, planned).items()}
+            fixed = {
+                key: each[FIXED] for key, each in attributes_by_owner(connection, planned).items()
+            }
             suggested = _params(connection, self._of_mine(PARAMS, ~has_plan))
-            why = _attributes(connection, reasons)
+            why = attributes_by_owner(connection, reasons)
         return [
             (
                 fixed.get(key, suggested.get(key, {})),
@@ -333,7 +328,7 @@ def read_trials(
         if keys is not None:
             stored = stored.where(USER_ATTRIBUTES.c.key.in_(keys))
         wants_none = keys is not None and not keys
-        attributes = {} if wants_none else _attributes(connection, stored)
+        attributes = {} if wants_none else attributes_by_owner(connection, stored)
         params = _params(connection, sa.select(PARAMS).where(PARAMS.c.trial_id.in_(which)))
     return [
         StoredTrial(
@@ -364,14 +359,6 @@ def trials_in(state: TrialState) -> sa.Select[Any]:
 
 def _value(row: Any) -> Any:  # noqa: ANN401 - a row of SQLAlchemy's
     return _INFINITE.get(row.kind, row.value)
-
-
-def _attributes(connection: sa.Connection, query: sa.Select[Any]) -> dict[int, dict[str, Any]]:
-    """Attributes by trial."""
-    found: dict[int, dict[str, Any]] = {}
-    for row in connection.execute(query):
-        found.setdefault(row.trial_id, {})[row.key] = json.loads(row.value_json)
-    return found
 
 
 def _reason(attributes: dict[str, Any]) -> str:

@@ -18,22 +18,25 @@ from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from bdense.errors import InputError
 from search.errors import StorageError, StorageRefusedError
+from search.secrets import redact
 from search.storage.engine import (
     UPGRADE,
     cannot_open,
     exclusive,
     one_line,
     open_storage,
-    redact,
     sqlite_file,
 )
-from search.storage.leases import (
+from search.storage.leases import database_clock, wall_clock
+from search.storage.tables import (
+    BEGUN,
     LEASE,
     RELEASED,
     SERVER,
-    database_clock,
-    mark_leased,
-    wall_clock,
+    STATE,
+    SYSTEM_ATTRIBUTES,
+    TRIALS,
+    has,
 )
 
 # Raise it with every change of the tables below, and handle old ones in ``upgrade``.
@@ -157,36 +160,6 @@ def grant(url: str, roles: Sequence[Role]) -> list[str]:
     return left
 
 
-def read_password(path: Path) -> str:
-    """A password from its file, without the line's end.
-
-    Raises:
-        InputError: It cannot be read, or is empty.
-    """
-    try:
-        password = path.read_text().rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the password file {path} cannot be read: {error}") from error
-    if not password:
-        raise InputError(f"the password file {path} is empty; write the password into it")
-    return password
-
-
-def read_only_by_default(connection: sa.Connection) -> bool:
-    """Whether server, database or user make this user's transactions on PostgreSQL read-only.
-
-    Asked of the settings, since a connection that only reads is set to that itself.
-    """
-    sets = sa.text(
-        "SELECT setconfig FROM pg_db_role_setting WHERE setdatabase IN (0, (SELECT oid FROM "
-        "pg_database WHERE datname = current_database())) AND setrole IN (0, (SELECT oid FROM "
-        "pg_roles WHERE rolname = current_user)) ORDER BY (setrole <> 0), (setdatabase <> 0)"
-    )
-    found = [each for (config,) in connection.execute(sets) for each in config]
-    values = dict(each.split("=", 1) for each in found)
-    return values.get("default_transaction_read_only", "off") in ("on", "true", "yes", "1")
-
-
 def has_tables(engine: sa.Engine) -> bool:
     """Whether a database has bdense's tables, beside Optuna's."""
     return sa.inspect(engine).has_table(LEASE.name)
@@ -237,13 +210,24 @@ def _upgrade_ours(engine: sa.Engine, url: str) -> list[str]:
         return []
     if has_tables(engine):
         with engine.begin() as connection:
-            mark_leased(connection)
+            _mark_leased(connection)
     # Otherwise their rows only matter to running workers, and there are none.
     _OURS.drop_all(engine)
     _OURS.create_all(engine)
     with engine.begin() as connection:
         connection.execute(sa.insert(_VERSION).values(version=SCHEMA))
     return [f"bdense's tables: from {'before 1' if version is None else version} to {SCHEMA}"]
+
+
+def _mark_leased(connection: sa.Connection) -> None:
+    """Mark running trials that have a lease as begun here, so that they outlive its table."""
+    begun = sa.select(TRIALS.c.trial_id, sa.literal(BEGUN), sa.literal("true")).where(
+        STATE == "RUNNING",
+        TRIALS.c.trial_id.in_(sa.select(LEASE.c.trial_id)),
+        ~has(SYSTEM_ATTRIBUTES, BEGUN),
+    )
+    names = ["trial_id", "key", "value_json"]
+    connection.execute(sa.insert(SYSTEM_ATTRIBUTES).from_select(names, begun))
 
 
 def _stored_version(connection: sa.Connection) -> int | None:

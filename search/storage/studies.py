@@ -1,6 +1,5 @@
 """All studies of a storage at once: a few queries, however many trials they have."""
 
-import json
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,13 +9,22 @@ from typing import Any
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from search.storage.leases import FOREIGN, LEFT_OUT, STATE, STUDIES, STUDY_ATTRIBUTES, TRIALS
-from search.storage.queries import KIND_OF_VALUE, VALUES, Counts
+from search.storage.queries import Counts
 from search.storage.schema import has_tables
+from search.storage.tables import (
+    DIRECTION,
+    DIRECTIONS,
+    FOREIGN,
+    KIND_OF_VALUE,
+    LEFT_OUT,
+    STATE,
+    STUDIES,
+    STUDY_ATTRIBUTES,
+    TRIALS,
+    VALUES,
+    attributes_by_owner,
+)
 
-# Optuna's own table; PostgreSQL has a type for its directions.
-_DIRECTIONS = sa.table("study_directions", *map(sa.column, ("study_id", "direction")))
-_DIRECTION = sa.cast(_DIRECTIONS.c.direction, sa.String)
 _BUDGET = "budget"  # every study that bdense-search made has one
 
 
@@ -60,13 +68,16 @@ def read_studies(engine: sa.Engine, attributes: Collection[str] = ()) -> list[St
         return []
     with engine.connect() as connection:
         names = {row.study_id: row.study_name for row in connection.execute(sa.select(STUDIES))}
-        stored = _attributes(connection, {_BUDGET, *attributes})
+        wanted = sorted({_BUDGET, *attributes})
+        stored = attributes_by_owner(
+            connection, sa.select(STUDY_ATTRIBUTES).where(STUDY_ATTRIBUTES.c.key.in_(wanted))
+        )
         states = _states(connection)
         best = _best(connection)
         times = _times(connection)
     found = []
     for key, name in sorted(names.items(), key=lambda item: item[1]):
-        if _BUDGET not in stored[key]:
+        if _BUDGET not in stored.get(key, {}):
             continue
         started, last_start, ended = times.get(key, (None, None, None))
         found.append(
@@ -81,16 +92,6 @@ def read_studies(engine: sa.Engine, attributes: Collection[str] = ()) -> list[St
                 changed=max(filter(None, (last_start, ended)), default=None),
             )
         )
-    return found
-
-
-def _attributes(connection: sa.Connection, keys: Collection[str]) -> dict[int, dict[str, Any]]:
-    rows = connection.execute(
-        sa.select(STUDY_ATTRIBUTES).where(STUDY_ATTRIBUTES.c.key.in_(sorted(keys)))
-    )
-    found: dict[int, dict[str, Any]] = defaultdict(dict)
-    for row in rows:
-        found[row.study_id][row.key] = json.loads(row.value_json)
     return found
 
 
@@ -119,7 +120,7 @@ def _best(connection: sa.Connection) -> dict[int, float]:
         .where(STATE == "COMPLETE", VALUES.c.objective == 0, KIND_OF_VALUE == "FINITE", ~FOREIGN)
         .group_by(TRIALS.c.study_id)
     )
-    asked = sa.select(_DIRECTIONS.c.study_id).where(_DIRECTION == "MAXIMIZE")
+    asked = sa.select(DIRECTIONS.c.study_id).where(DIRECTION == "MAXIMIZE")
     maximised = set(connection.execute(asked).scalars())
     return {row.study_id: row.highest if row.study_id in maximised else row.lowest for row in rows}
 

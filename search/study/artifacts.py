@@ -28,7 +28,8 @@ from optuna.trial import FrozenTrial
 from bdense.errors import InputError
 from bdense.files import atomic_write
 from search.errors import ArtifactError
-from search.storage.engine import exclusive, one_line, retrying, runs_folder
+from search.places import runs_folder
+from search.storage.engine import exclusive, one_line, retrying
 
 PLACE = "BDENSE_ARTIFACTS"
 FOLDER = "artifacts"

@@ -6,7 +6,7 @@ from typing import Any
 
 from search.spec.metric import Metric
 from search.storage.engine import open_reading, retrying, sqlite_file
-from search.storage.settings import BASELINES_SUFFIX
+from search.storage.own_study import BASELINES_SUFFIX
 from search.storage.studies import StoredStudy, read_studies
 from search.study.study import ARMS, SPEC
 from search.study.summary import counts_json

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bdense.errors import InputError
-from search.storage.engine import runs_folder
+from search.places import runs_folder
 
 # A row's pictures: samples of its student, where weights that it learned went, and its losses.
 GRID, WEIGHTS_PLOT, LOSS_PLOT = "samples.png", "weights.png", "loss.png"

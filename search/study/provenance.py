@@ -8,7 +8,7 @@ from optuna.trial import TrialState
 from search.storage.engine import retrying
 from search.storage.studies import read_studies
 from search.study.study import Study
-from search.study.trial_note import TIMINGS, timings_text
+from search.study.wording import TIMINGS, timings_text
 
 _KEYS = ("device", "worker", "versions", "timings")
 _SHOWN = ("bdense", "torch", "python")

@@ -4,12 +4,15 @@ A row is judged by one figure: a student by its FID, a program's run by the scor
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
+from bdense.errors import InputError
 from bdense.metrics.records import FID, KID, CLIPScore, PrecisionRecall
 from bdense.weights.space import BranchWeights
+from search.study.folders import named_file
 
 # Parameters of our own weight spaces; those of others are under "parameters".
 PARAMETERS = ("a", "b", "rule", "strength", "memory")
@@ -182,11 +185,6 @@ class WeightHistory:
     weights: list[list[float]]
 
 
-def grid_legend(prompts: Sequence[str]) -> str:
-    """What the first row of a sample grid shows; "" without prompts."""
-    return f"First row: {', '.join(prompts)}." if prompts else ""
-
-
 # How fields that are no plain values are stored, and how they are read.
 _FORMS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "fid": (FID.as_dict, FID.read),
@@ -301,3 +299,14 @@ class TrialResult:
         missing: dict[str, Any] = dict.fromkeys(("fingerprint", "device", "worker"), "")
         missing |= {name: {} for name in ("seeds", "versions", "timings")}
         return cls(**{**missing, **own, "value": value})
+
+
+def sample_command(result: TrialResult) -> str:
+    """A line that draws images with a row's student, with the path of its file; "" without one."""
+    if result.student is None:
+        return ""
+    try:
+        words = ["bdense", "sample", str(named_file(result.student).resolve())]
+    except InputError:  # rows are not trusted
+        return ""
+    return shlex.join([*words, *result.drawing_options, "--out", "samples.png"])

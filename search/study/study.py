@@ -24,8 +24,8 @@ from search.spec.file import read_stored
 from search.spec.study import StudySpec
 from search.storage.engine import retrying
 from search.storage.ledger import MENDABLE, Ledger
+from search.storage.own_study import BASELINES_SUFFIX
 from search.storage.queries import Counts, StoredTrial, asked_of
-from search.storage.settings import BASELINES_SUFFIX
 from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, baseline_arms, one_shot_arm
 
 # Attributes of the Optuna study.

@@ -7,12 +7,12 @@ from typing import Any
 from optuna.trial import TrialState
 
 from bdense.weights.space import BASELINE, PLAIN
+from search.secrets import redact
 from search.spec.metric import Metric
 from search.spec.study import StudySpec
-from search.storage.engine import redact
-from search.storage.leases import SURPLUS
 from search.storage.ledger import Ledger
 from search.storage.queries import Counts, StoredTrial
+from search.storage.tables import SURPLUS
 from search.study.arms import baseline_arms
 from search.study.results import TrialResult
 from search.study.study import BASELINE_RESULTS, Study

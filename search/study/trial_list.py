@@ -10,8 +10,8 @@ from optuna.trial import TrialState
 
 from bdense.weights.space import BranchWeights, by_interval
 from search.spec.metric import Metric
-from search.storage.leases import SURPLUS
 from search.storage.ledger import Ledger
+from search.storage.tables import SURPLUS
 from search.study.arms import ONE_SHOT, ArmRow
 from search.study.study import Study
 from search.study.wording import align

@@ -4,33 +4,23 @@ Every text from the database is escaped: anyone with write access may have chose
 """
 
 import logging
-import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bdense.errors import InputError
 from bdense.weights import space_of
 from bdense.weights.space import by_interval
 from search.errors import LeaseLostError, StorageError
 from search.storage.engine import one_line
 from search.storage.ledger import Claim, Ledger
 from search.study.artifacts import artifact_store, attach
-from search.study.dashboard_texts import save_texts
-from search.study.folders import GRID, named_file, pictures
+from search.study.curve import curve_line, curve_rows
+from search.study.dashboard_note import save_note
+from search.study.folders import GRID, pictures
 from search.study.markdown import escaped, fenced, markdown_table, paragraphs
-from search.study.one_shot import curve_line, curve_rows
-from search.study.results import TrialResult, grid_legend
-from search.study.wording import duration
+from search.study.results import TrialResult, sample_command
+from search.study.wording import grid_legend, timings_text
 
 _log = logging.getLogger(__name__)
-
-# What a trial's seconds were spent on, by their names in its row.
-TIMINGS = {
-    "student_seconds": "training",
-    "evaluation_seconds": "evaluation",
-    "intermediate_seconds": "intermediate evaluations",
-    "service_seconds": "service",
-}
 
 
 def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, str]]) -> str:
@@ -82,7 +72,7 @@ def attach_pictures(ledger: Ledger, claim: Claim, folder: Path, result: TrialRes
     files = pictures(folder)
     ids: dict[str, str] = {}
     if files:
-        harmless(
+        log_errors(
             f"pictures of trial {claim.number}",
             lambda: ids.update(attach(ledger.storage, claim.trial_id, files, artifact_store())),
         )
@@ -92,9 +82,9 @@ def attach_pictures(ledger: Ledger, claim: Claim, folder: Path, result: TrialRes
         arm = result.arm
         title = f"trial {claim.number}" if arm is None else f"{arm}, seed {claim.params['seed']}"
         note = trial_note(title, result, addresses)
-        save_texts(ledger.storage, ledger.key, note, trial_id=claim.trial_id)
+        save_note(ledger.storage, ledger.key, note, trial_id=claim.trial_id)
 
-    harmless(f"note of trial {claim.number}", write)
+    log_errors(f"note of trial {claim.number}", write)
 
 
 def address(ledger: Ledger, trial_id: int, artifact_id: str) -> str:
@@ -102,31 +92,16 @@ def address(ledger: Ledger, trial_id: int, artifact_id: str) -> str:
     return f"/artifacts/{ledger.key}/{trial_id}/{artifact_id}"
 
 
-def sample_command(result: TrialResult) -> str:
-    """A line that draws images with a row's student, with the path of its file; "" without one."""
-    if result.student is None:
-        return ""
-    try:
-        words = ["bdense", "sample", str(named_file(result.student).resolve())]
-    except InputError:  # rows are not trusted
-        return ""
-    return shlex.join([*words, *result.drawing_options, "--out", "samples.png"])
-
-
-def timings_text(timings: Mapping[str, float]) -> str:
-    """What a trial's time was spent on."""
-    spent = {what: timings[name] for name, what in TIMINGS.items() if name in timings}
-    return ", ".join(
-        f"{what} {seconds:.1f} s" if seconds < 60 else f"{what} {duration(seconds)}"
-        for what, seconds in spent.items()
-    )
-
-
-def harmless(what: str, call: Callable[[], None]) -> None:
-    """Call; log every error but the loss of the database or of the lease."""
+def log_errors(
+    what: str,
+    call: Callable[[], None],
+    *,
+    but: tuple[type[Exception], ...] = (LeaseLostError, StorageError),
+) -> None:
+    """Call; log every error instead of raising it, except those of ``but``."""
     try:
         call()
-    except (LeaseLostError, StorageError):
+    except but:
         raise
     except Exception as error:  # noqa: BLE001  a picture must not cost a result
         _log.warning("%s could not be stored: %s", what, one_line(error))

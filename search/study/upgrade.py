@@ -28,18 +28,22 @@ from search.spec.file import apart
 from search.spec.legacy import translated
 from search.spec.study import StudySpec
 from search.storage.engine import exclusive, retrying
-from search.storage.leases import (
+from search.storage.ledger import Ledger
+from search.storage.own_study import BASELINES_SUFFIX, lock_name
+from search.storage.queries import asked_of
+from search.storage.schema import open_tables
+from search.storage.stop_flags import held
+from search.storage.tables import (
+    FIXED,
+    INTERMEDIATE_VALUES,
+    PARAMS,
     STUDIES,
     STUDY_ATTRIBUTES,
+    STUDY_SYSTEM_ATTRIBUTES,
     SYSTEM_ATTRIBUTES,
     TRIALS,
     USER_ATTRIBUTES,
 )
-from search.storage.ledger import Ledger
-from search.storage.queries import FIXED, PARAMS, asked_of
-from search.storage.schema import open_tables
-from search.storage.settings import BASELINES_SUFFIX, lock_name
-from search.storage.stop_flags import held
 from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, arms_study, baseline_arms
 from search.study.folders import row_folder
 from search.study.retention import IDENTITY, INTERMEDIATE_FILE, RESULT
@@ -75,9 +79,7 @@ _MEASURED = (
     "evaluation.extractor",
     "evaluation.reference",
 )
-_STUDY_SYSTEM = sa.table("study_system_attributes", *map(sa.column, ("study_id", "key")))
 _OLD_PLOTS = "dashboard:plot_data:"  # of optuna-dashboard; this version stores none
-_INTERMEDIATE_VALUES = sa.table("trial_intermediate_values", *map(sa.column, ("trial_id", "step")))
 
 
 def upgrade_studies(url: str) -> Iterator[str]:
@@ -186,9 +188,9 @@ def _rewrite_database(ledgers: Sequence[Ledger], form: "_Form") -> None:
         rows = [form.rows(each) for each in ledgers]
         with engine.begin() as connection:
             for each, its in zip(ledgers, rows, strict=True):
-                plots = _STUDY_SYSTEM.c.key.startswith(_OLD_PLOTS, autoescape=True)
-                mine = _STUDY_SYSTEM.c.study_id == each.key
-                connection.execute(sa.delete(_STUDY_SYSTEM).where(mine, plots))
+                plots = STUDY_SYSTEM_ATTRIBUTES.c.key.startswith(_OLD_PLOTS, autoescape=True)
+                mine = STUDY_SYSTEM_ATTRIBUTES.c.study_id == each.key
+                connection.execute(sa.delete(STUDY_SYSTEM_ATTRIBUTES).where(mine, plots))
                 _rewrite_rows(connection, each.key, its, form)
                 if each is not main:
                     arms = [asdict(arm) for arm in form.arms]
@@ -452,16 +454,14 @@ def _rewrite_params(connection: sa.Connection, row: _Row, trial_id: int) -> None
 def _renumber_stages(connection: sa.Connection, row: _Row, trial_id: int, spec: StudySpec) -> None:
     """Number FIDs by stage instead of by steps; 0 is the teacher."""
     places = {stage.nfe: index for index, stage in enumerate(spec.resolved.stages, 1)}
-    step, mine = _INTERMEDIATE_VALUES.c.step, _INTERMEDIATE_VALUES.c.trial_id == trial_id
+    step, mine = INTERMEDIATE_VALUES.c.step, INTERMEDIATE_VALUES.c.trial_id == trial_id
     for old in row.trial.intermediate_values:
         # Negative at first, as a new number may be another's old one.
         new = -1 - places.get(old, 0)
         connection.execute(
-            sa.update(_INTERMEDIATE_VALUES).where(mine, step == old).values(step=new)
+            sa.update(INTERMEDIATE_VALUES).where(mine, step == old).values(step=new)
         )
-    connection.execute(
-        sa.update(_INTERMEDIATE_VALUES).where(mine, step < 0).values(step=-1 - step)
-    )
+    connection.execute(sa.update(INTERMEDIATE_VALUES).where(mine, step < 0).values(step=-1 - step))
 
 
 def _set(

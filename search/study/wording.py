@@ -1,10 +1,18 @@
 """Counts, weights, seconds and tables as text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bdense.weights.space import BranchWeights, by_interval
 from search.storage.queries import Counts
+
+# What a trial's seconds were spent on, by their names in its row.
+TIMINGS = {
+    "student_seconds": "training",
+    "evaluation_seconds": "evaluation",
+    "intermediate_seconds": "intermediate evaluations",
+    "service_seconds": "service",
+}
 
 
 def counts_line(counts: Counts, rows: str) -> str:
@@ -42,3 +50,17 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def timings_text(timings: Mapping[str, float]) -> str:
+    """What a trial's time was spent on."""
+    spent = {what: timings[name] for name, what in TIMINGS.items() if name in timings}
+    return ", ".join(
+        f"{what} {seconds:.1f} s" if seconds < 60 else f"{what} {duration(seconds)}"
+        for what, seconds in spent.items()
+    )
+
+
+def grid_legend(prompts: Sequence[str]) -> str:
+    """What the first row of a sample grid shows; "" without prompts."""
+    return f"First row: {', '.join(prompts)}." if prompts else ""

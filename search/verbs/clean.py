@@ -8,7 +8,8 @@ from typing import Any
 
 from bdense.errors import InputError
 from bdense.knobs import from_options
-from search.storage.engine import cache_folder, retrying
+from search.places import cache_folder
+from search.storage.engine import retrying
 from search.storage.ledger import Ledger
 from search.storage.stop_flags import held
 from search.study.folders import row_folder

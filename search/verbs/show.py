@@ -21,10 +21,11 @@ from search.analysis.recommendation import noise_of
 from search.analysis.stop_rule import LargestGain
 from search.log import say
 from search.report.report_files import HTML_PAGE, write_report
-from search.storage.engine import redact, sqlite_file
+from search.secrets import redact
+from search.storage.engine import sqlite_file
 from search.storage.stop_flags import CONTINUE, asked_at
 from search.study.catalogue import list_studies, studies_json, studies_table
-from search.study.one_shot import curve_line, curve_of, curve_text, one_shot_json
+from search.study.curve import curve_line, curve_of, curve_text, one_shot_json
 from search.study.study import Study
 from search.study.summary import best_json, counts_json, failures, foreign_rows, headline, table
 from search.study.trial_list import list_rows, rows_csv, rows_table

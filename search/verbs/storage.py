@@ -2,11 +2,12 @@
 
 import argparse
 import itertools
+from pathlib import Path
 
 from bdense.errors import InputError
 from bdense.knobs import from_options
-from search.storage.engine import redact
-from search.storage.schema import Access, Role, grant, open_tables, read_password, upgrade
+from search.secrets import redact
+from search.storage.schema import Access, Role, grant, open_tables, upgrade
 from search.study.upgrade import upgrade_studies
 from search.verbs.common import storage_url
 from search.verbs.options import TablesOptions
@@ -38,8 +39,23 @@ def _roles(asked: TablesOptions) -> list[Role]:
     for kind, access in _ROLES:
         name, file = getattr(asked, kind), getattr(asked, f"{kind}_password_file")
         if name is not None:
-            password = None if file is None else read_password(file)
+            password = None if file is None else _read_password(file)
             roles.append(Role(name=name, access=access, password=password))
         elif file is not None:
             raise InputError(f"--{kind}-password-file {file} needs --{kind} NAME beside it")
     return roles
+
+
+def _read_password(path: Path) -> str:
+    """A password from its file, without the line's end.
+
+    Raises:
+        InputError: It cannot be read, or is empty.
+    """
+    try:
+        password = path.read_text().rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the password file {path} cannot be read: {error}") from error
+    if not password:
+        raise InputError(f"the password file {path} is empty; write the password into it")
+    return password

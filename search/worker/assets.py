@@ -35,10 +35,10 @@ from bdense.models.latents import draws_latents, load_codec, read_prompts
 from bdense.models.store import denoiser_sha256
 from bdense.randomness import Stream, derive_seed
 from bdense.weights.space import Uniform
+from search.places import cache_folder
 from search.spec.contents import fingerprint_of
 from search.spec.resolve import execution, method_of, variant
 from search.spec.study import StudySpec
-from search.storage.engine import cache_folder
 from search.study.arms import ONE_SHOT, Task
 from search.worker.evaluator import Evaluator, clip_scorer_of, reference_of
 from search.worker.teachers import (

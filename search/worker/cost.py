@@ -48,10 +48,10 @@ from bdense.training.loop import IterationReport, train
 from bdense.weights.log_linear import uniform_weights
 from bdense.weights.weighting import FixedWeights
 from search.errors import UnpreparedError
+from search.places import cache_folder
 from search.spec.contents import fingerprint_of
 from search.spec.resolve import describe_teacher, execution, meta_teacher, method_of
 from search.spec.study import StudySpec, as_plain
-from search.storage.engine import cache_folder
 from search.study.arms import ONE_SHOT, one_shot_arm
 from search.study.wording import duration
 from search.worker.assets import use_device

@@ -20,9 +20,9 @@ from bdense.metrics.references import Reference, dataset_reference, read_referen
 from bdense.metrics.setup import Setup
 from bdense.models.latents import read_prompts
 from bdense.models.zoo import resolve_reference
+from search.places import cache_folder
 from search.spec.sections import EvaluationSpec
 from search.spec.study import StudySpec
-from search.storage.engine import cache_folder
 
 _GRID_IMAGES = 64
 

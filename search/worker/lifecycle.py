@@ -10,14 +10,14 @@ from typing import Any
 from bdense.errors import BdenseError, NonFiniteError, StoppedError, is_out_of_memory
 from search.errors import LeaseLostError, SpecChangedError, StorageError, UnpreparedError
 from search.log import speaking_of
+from search.secrets import redact
 from search.storage.disk import disk_error, is_full_disk
-from search.storage.engine import redact
 from search.storage.ledger import Claim, FailureReason, Holding, Ledger
 from search.study.folders import row_folder
 from search.study.results import TrialResult
 from search.study.retention import drop_checkpoints
 from search.study.trial_log import TrialLog
-from search.study.trial_note import attach_pictures, harmless
+from search.study.trial_note import attach_pictures, log_errors
 from search.worker.loss_curve import draw_losses
 from search.worker.result import package_versions
 
@@ -83,7 +83,7 @@ def _bring(
         result = replace(result, timings={**result.timings, **service})
         # Before the end: a finished trial accepts no pictures.
         with ledger.holding(claim):
-            harmless(f"loss curve of trial {claim.number}", lambda: draw_losses(folder))
+            log_errors(f"loss curve of trial {claim.number}", lambda: draw_losses(folder))
             attach_pictures(ledger, claim, folder, result)
         attrs = result.attrs() | {"tries": claim.tries}
         if result.value is None:

@@ -22,8 +22,9 @@ from search.errors import (
     WorkersFailedError,
 )
 from search.log import LOG, about, start_logging
+from search.secrets import redact
 from search.storage.disk import disk_error
-from search.storage.engine import redact, resolve_storage_url, without_password
+from search.storage.engine import resolve_storage_url, without_password
 from search.storage.stop_flags import NO_LAUNCH, Launch
 from search.study.artifacts import PLACE as ARTIFACTS
 from search.study.study import Study

@@ -25,11 +25,11 @@ from bdense.models.store import denoiser_sha256, load_denoiser, load_stored, sav
 from bdense.models.zoo import CONVERTED_CHECKPOINTS, HUB_CHECKPOINTS
 from bdense.training.latent_digits import latent_digits
 from bdense.training.teacher import teacher_data, train_teacher
+from search.places import cache_folder
 from search.spec.contents import fingerprint_of
 from search.spec.resolve import execution, meta_teacher, teacher_config
 from search.spec.sections import TeacherTraining
 from search.spec.study import StudySpec
-from search.storage.engine import cache_folder
 from search.worker.trainer import Report
 
 _PROMPTS_AT_ONCE = 256

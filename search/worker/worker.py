@@ -15,7 +15,7 @@ from search.errors import SpecChangedError
 from search.spec.space import make_sampler, sampler_seed, search_space
 from search.storage.ledger import Claim, Done, Holding, Ledger, Wait
 from search.study.arms import ROW_SPACE
-from search.study.one_shot import enqueue_best, is_waited_for
+from search.study.curve import enqueue_best, is_waited_for
 from search.study.results import TrialResult
 from search.study.retention import keep_best_students
 from search.study.study import FINGERPRINT, Study

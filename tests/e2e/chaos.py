@@ -16,7 +16,7 @@ from pathlib import Path
 
 from search.storage.engine import FROZEN_SECONDS
 from search.storage.ledger import Ledger
-from search.storage.settings import BASELINES_SUFFIX
+from search.storage.own_study import BASELINES_SUFFIX
 from search.study.trial_log import LOG_FILE, read_log
 from tests.conftest import Postgres
 

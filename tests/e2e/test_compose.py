@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from search.storage.leases import RELEASED
+from search.storage.tables import RELEASED
 from tests.e2e.stack import APP_USER, ROOT, SECRETS, Engine, Stack
 from tests.e2e.study import small_study, wait_until
 

@@ -10,15 +10,12 @@ import sqlalchemy as sa
 from optuna.storages import RDBStorage
 
 from search.storage.engine import exclusive, retrying
+from search.storage.tables import STUDY_SYSTEM_ATTRIBUTES
 
-# Optuna's own table.
-ATTRIBUTES = sa.table(
-    "study_system_attributes", *map(sa.column, ("study_id", "key", "value_json"))
-)
 PIECE = 2045  # characters, as the dashboard has it
 
 
-def save_texts(
+def save_note(
     storage: RDBStorage, study_id: int, note: str, *, trial_id: int | None = None
 ) -> None:
     """Replace the note (Markdown) of a trial, or of the study, atomically.
@@ -27,12 +24,13 @@ def save_texts(
         StorageError: The database stayed away.
     """
     of = "dashboard:" if trial_id is None else f"dashboard:{trial_id}:"
-    version_key, mine = f"{of}note_ver", ATTRIBUTES.c.study_id == study_id
+    version_key, mine = f"{of}note_ver", STUDY_SYSTEM_ATTRIBUTES.c.study_id == study_id
     start = f"{of}note_str:"
     starts = range(0, len(note), PIECE)
     pieces = {f"{start}{i}": note[at : at + PIECE] for i, at in enumerate(starts)}
     old = sa.or_(
-        ATTRIBUTES.c.key == version_key, ATTRIBUTES.c.key.startswith(start, autoescape=True)
+        STUDY_SYSTEM_ATTRIBUTES.c.key == version_key,
+        STUDY_SYSTEM_ATTRIBUTES.c.key.startswith(start, autoescape=True),
     )
 
     def write() -> None:
@@ -42,12 +40,14 @@ def save_texts(
             storage.engine.begin() as connection,
         ):
             found = connection.scalar(
-                sa.select(ATTRIBUTES.c.value_json).where(mine, ATTRIBUTES.c.key == version_key)
+                sa.select(STUDY_SYSTEM_ATTRIBUTES.c.value_json).where(
+                    mine, STUDY_SYSTEM_ATTRIBUTES.c.key == version_key
+                )
             )
             stored: dict[str, int | str] = {version_key: json.loads(found or "0") + 1, **pieces}
-            connection.execute(sa.delete(ATTRIBUTES).where(mine, old))
+            connection.execute(sa.delete(STUDY_SYSTEM_ATTRIBUTES).where(mine, old))
             connection.execute(
-                sa.insert(ATTRIBUTES),
+                sa.insert(STUDY_SYSTEM_ATTRIBUTES),
                 [
                     {"study_id": study_id, "key": key, "value_json": json.dumps(value)}
                     for key, value in stored.items()

@@ -1,6 +1,7 @@
 """Studies in Optuna's table: find or create one, with its settings and their changes."""
 
 import contextlib
+import logging
 from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TypeAlias
@@ -12,9 +13,10 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from search.errors import UnknownStudyError
-from search.spec.space import optuna_says
-from search.storage.engine import exclusive, redact, sqlite_file
-from search.storage.leases import BEGUN, ENDED, is_own
+from search.log import optuna_says
+from search.secrets import redact
+from search.storage.engine import exclusive, sqlite_file
+from search.storage.tables import BEGUN, ENDED, is_own
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
@@ -95,7 +97,7 @@ def open_study(
                 study = OwnStudy(name, storage)
             except KeyError:
                 way = StudyDirection.MAXIMIZE if maximise else StudyDirection.MINIMIZE
-                with optuna_says(optuna.logging.WARNING):  # of baselines and the like, too
+                with optuna_says(logging.WARNING):  # of baselines and the like, too
                     optuna.create_study(study_name=name, storage=storage, direction=way)
                 study = OwnStudy(name, storage)
         _store(study, given)

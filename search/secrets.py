@@ -1,0 +1,21 @@
+"""Texts without passwords."""
+
+import re
+
+# A text that is one URL, well-formed or not, may have blanks in its password.
+_WHOLE_URL_PASSWORD = re.compile(
+    r"^([a-z][\w+.-]*:/*[^:/@\s]*|[^:/@\s]+):(?![\s/]).*@", re.IGNORECASE
+)
+_URL_PASSWORD = re.compile(r"([a-z][\w+.-]*://[^:/@\s]*):\S*@", re.IGNORECASE)
+# The percent-encoded value of another key in a URL's query may hold a password too.
+_DSN_PASSWORD = re.compile(
+    r"((?:pass(?:word|wd)?|oauth_client_secret|scram_(?:client|server)_key)\s*(?:=|%3D)\s*)"
+    r"('(?:[^'\\]|\\.)*'|[^\s&'\"]+)",
+    re.IGNORECASE,
+)
+
+
+def redact(text_or_url: str) -> str:
+    """The text without passwords of URLs and connection strings."""
+    without = _WHOLE_URL_PASSWORD.sub(r"\1:***@", text_or_url)
+    return _DSN_PASSWORD.sub(r"\1***", _URL_PASSWORD.sub(r"\1:***@", without))

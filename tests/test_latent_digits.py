@@ -1,5 +1,6 @@
 """The teacher latent-digits, made short, and the study that distils it."""
 
+import io
 import itertools
 import shutil
 from pathlib import Path
@@ -17,11 +18,16 @@ from bdense.models.store import load_denoiser, save_denoiser
 from bdense.training.latent_digits import ARCHITECTURE, KNOWN, PROMPTS, latent_digits
 from bdense.training.teacher import TeacherConfig
 from search.errors import SpecError
+from search.run.progress import Display
 from search.spec.file import read_spec
+from search.storage.engine import resolve_storage_url
 from search.study.results import TrialResult
+from search.study.study import Study
 from search.study.trial_note import trial_note
 from search.worker.assets import load
 from search.worker.cost import measure
+from search.worker.ray_tasks import WorkerConfig, prepare_task
+from search.worker.trainer import Preparation
 from tests.clip import tiny_clip
 from tests.e2e.study import Workplace
 from tests.rows import CPU, run, task
@@ -191,6 +197,31 @@ def test_methods_of_images_learn_its_latents_under_their_prompts(folder, tmp_pat
     tree["method"]["clip_targets"] = True
     with pytest.raises(SpecError, match=r"method\.clip_targets true is for pixels"):
         spec(tree)
+
+
+def test_a_launch_shows_each_step_of_the_preparations(folder, cache, tmp_path, monkeypatch):
+    assert folder.is_dir()
+    resolve_here(monkeypatch)
+    tree = yaml.safe_load(STUDY.read_text())
+    tree |= {name: tree[name] | CHANGES[name] for name in ("evaluation", "plan")}
+    tree |= {"prompts": str(STUDY.with_suffix(".txt")), "resources": {"gpus": 0}}
+    tree["method"] = {"name": "progressive", "steps": 4, "until": 2, "updates": 2, "batch": 32}
+    url = resolve_storage_url(f"sqlite:///{tmp_path}/study.db")
+    Study.create(url, spec(tree))
+    shutil.copytree(cache, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache/latents", ignore_errors=True)
+    worker = WorkerConfig(
+        study="latent-digits",
+        storage=url,
+        runs=str(tmp_path / "runs"),
+        cache=str(tmp_path / "cache"),
+    )
+    shown = io.StringIO()
+    display = Display(lambda: pytest.fail("no row runs"), shown)
+    for message in prepare_task(worker, 1):
+        assert isinstance(message, Preparation), message
+        display.preparing(message)
+    assert "encoding the data set 1797/1797" in shown.getvalue()
 
 
 def test_its_study_says_what_it_costs(folder, monkeypatch):

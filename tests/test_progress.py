@@ -10,7 +10,7 @@ from typing import TextIO
 from search.run.progress import Display, Snapshot
 from search.storage.queries import Running
 from search.study.progress_text import in_stage, training
-from search.worker.trainer import Preparation
+from search.worker.trainer import Preparation, Step
 
 COUNTS = "trials 1/2, baselines 2/6, best FID 2.310 (a 0.532, ab 1.125), plain 3.123"
 
@@ -26,7 +26,7 @@ def follow(stream: TextIO) -> None:
 
     display = Display(snapshot, stream)
     for done in (0, 4):
-        display.preparing(Preparation(what="teacher", done=done, total=4))
+        display.preparing(Preparation(step=Step.TEACHER, done=done, total=4))
     for _ in range(3):
         display.running()
     display.close()

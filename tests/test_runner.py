@@ -19,7 +19,7 @@ from search.storage.engine import resolve_storage_url
 from search.storage.stop_flags import Launch
 from search.study.study import Study
 from search.worker.ray_tasks import WorkerConfig
-from search.worker.trainer import RECORDED, Preparation
+from search.worker.trainer import Preparation, Step
 from tests.studies import spec
 
 ONE_GPU_EACH = [(8, 1), (8, 1), (8, 1)]
@@ -160,7 +160,7 @@ def started(monkeypatch) -> list[tuple[Any, ...]]:
             tasks.append((*self.asked, given))
 
     monkeypatch.setattr(runner, "_task", Task)
-    left = Preparation(what=RECORDED, done=1, total=9)
+    left = Preparation(step=Step.TRAJECTORIES, done=1, total=9)
     monkeypatch.setattr(runner, "_follow", lambda *_: left)
     return tasks
 
@@ -206,8 +206,8 @@ def test_a_machine_can_run_the_preparation(cluster, started, gpus, threads, cpus
     "last",
     [
         None,
-        Preparation(what="teacher", done=1, total=2),
-        Preparation(what=RECORDED, done=9, total=9),
+        Preparation(step=Step.TEACHER, done=1, total=2),
+        Preparation(step=Step.TRAJECTORIES, done=9, total=9),
     ],
 )
 def test_where_no_trajectories_are_left_there_is_one_task(cluster, started, monkeypatch, last):

@@ -22,7 +22,7 @@ from search.storage.ledger import Ledger
 from search.study.study import Study
 from search.worker import distillation
 from search.worker.ray_tasks import WorkerConfig, WorkerError, prepare_task, record_task, slot
-from search.worker.trainer import RECORDED
+from search.worker.trainer import Step
 from tests.contracts.scene import take
 from tests.disks import small_disk
 from tests.rows import SFD, loaded
@@ -121,7 +121,7 @@ def test_the_preparation_records_for_a_while_and_leaves_the_rest(folders, monkey
     for seconds, left in ((-1.0, store.num_shards), (60.0, 0)):
         monkeypatch.setattr(distillation, "RECORDING_SECONDS", seconds)
         *_, last = prepare_task(worker_config(study), 1)
-        assert (last.what, last.total - last.done) == (RECORDED, left)
+        assert (last.step, last.total - last.done) == (Step.TRAJECTORIES, left)
         assert len(store.missing()) == left
 
 

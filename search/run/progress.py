@@ -13,7 +13,7 @@ from search.study.progress_text import share_done
 from search.study.study import Study
 from search.study.summary import summary_of
 from search.study.wording import duration
-from search.worker.trainer import Preparation
+from search.worker.trainer import Preparation, Step
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -23,14 +23,6 @@ _ROWS = "rows"  # the step after the preparations
 # On a terminal the bar is narrow: the text takes the rest of the line, and its end is cut.
 _ON_TERMINAL = "{percentage:3.0f}%|{bar:10}| {desc}"
 _IN_NOTEBOOK = "{percentage:3.0f}%|{bar}| {desc}"
-STEPS = {
-    "waiting": "waiting for a free worker",
-    "features": "feature extractor",
-    "prompts": "embedding prompts",
-    "teacher": "training the teacher",
-    "teacher FID": "measuring the teacher",
-    "trajectories": "recording trajectories",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +83,7 @@ class Display:
         self._stream = stream or sys.stderr
         self._bar: tqdm[Any] | None = None
         self._started = time.monotonic()
-        self._step_started: dict[str, tuple[float, int]] = {}
+        self._step_started: dict[Step, tuple[float, int]] = {}
         self._done_at_start: int | None = None
         self._rows_started = 0.0
         self._last_time = -LINE_SECONDS
@@ -100,8 +92,8 @@ class Display:
     def preparing(self, message: Preparation) -> None:
         """Show a message of a preparing task."""
         now = time.monotonic()
-        begun, first = self._step_started.setdefault(message.what, (now, message.done))
-        text = STEPS[message.what]
+        begun, first = self._step_started.setdefault(message.step, (now, message.done))
+        text = str(message.step)
         if message.total > 1:
             text += f" {message.done}/{message.total}"
         if message.done > first:
@@ -111,8 +103,8 @@ class Display:
             text += f", {message.remark}"
         if message.done == message.total:
             # The step may come again for another seed.
-            del self._step_started[message.what]
-        self._show(text, message.what, message.done, message.total)
+            del self._step_started[message.step]
+        self._show(text, message.step, message.done, message.total)
 
     def running(self) -> None:
         """Show the progress of running rows."""

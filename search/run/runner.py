@@ -38,7 +38,7 @@ from search.storage.stop_flags import Launch, is_asked, stopped_error
 from search.study.artifacts import artifacts_place
 from search.study.study import Study
 from search.worker.ray_tasks import WorkerConfig, WorkerError, prepare_task, record_task, slot
-from search.worker.trainer import RECORDED, Preparation
+from search.worker.trainer import Preparation, Step
 
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum; no large object passes through it
 POLL_SECONDS = 1.0
@@ -298,9 +298,9 @@ def _prepare(
     together = min(slots, max(_fit_by_machine(spec.resources)))
     threads = spec.teacher.train.threads if spec.teacher.train else 1
     cpus = max(spec.resources.cpus, min(threads, most_cpus))
-    tell(Preparation(what="waiting", done=0, total=1))
+    tell(Preparation(Step.WAITING, 0, 1))
     last = _follow([_task(prepare_task, cpus, gpus).remote(worker, together)], tell)
-    if last is not None and last.what == RECORDED and last.done < last.total:
+    if last is not None and last.step is Step.TRAJECTORIES and last.done < last.total:
         record, parts = _task(record_task, spec.resources.cpus / team, gpus), slots * team
         _follow([record.remote(worker, part, parts) for part in range(parts)], tell)
 

@@ -49,7 +49,7 @@ from search.worker.teachers import (
     pipeline_of,
     teacher_name,
 )
-from search.worker.trainer import Report
+from search.worker.trainer import Report, Step
 
 _SHOWN = 60  # letters of a prompt
 CUT = " [...]"  # in place of the rest
@@ -221,7 +221,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
     assert spec.data is not None or not spec.uses_data
     dataset = load_dataset(spec.data) if spec.data is not None and spec.uses_data else None
     evaluation = spec.evaluation
-    report("features", 0, 1, evaluation.extractor)
+    report(Step.FEATURES, 0, 1, evaluation.extractor)
     extractor = load_extractor(evaluation.extractor, cache=cache_folder(), device=device)
     reference = reference_of(spec, dataset, extractor)
     try:
@@ -293,7 +293,7 @@ def _encoded(
         pipeline,
         cache_folder(),
         device,
-        lambda done: report("latents", done, count, f"of {dataset.name}"),
+        lambda done: report(Step.DATA, done, count, f"of {dataset.name}"),
     )
 
 
@@ -329,7 +329,7 @@ def _teacher_fid(assets: Assets, report: Report) -> FID | None:
                 sampler,
                 training_seed=None,
                 on_image=lambda done: report(
-                    "teacher FID", done, total, f"at {sampler.nfe} evaluations"
+                    Step.TEACHER_FID, done, total, f"at {sampler.nfe} evaluations"
                 ),
                 check=lambda: None,
                 grid_path=path.with_suffix(".png"),

@@ -23,7 +23,7 @@ from search.worker.assets import Assets, load, use_device
 from search.worker.cost import require_gpu, require_room
 from search.worker.evaluate import evaluate
 from search.worker.judge import Judge
-from search.worker.trainer import RECORDED, Preparation, Report
+from search.worker.trainer import Preparation, Report, Step
 
 RECORDING_SECONDS = 10.0
 
@@ -109,13 +109,13 @@ def record(
         missing = [shard for shard in store.missing() if shard % parts == part]
         if missing:
             done = store.num_shards - len(store.missing())
-            yield Preparation(what=RECORDED, done=done, total=store.num_shards, remark=remark)
+            yield Preparation(Step.TRAJECTORIES, done, store.num_shards, remark)
         for shard in missing:
             if time.monotonic() > deadline:
                 return
             store.record_shard(shard)
             done = store.num_shards - len(store.missing())
-            yield Preparation(what=RECORDED, done=done, total=store.num_shards, remark=remark)
+            yield Preparation(Step.TRAJECTORIES, done, store.num_shards, remark)
 
 
 def _require_same_teacher(of: Ledger, teacher: NetworkDenoiser) -> None:

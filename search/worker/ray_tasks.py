@@ -28,7 +28,7 @@ from search.storage.stop_flags import NO_LAUNCH, Launch
 from search.study.artifacts import PLACE as ARTIFACTS
 from search.study.study import Study
 from search.worker import trainer_of
-from search.worker.trainer import Preparation
+from search.worker.trainer import Preparation, Step
 
 if TYPE_CHECKING:
     from search.worker.worker import Worker
@@ -107,11 +107,11 @@ def prepare_task(worker: WorkerConfig, together: int) -> Iterator[Preparation | 
     messages: queue.SimpleQueue[Preparation | WorkerError | None] = queue.SimpleQueue()
     last = 0.0
 
-    def report(what: str, done: int, total: int, remark: str) -> None:
+    def report(step: Step, done: int, total: int, remark: str) -> None:
         nonlocal last
         if done in (0, 1, total) or time.monotonic() - last > POLL_SECONDS:
             last = time.monotonic()
-            messages.put(Preparation(what=what, done=done, total=total, remark=remark))
+            messages.put(Preparation(step, done, total, remark))
 
     def work() -> None:
         try:

@@ -30,7 +30,7 @@ from search.spec.resolve import describe_teacher, execution, teacher_config
 from search.spec.sections import TeacherTraining
 from search.spec.study import StudySpec
 from search.storage.engine import cache_folder
-from search.worker.trainer import Report
+from search.worker.trainer import Report, Step
 
 _PROMPTS_AT_ONCE = 256
 
@@ -40,7 +40,7 @@ def load_teacher(
 ) -> tuple[NetworkDenoiser, Mapping[str, Any]]:
     """The teacher, set to the spec's precision, and its metadata."""
     if spec.teacher.recipe is not None:
-        report("teacher", 0, 1, f"{spec.teacher.recipe}, made once")
+        report(Step.TEACHER, 0, 1, f"{spec.teacher.recipe}, made once")
         teacher, known = load_stored(latent_digits(cache_folder()))
     elif spec.teacher.checkpoint is not None:
         teacher, known = load_stored(spec.teacher.checkpoint)
@@ -81,7 +81,9 @@ def _train_and_cache(
         config,
         device=device,
         checkpoint=unfinished,
-        on_iteration=lambda done, total, loss: report("teacher", done, total, f"loss {loss:.3f}"),
+        on_iteration=lambda done, total, loss: report(
+            Step.TEACHER, done, total, f"loss {loss:.3f}"
+        ),
     )
     torch.set_num_threads(threads)
     metadata = {
@@ -146,5 +148,5 @@ def _embed(encoder: TextEncoder, texts: Sequence[str], path: Path, report: Repor
         for first in range(0, len(texts), _PROMPTS_AT_ONCE):
             some = slice(first, first + _PROMPTS_AT_ONCE)
             rows[some] = encoder.embed(texts[some]).numpy()
-            report("prompts", min(some.stop, len(texts)), len(texts), remark)
+            report(Step.PROMPTS, min(some.stop, len(texts)), len(texts), remark)
         rows.flush()

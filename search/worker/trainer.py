@@ -5,6 +5,7 @@ A worker claims rows, holds their leases and stores their results, and knows of 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
@@ -15,16 +16,28 @@ from search.study.study import Study
 from search.study.trial_log import TrialLog
 from search.worker.judge import Judge
 
-RECORDED = "trajectories"
-# Called with what is being made, how much is done, of how much, and a remark.
-Report = Callable[[str, int, int, str], None]
+
+class Step(StrEnum):
+    """A step of the preparations, as the launch shows it."""
+
+    WAITING = "waiting for a free worker"
+    FEATURES = "feature extractor"
+    PROMPTS = "embedding prompts"
+    DATA = "encoding the data set"
+    TEACHER = "training the teacher"
+    TEACHER_FID = "measuring the teacher"
+    TRAJECTORIES = "recording trajectories"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Called with the step, how much of it is done, of how much, and a remark.
+Report = Callable[[Step, int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
 class Preparation:
-    """A preparing task's message to the launcher: ``done`` of ``total`` of ``what``."""
+    """A preparing task's message to the launcher: ``done`` of ``total`` of a step."""
 
-    what: str
+    step: Step
     done: int
     total: int
     remark: str = ""

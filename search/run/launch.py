@@ -5,7 +5,7 @@ from search.analysis.priors import plan_first_points
 from search.analysis.stop_rule import look_ahead
 from search.log import say, speaking_of
 from search.report.live import Showing
-from search.report.overview import overview_of
+from search.report.overview import Overview, overview_of
 from search.run.progress import Display, snapshot_of
 from search.run.runner import run
 from search.storage.stop_flags import Launch, held, is_asked, stopped_error
@@ -30,7 +30,7 @@ def launch(study: Study, source: str, workers: int | None) -> tuple[str, bool]:
     study = run_planned(study, workers)
     overview = overview_of(study)
     result = [*align(overview.table()), *overview.remarks()] if not overview.is_empty else []
-    lines = [overview.headline(), *failures(study), *result, "", *_next(study, source)]
+    lines = [overview.headline(), *failures(study), *result, "", *_next(overview, source)]
     return "\n".join(lines), not overview.is_empty
 
 
@@ -119,16 +119,16 @@ def run_rows(study: Study, workers: int | None, launch: Launch | None = None) ->
     showing.finish()
 
 
-def _next(study: Study, source: str) -> list[str]:
+def _next(overview: Overview, source: str) -> list[str]:
     """Commands for a finished study."""
+    study, now = overview.study, overview.now
     lines = ["see it in the browser:   bdense-search dashboard"]
-    if not study.is_search:
+    if now is None:
         if study.spec.is_command:
             return lines
         return [*lines, f"write a model folder:    bdense-search export {study.name} DIR"]
-    best = overview_of(study).now
-    if best is not None and best.best is not None:
-        result = best.best.result
+    if now.best is not None:
+        result = now.best.result
         if command := sample_command(result):
             lines.append(f"draw images with it:     {command}")
         else:

@@ -339,10 +339,11 @@ def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
     name = spec.teacher.checkpoint or ""
     evaluation = spec.evaluation
     reference = REFERENCES.get(evaluation.reference or "")
+    prompts = dict.fromkeys((spec.prompts, evaluation.prompts))
     wanted = [
         (PUBLIC_MODELS.get(name), teacher_bytes),
         (reference, 8 * 2048 * 2049 + (0 if reference is None else reference.image_bytes)),
-        *((PROMPT_SETS.get(each or ""), None) for each in {spec.prompts, evaluation.prompts}),
+        *((PROMPT_SETS.get(each or ""), None) for each in prompts),
     ]
     missing = [(file, size) for file, size in wanted if file is not None and not file.is_here]
     lines = [

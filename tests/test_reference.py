@@ -1,10 +1,17 @@
 """The study file's reference page is made from the declarations."""
 
-from search.spec.reference import page
+import os
+
 from tests.goldens import ROOT
+from tests.study_reference import page
+
+STUDY = ROOT / "docs/study.md"
 
 
 def test_the_tables_are_those_of_the_code():
-    """Else put what `python -m search.spec.reference` prints below the line in docs/study.md."""
-    _, _, tables = (ROOT / "docs/study.md").read_text().partition("\n---\n\n")
+    """To renew the page: BDENSE_WRITE_DOCS=1 pytest tests/test_reference.py."""
+    text, line, tables = STUDY.read_text().partition("\n---\n\n")
+    if os.environ.get("BDENSE_WRITE_DOCS"):
+        tables = page()
+        STUDY.write_text(text + line + tables)
     assert tables == page()

@@ -1,4 +1,4 @@
-"""The tables of docs/study.md, made from the declarations: ``python -m search.spec.reference``."""
+"""The tables of docs/study.md, made from the declarations: see ``test_reference``."""
 
 from bdense.knobs import Knobs, knobs_of, reference
 from bdense.methods import METHODS
@@ -57,7 +57,7 @@ def page() -> str:
 
 
 def _table(section: type[Knobs]) -> str:
-    """A section's settings; those that are sections of their own by name alone."""
+    """A section's settings; of those that are sections themselves only the name and the help."""
     if section is not StudySpec:
         return reference(section)
     rows = ["| key | default | what it says |", "|---|---|---|"]
@@ -75,9 +75,3 @@ def _short(default: object) -> str:
 
 def _first_line(described: type) -> str:
     return f"{(described.__doc__ or '').splitlines()[0]}\n"
-
-
-if __name__ == "__main__":
-    import sys
-
-    sys.stdout.write(page())

@@ -197,6 +197,7 @@ class Leases:
         self._engine = engine
         self._study_id = study_id
         self._postgres = engine.dialect.name == "postgresql"
+        self._clock = database_clock(engine)
         self._ahead: float | None = None  # the server's clock, of this process's
 
     def sweep(self, connection: sa.Connection) -> None:
@@ -212,7 +213,7 @@ class Leases:
         """
         insert = postgresql.insert if self._postgres else sqlite.insert
         started = _SERVER_START if self._postgres else _BOOT
-        seen = self._clock() if self._postgres else _WALL - _SINCE_BOOT
+        seen = self._clock if self._postgres else _WALL - _SINCE_BOOT
         known = insert(SERVER).values(started=started, seen=seen).on_conflict_do_nothing()
         connection.execute(known)
         if self._postgres:
@@ -223,11 +224,11 @@ class Leases:
 
         Known by this process's own clock, which stands while its machine sleeps.
         """
-        now = connection.execute(sa.select(self._clock())).scalar_one()
+        now = connection.execute(sa.select(self._clock)).scalar_one()
         ahead, self._ahead = now - time.monotonic(), self._ahead
         if self._ahead is not None and ahead - self._ahead > self.ttl / 3:
             mine = SERVER.c.started == _SERVER_START
-            connection.execute(sa.update(SERVER).where(mine).values(seen=self._clock()))
+            connection.execute(sa.update(SERVER).where(mine).values(seen=self._clock))
         self._ahead = ahead
 
     def running(self, connection: sa.Connection) -> list[RunningRow]:
@@ -236,7 +237,7 @@ class Leases:
             sa.select(
                 TRIALS.c.trial_id.label("trial"),
                 TRIALS.c.number,
-                self._clock().label("now"),
+                self._clock.label("now"),
                 self._serving().label("serving"),
                 *LEASE.c,
             )
@@ -269,8 +270,8 @@ class Leases:
             "owner": owner,
             "attempt": row.attempt + 1,
             "forgiven": row.forgiven,
-            "claimed": self._clock(),
-            "expires": self._clock() + self.ttl,
+            "claimed": self._clock,
+            "expires": self._clock + self.ttl,
             "progress": "",
             **dataclasses.asdict(Process.current()),
         }
@@ -286,9 +287,9 @@ class Leases:
         )
         return written.rowcount == 1
 
-    def renew(self, claim: Claim, progress: str | None = None) -> bool:
+    def renew(self, claim: Claim) -> bool:
         """Make the lease last a full ``ttl`` from now; False if it is lost."""
-        return self._write(self._renewal(progress), claim)
+        return self._write(self._renewal(), claim)
 
     def renew_and_read(self, claim: Claim, progress: str | None, key: str) -> tuple[bool, str]:
         """Like ``renew``; also returns an attribute of the study, as JSON or ''."""
@@ -302,8 +303,8 @@ class Leases:
             found = connection.execute(asking).one_or_none()
         return found is not None, (found and found.stored) or ""
 
-    def _renewal(self, progress: str | None) -> sa.Update:
-        values: dict[str, Any] = {"expires": self._clock() + self.ttl}
+    def _renewal(self, progress: str | None = None) -> sa.Update:
+        values: dict[str, Any] = {"expires": self._clock + self.ttl}
         if progress is not None:
             values["progress"] = progress[:_PROGRESS_CHARACTERS]
         return sa.update(LEASE).values(values)
@@ -359,15 +360,12 @@ class Leases:
             adoptable=has_expired or row["expires"] == RELEASED or process.is_seen_dead(),
         )
 
-    def _clock(self) -> sa.ColumnElement[float]:
-        return database_clock(self._engine)
-
     def _serving(self) -> sa.ColumnElement[float]:
         """Seconds since this start of the server was first seen; infinite for SQLite."""
         if not self._postgres:
             return sa.literal(math.inf)
         seen = sa.select(SERVER.c.seen).where(SERVER.c.started == _SERVER_START).scalar_subquery()
-        return sa.func.coalesce(self._clock() - seen, 0.0)
+        return sa.func.coalesce(self._clock - seen, 0.0)
 
 
 def database_clock(engine: sa.Engine) -> sa.ColumnElement[float]:

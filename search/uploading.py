@@ -1,6 +1,7 @@
 """Copy model folders to any URL of fsspec: s3://, gs://, file:// and others."""
 
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
@@ -15,55 +16,51 @@ def is_url(place: str) -> bool:
     return "://" in place
 
 
-class Place:
-    """A folder behind a URL.
+def require_new_url(url: str) -> None:
+    """Refuse a URL where there is something already.
 
     Args:
         url: Such as s3://bucket/model. Credentials are those of the protocol's own library.
 
     Raises:
-        InputError: No library for it is installed, or it cannot be reached.
+        InputError: It exists, cannot be read, or no library for it is installed.
     """
+    files, path = _opened(url)
+    try:
+        taken = files.exists(path)
+    except Exception as error:
+        raise InputError(f"{url} cannot be read: {error}") from error
+    if taken:
+        raise InputError(f"{url} exists already; choose another place or delete it")
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        protocol = url.partition("://")[0]
-        try:
-            self._files, path = fsspec.core.url_to_fs(self.url)
-        except ImportError as error:
-            raise InputError(
-                f"{url}: fsspec needs another package for {protocol}:// ({error}); install it, or "
-                "export to a local folder and copy that"
-            ) from error
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{url} leads nowhere: {error}") from error
-        self._path = str(path).rstrip("/")
 
-    def require_new(self) -> None:
-        """Refuse a place that exists.
+def upload(folder: Path, url: str) -> None:
+    """Copy a folder there, its ``config.json`` last: with it the copy is whole.
 
-        Raises:
-            InputError: It exists, or cannot be read.
-        """
-        try:
-            taken = self._files.exists(self._path)
-        except Exception as error:
-            raise InputError(f"{self.url} cannot be read: {error}") from error
-        if taken:
-            raise InputError(f"{self.url} exists already; choose another place or delete it")
+    Raises:
+        InputError: It cannot be written, or no library for it is installed.
+    """
+    files, path = _opened(url)
+    sources = sorted(each for each in folder.rglob("*") if each.is_file())
+    sources.sort(key=lambda each: each == folder / _LAST)
+    try:
+        for source in sources:
+            target = f"{path}/{source.relative_to(folder).as_posix()}"
+            files.makedirs(target.rpartition("/")[0], exist_ok=True)
+            files.put_file(str(source), target)
+    except Exception as error:
+        raise InputError(f"{url} cannot be written: {error}") from error
 
-    def take(self, folder: Path) -> None:
-        """Copy a folder there, its ``config.json`` last: with it the copy is whole.
 
-        Raises:
-            InputError: It cannot be written.
-        """
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        files.sort(key=lambda path: path == folder / _LAST)
-        try:
-            for file in files:
-                target = f"{self._path}/{file.relative_to(folder).as_posix()}"
-                self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
-                self._files.put_file(str(file), target)
-        except Exception as error:
-            raise InputError(f"{self.url} cannot be written: {error}") from error
+def _opened(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it."""
+    try:
+        files, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise InputError(
+            f"{url}: fsspec needs another package for {url.partition('://')[0]}:// ({error}); "
+            "install it, or export to a local folder and copy that"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{url} leads nowhere: {error}") from error
+    return files, str(path).rstrip("/")

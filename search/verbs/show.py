@@ -28,7 +28,7 @@ from search.study.study import Study
 from search.study.summary import best_json, counts_json, failures, foreign_rows, headline, table
 from search.study.trial_list import list_rows, rows_csv, rows_table
 from search.study.wording import counts_line, duration
-from search.uploading import Place, is_url
+from search.uploading import is_url, require_new_url, upload
 from search.verbs.common import open_study, storage_url
 from search.verbs.options import (
     BestOptions,
@@ -155,29 +155,20 @@ def export(options: argparse.Namespace) -> None:
     if hub is not None:
         hub.require_new()
     study = open_study(options, reading=True)
-    if is_url(asked.folder):
-        place = Place(asked.folder)
-        with _pushable_later(asked):
-            place.require_new()
-        with tempfile.TemporaryDirectory(prefix="bdense-export-") as scratch:
-            folder = Path(scratch) / "model"
-            written = export_trial(study, folder, **wanted)
-            place.take(folder)
-            say(written.text())
-            print(place.url)
-            if hub is not None:
-                with _pushable_later(asked):
-                    print(hub.push(folder))
-        return
+    url = asked.folder.rstrip("/") if is_url(asked.folder) else None
     with _pushable_later(asked):
-        require_new(Path(asked.folder))
-    written = export_trial(study, Path(asked.folder), **wanted)
-    say(written.text())
-    _tell_recommended(study, asked)
-    print(*written.paths, sep="\n")
-    if hub is not None:
-        with _pushable_later(asked):
-            print(hub.push(Path(asked.folder)))
+        require_new(Path(asked.folder)) if url is None else require_new_url(url)
+    with tempfile.TemporaryDirectory(prefix="bdense-export-") as scratch:
+        folder = Path(asked.folder) if url is None else Path(scratch) / "model"
+        written = export_trial(study, folder, **wanted)
+        if url is not None:
+            upload(folder, url)
+        say(written.text())
+        _tell_recommended(study, asked)
+        print(*(written.paths if url is None else [url]), sep="\n")
+        if hub is not None:
+            with _pushable_later(asked):
+                print(hub.push(folder))
 
 
 def _tell_recommended(study: Study, asked: ExportOptions) -> None:

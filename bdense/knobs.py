@@ -182,7 +182,7 @@ class Knob:
         return KnobError(self.name, f"must be {self.values}{meaning}, got {shown}{hint}")
 
     def _contains(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not is_number(value):
             return True
         return (
             math.isfinite(value)
@@ -355,6 +355,11 @@ def _declared(cls: Any) -> Mapping[str, Knob]:  # noqa: ANN401
 def _annotated(cls: Any) -> Mapping[str, Any]:  # noqa: ANN401
     annotations: Mapping[str, Any] = vars(cls).get("__annotations__", {})
     return annotations
+
+
+def is_number(value: object) -> typing.TypeGuard[float]:
+    """Whether it is a number, which true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _number(bound: float) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, cast
 
 from bdense.errors import InputError
-from bdense.knobs import KnobError, Knobs, knob
+from bdense.knobs import KnobError, Knobs, is_number, knob
 
 if TYPE_CHECKING:
     from bdense.weights.weighting import BranchWeighting
@@ -38,7 +38,7 @@ class Uniform:
 
     def require(self, name: str, value: Any) -> None:  # noqa: ANN401  as the user gave it
         """Raise an ``InputError`` for a value outside it, or no number."""
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not is_number(value):
             raise InputError(f"{name} must be a number, got {value!r}")
         if not self.low <= value <= self.high:
             raise InputError(

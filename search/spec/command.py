@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from bdense.errors import InputError
 from bdense.files import sha256_file
-from bdense.knobs import KnobError, Knobs, knob, knobs_of
+from bdense.knobs import KnobError, Knobs, is_number, knob, knobs_of
 from bdense.weights.space import BASELINE, Choice, Range, SearchSpace, Uniform
 from search.errors import SpecError
 
@@ -255,9 +255,8 @@ class NamedSpace(SearchSpace):
                 "give each of them and no other"
             )
         for name, value in params.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
             # Not isfinite, which has no answer to a whole number of 400 digits.
-            if not is_number or not abs(value) <= sys.float_info.max:
+            if not is_number(value) or not abs(value) <= sys.float_info.max:
                 raise InputError(f"{name} must be a finite number, got {str(value)[:30]}")
             if self.weights[name].log and value <= 0:
                 raise InputError(f"{name} must be above 0, as its log is true, got {value:g}")

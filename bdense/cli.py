@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from bdense import command
 from bdense.command import Force, Verb, run_verb
-from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.metrics.settings import MetricSettings
 from bdense.verbs.options import (
@@ -24,8 +23,8 @@ from bdense.verbs.options import (
     SampleOptions,
     VerifyOptions,
     distill_configs,
+    methods_with,
     teacher_configs,
-    unknown_option,
 )
 
 VERBS = {
@@ -40,6 +39,7 @@ VERBS = {
         example="bdense distill teacher.safetensors --nfe 2 --a 1.386 --out student.safetensors",
         function="bdense.verbs.distill:distill",
         configs=distill_configs,
+        elsewhere=methods_with,
     ),
     "recombine": Verb(
         help="combine the branches of a student as sum_k c_k D^k, at no cost in sampling; c is "
@@ -98,11 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments)
 
     def call() -> None:
-        options, unknown = make_parser(argv).parse_known_args(argv)
-        if unknown and unknown[0].startswith("--") and argv[0] == "distill":
-            raise InputError(unknown_option(unknown[0], argv))
-        if unknown:
-            options.parser.refuse(unknown)
+        options = make_parser(argv).parse_args(argv)
         options.run(options)
 
     # As Ctrl-C: what is under way is removed, or saved.

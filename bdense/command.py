@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -12,14 +13,25 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from bdense.errors import BdenseError, InputError, StoppedError, did_you_mean, is_out_of_memory
-from bdense.knobs import KnobError, Knobs, add_options, knob, options_of
+from bdense.knobs import KnobError, Knobs, add_options, from_options, knob, options_of
 
 DONE, FAILURE = 0, BdenseError.exit_status
 USER_ERROR, INTERRUPTED = InputError.exit_status, StoppedError.exit_status
 
 _LONGEST = 4000  # letters of a line: a message may quote a damaged file
 
-Configs: TypeAlias = tuple[type[Knobs], ...]
+
+@dataclass(frozen=True, slots=True)
+class ReadLater:
+    """Options that a verb reads by itself, as it knows other defaults for some.
+
+    The verb gets a function in place of the class: it takes the defaults and returns the options.
+    """
+
+    config: type[Knobs]
+
+
+Configs: TypeAlias = tuple[type[Knobs] | ReadLater, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +53,12 @@ class Verb:
     Attributes:
         help: What it does, in one line.
         example: A call of it.
-        function: What runs it, as module:name.
+        function: What runs it, as module:name; it gets an object of each of ``configs``.
         configs: The classes whose knobs are its options, or a function that gives them for the
             arguments that follow the verb.
         skip: Knobs of these without an option.
+        elsewhere: For the arguments that follow the verb and an option that it does not have with
+            them: the message that names the arguments with which it has; "" if there are none.
     """
 
     help: str
@@ -52,18 +66,28 @@ class Verb:
     function: str
     configs: Configs | Callable[[Sequence[str]], Configs]
     skip: tuple[str, ...] = ()
+    elsewhere: Callable[[Sequence[str], str], str] = lambda arguments, option: ""
 
     def configs_for(self, arguments: Sequence[str]) -> Configs:
         """The classes of its options for the arguments that follow the verb."""
         return self.configs(arguments) if callable(self.configs) else self.configs
 
-    def run(self, options: argparse.Namespace) -> None:
+    def run(self, configs: Configs, options: argparse.Namespace) -> None:
         """Import what runs the verb, and call it; errors of knobs name its options."""
         module, _, name = self.function.partition(":")
         try:
-            getattr(importlib.import_module(module), name)(options)
+            given = [_read(each, options) for each in configs]
+            getattr(importlib.import_module(module), name)(*given)
         except KnobError as error:
             raise error.spelt(options_of(options.parser)) from error
+
+
+def _read(
+    config: type[Knobs] | ReadLater, options: argparse.Namespace
+) -> Knobs | Callable[..., Knobs]:
+    if isinstance(config, ReadLater):
+        return functools.partial(from_options, config.config, options)
+    return from_options(config, options)
 
 
 def did_you_mean_option(flag: str, known: Iterable[str]) -> str:
@@ -74,6 +98,8 @@ def did_you_mean_option(flag: str, known: Iterable[str]) -> str:
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without its usage."""
+
+    elsewhere: Callable[[str], str] = staticmethod(lambda option: "")
 
     def parse_args(self, args: Sequence[str], namespace: None = None) -> argparse.Namespace:  # type: ignore[override]
         """The options; ends the process with status 2 where one is unknown."""
@@ -92,7 +118,8 @@ class Parser(argparse.ArgumentParser):
             self.error(
                 f"{flag} was given after --, behind which nothing is an option; drop the --"
             )
-        self.error(f"there is no option {flag}{did_you_mean_option(flag, known)}")
+        hint = did_you_mean_option(flag, known)
+        self.error(self.elsewhere(flag) or f"there is no option {flag}{hint}")
 
     def error(self, message: str) -> NoReturn:
         """End the process with status 2."""
@@ -125,9 +152,13 @@ def make_parser(
             epilog=f"example: {verb.example}",
             allow_abbrev=False,
         )
-        about.set_defaults(run=verb.run, parser=about)
+        about.set_defaults(parser=about)
         if [name] == list(arguments[:1]):
-            add_options(about, *verb.configs_for(arguments[1:]), skip=verb.skip)
+            configs = verb.configs_for(arguments[1:])
+            classes = [each.config if isinstance(each, ReadLater) else each for each in configs]
+            add_options(about, *classes, skip=verb.skip)
+            about.set_defaults(run=functools.partial(verb.run, configs))
+            about.elsewhere = functools.partial(verb.elsewhere, arguments[1:])
     for given in arguments[:1]:
         if given not in verbs and not given.startswith("-"):
             parser.error(f"there is no verb {given}{did_you_mean(given, verbs)}")

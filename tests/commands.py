@@ -55,8 +55,9 @@ def refused(answer: Answer) -> str:
     """The one line of a mistake: exit status 2, nothing on stdout."""
     assert (answer.status, answer.out) == (2, "")
     (line,) = answer.err.splitlines()
-    assert line.startswith("bdense: ")
-    return line.removeprefix("bdense: ")
+    command, _, problem = line.partition(": ")
+    assert command.split()[0] == "bdense"
+    return problem
 
 
 def distill(teacher: Path, path: Path, *options: object) -> str:

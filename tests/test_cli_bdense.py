@@ -239,7 +239,6 @@ def test_a_teacher_that_cannot_be_trained_is_refused(tmp_path, options, message)
         (("--plain", "--a", 1), "--plain leaves one branch, .* got --a 1; drop one"),
         (("--sigma-min", 100), "got sigma_min=100.0, sigma_max=80.0"),
         (("--method", "sfdd"), "no method is called 'sfdd'; .* did you mean sfd"),
-        (("--method", "sfd-bdense"), "--method sfd-bdense is now written --method sfd"),
         (
             ("--steps", 8),
             "--method sfd has no option --steps; --method progressive or consistency or epd",

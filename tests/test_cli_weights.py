@@ -7,7 +7,8 @@ import torch
 
 from bdense.cli import make_parser
 from bdense.errors import InputError
-from bdense.verbs.weight_options import chosen_weighting
+from bdense.knobs import from_options
+from bdense.verbs.weight_options import WeightOptions, chosen_weighting, parameter_options
 from bdense.weights.log_linear import LogLinearWeights, normalised_weights
 from bdense.weights.rules import RULES
 from bdense.weights.weighting import BranchWeighting, LearnedWeights
@@ -19,7 +20,10 @@ __all__ = ["example_package"]
 def weighting(*arguments: object, branches: int = 4, intervals: int = 2) -> BranchWeighting:
     """What ``bdense distill`` trains K branches with, in S intervals."""
     given = ["distill", "teacher", "--out", "x", *map(str, arguments)]
-    return chosen_weighting(make_parser(given).parse_args(given), branches, intervals)()
+    options = make_parser(given).parse_args(given)
+    parameters = from_options(parameter_options(), options)
+    own = from_options(WeightOptions, options)
+    return chosen_weighting(own, parameters, branches, intervals)()
 
 
 @pytest.mark.parametrize(

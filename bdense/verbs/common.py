@@ -1,6 +1,5 @@
 """Shared by the verbs when they run: hardware, output paths, progress."""
 
-import argparse
 import contextlib
 import os
 import signal
@@ -14,11 +13,9 @@ from typing import Any, Self
 
 import torch
 
-from bdense.command import Force
 from bdense.errors import InputError, StoppedError
 from bdense.execution import Execution
 from bdense.files import require_output
-from bdense.knobs import from_options
 from bdense.models.card import no_card
 from bdense.verbs.options import Hardware
 
@@ -26,13 +23,12 @@ SHOW_SECONDS = 2.0
 WEIGHTS = ".safetensors"
 
 
-def chosen_device(options: argparse.Namespace) -> torch.device:
+def chosen_device(hardware: Hardware) -> torch.device:
     """Set the process's threads; returns the device to compute on.
 
     Raises:
         InputError: A GPU was asked for, and torch sees none of that kind.
     """
-    hardware = from_options(Hardware, options)
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -46,52 +42,33 @@ def chosen_device(options: argparse.Namespace) -> torch.device:
     return torch.device(hardware.device)
 
 
-def chosen_hardware(options: argparse.Namespace) -> tuple[torch.device, Execution]:
-    """``chosen_device``, and how it computes a network.
+def chosen_hardware(execution: Execution, hardware: Hardware) -> torch.device:
+    """``chosen_device``, if it can compute a network as asked.
 
     Raises:
-        InputError: The device does not support that.
+        InputError: It cannot.
     """
-    device, execution = chosen_device(options), from_options(Execution, options)
+    device = chosen_device(hardware)
     execution.require(device)
-    return device, execution
-
-
-def require_out(
-    out: Path,
-    options: argparse.Namespace,
-    problem: Callable[[Path], str] = lambda _: "",
-    *,
-    inputs: Iterable[str | Path] = (),
-    folder: bool = False,
-) -> None:
-    """``require_output`` with the --force of the command line."""
-    force = from_options(Force, options).force
-    require_output(out, problem=problem, inputs=inputs, force=force, folder=folder)
+    return device
 
 
 def require_model_out(
     out: Path,
-    options: argparse.Namespace,
-    problem: Callable[[Path], str] = lambda _: "",
     *,
+    force: bool,
+    problem: Callable[[Path], str] = lambda _: "",
     inputs: Iterable[str | Path] = (),
 ) -> None:
-    """Check an --out of weights, and the card beside it.
-
-    Args:
-        out: The file of weights.
-        options: The command line.
-        problem: As of ``require_output``.
-        inputs: Files and folders that the command reads.
+    """Check an --out of weights, and the card beside it; arguments as in ``require_output``.
 
     Raises:
         InputError: As ``require_output``, or the file has another ending than .safetensors.
     """
     if out.suffix != WEIGHTS and not out.is_dir():
         raise InputError(f"--out {out} must end in {WEIGHTS}, the format that is written")
-    require_out(out, options, problem, inputs=inputs)
-    require_out(out.with_suffix(".md"), options, no_card)
+    require_output(out, problem=problem, inputs=inputs, force=force)
+    require_output(out.with_suffix(".md"), problem=no_card, force=force)
 
 
 def unfinished(out: Path) -> Path:

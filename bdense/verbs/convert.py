@@ -1,24 +1,22 @@
 """``bdense convert``: a foreign checkpoint becomes safetensors, readable JSON and a model card."""
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bdense.command import Force
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.files import atomic_write, sha256_file
-from bdense.knobs import from_options
+from bdense.files import atomic_write, require_output, sha256_file
 from bdense.models.card import network_facts, readable_json, write_card
 from bdense.models.store import denoiser_sha256, load_stored, other_run, save_denoiser
 from bdense.models.zoo import CHECKPOINTS
-from bdense.verbs.common import require_model_out, require_out
+from bdense.verbs.common import require_model_out
 from bdense.verbs.options import ConvertOptions
 
 
-def convert(options: argparse.Namespace) -> None:
+def convert(own: ConvertOptions, replacing: Force) -> None:
     """Run the verb."""
-    own = from_options(ConvertOptions, options)
     source, out = own.source, own.out
     denoiser, found = load_stored(source)
     metadata = {"kind": "teacher", **found, "identity": {"model": denoiser_sha256(denoiser)}}
@@ -26,10 +24,13 @@ def convert(options: argparse.Namespace) -> None:
     if file.is_file():
         metadata["source_sha256"] = sha256_file(file)
     require_model_out(
-        out, options, lambda path: other_run(path, metadata["identity"]), inputs=[source]
+        out,
+        force=replacing.force,
+        problem=lambda path: other_run(path, metadata["identity"]),
+        inputs=[source],
     )
     readable = out.with_suffix(".json")
-    require_out(readable, options, _no_facts)
+    require_output(readable, problem=_no_facts, force=replacing.force)
     save_denoiser(out, denoiser, metadata)
     with atomic_write(readable) as scratch:
         scratch.write_text(readable_json(out.name, denoiser, metadata))

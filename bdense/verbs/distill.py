@@ -1,8 +1,7 @@
 """``bdense distill``: students of a teacher, by any method, plain or with B-DENSE."""
 
-import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from bdense.data.datasets import Dataset, image_shape, load_dataset
 from bdense.data.encoded import encode_dataset
 from bdense.diffusion.conditions import captions
 from bdense.diffusion.epd import EPD, write_table
-from bdense.knobs import KnobError, from_options
+from bdense.execution import Execution
+from bdense.files import require_output
+from bdense.knobs import KnobError, Knobs
 from bdense.methods import METHODS
 from bdense.methods.distill import TrainedStage, keep_student
 from bdense.methods.distill import distill as distill_stages
-from bdense.methods.method import Inputs, StagePlan, require_same_shape
+from bdense.methods.method import Inputs, MethodConfig, StagePlan, require_same_shape
 from bdense.metrics.extractors import load_extractor
 from bdense.metrics.records import PromptFile
 from bdense.metrics.references import dataset_reference
@@ -34,33 +35,41 @@ from bdense.verbs.common import (
     chosen_hardware,
     kept_in,
     require_model_out,
-    require_out,
     unfinished,
 )
 from bdense.verbs.fid import KeptFIDs
-from bdense.verbs.options import IMAGES, DistillOptions, Evaluation, Logging
+from bdense.verbs.options import IMAGES, DistillOptions, Evaluation, Hardware, Logging
 from bdense.verbs.sample import chosen_prompts, codec_of, conditions_of, require_pipeline
-from bdense.verbs.weight_options import chosen_weighting
+from bdense.verbs.weight_options import WeightOptions, chosen_weighting
 
 
-def distill(options: argparse.Namespace) -> None:
+def distill(
+    own: DistillOptions,
+    replacing: Force,
+    logging: Logging,
+    weights: WeightOptions,
+    parameters: Knobs,
+    read_config: Callable[..., MethodConfig],
+    evaluation: Evaluation,
+    execution: Execution,
+    hardware: Hardware,
+) -> None:
     """Run the verb."""
-    own, evaluation = from_options(DistillOptions, options), from_options(Evaluation, options)
     method = METHODS[own.method]()
-    config = from_options(method.Config, options)
+    config = read_config()
     weighting = chosen_weighting(
-        options, method.num_branches(config), method.num_intervals(config)
+        weights, parameters, method.num_branches(config), method.num_intervals(config)
     )
-    device, execution = chosen_hardware(options)
+    device = chosen_hardware(execution, hardware)
     texts = chosen_prompts(None, own.prompts)
     dataset = None
     if method.needs_data or evaluation.extractor is not None:
         dataset = load_dataset(own.data)
-    elif "data" in options:
+    else:
         image_shape(own.data)  # not needed, but a misspelt one is refused all the same
     teacher, known = load_stored(own.teacher)
     # A student that is distilled further keeps its own knobs, unless an option changes them.
-    config = from_options(method.Config, options, **method.usual(known, teacher))
+    config = read_config(**method.usual(known, teacher))
     learned = dataset if method.needs_data else None
     if learned is not None and draws_latents(teacher, known):
         method.check(config, teacher, known)
@@ -76,7 +85,7 @@ def distill(options: argparse.Namespace) -> None:
     interrupt = Interrupt()
     progress = _StageProgress(interrupt, own.out, several=several)
     if not several:  # students of other runs are refused below
-        require_model_out(own.out, options, inputs=[own.teacher])
+        require_model_out(own.out, force=replacing.force, inputs=[own.teacher])
     stages = distill_stages(
         method,
         teacher,
@@ -85,7 +94,7 @@ def distill(options: argparse.Namespace) -> None:
         Inputs(dataset=learned, seed=own.seed, known=known, conditions=conditions),
         folder=folder,
         name=own.out.stem,
-        replace=from_options(Force, options).force,
+        replace=replacing.force,
         keep_branches=own.keep_branches,
         metadata={
             **inherited(known, Path(own.teacher).name),
@@ -94,7 +103,7 @@ def distill(options: argparse.Namespace) -> None:
         on_iteration=progress,
     )
     if several:  # after all refusals, as it makes the folder
-        require_out(own.out, options, folder=True)
+        require_output(own.out, folder=True, force=replacing.force)
     fids = None
     if evaluation.extractor is not None and dataset is not None:
         extractor = load_extractor(evaluation.extractor, cache=evaluation.cache, device=device)
@@ -115,8 +124,7 @@ def distill(options: argparse.Namespace) -> None:
         raise KnobError("images", "needs `extractor`, which measures the FID")
     sampler = method.teacher_sampler(config, teacher)
     settings = plain_json({"method": own.method, "seed": own.seed, **asdict(config)})
-    log = from_options(Logging, options).log
-    with interrupt, Tracking(log, own.out.stem, settings) as tracking:
+    with interrupt, Tracking(logging.log, own.out.stem, settings) as tracking:
         progress.tracking = tracking
         if fids is not None and sampler is not None:
             print(f"teacher: {own.teacher}", flush=True)

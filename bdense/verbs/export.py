@@ -1,9 +1,7 @@
 """``bdense export``: a student becomes a folder that diffusers alone loads: whole, or adapters."""
 
-import argparse
-
 from bdense.errors import InputError
-from bdense.knobs import KnobError, from_options
+from bdense.knobs import KnobError
 from bdense.models.diffusers_export import export_pipeline
 from bdense.models.latents import draws_latents
 from bdense.models.lora_export import export_lora
@@ -11,9 +9,8 @@ from bdense.models.store import load_stored
 from bdense.verbs.options import ExportOptions
 
 
-def export(options: argparse.Namespace) -> None:
+def export(own: ExportOptions) -> None:
     """Run the verb."""
-    own = from_options(ExportOptions, options)
     student, metadata = load_stored(own.student)
     if not student.samplers:
         raise InputError(f"{own.student} is no student, and its own pipeline draws its images")

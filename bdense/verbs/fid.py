@@ -1,6 +1,5 @@
 """``bdense fid`` measures a model's images, ``bdense reference`` what they are compared with."""
 
-import argparse
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bdense import NUMERICS
+from bdense.command import Force
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.data.names import split_format
 from bdense.diffusion import BATCH
@@ -17,8 +17,8 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import SETUP, Sampler, draw_images
 from bdense.errors import InputError
 from bdense.execution import Execution
-from bdense.files import atomic_write
-from bdense.knobs import KnobError, from_options
+from bdense.files import atomic_write, require_output
+from bdense.knobs import KnobError
 from bdense.metrics.clip_score import load_clip_scorer
 from bdense.metrics.extractors import Extractor, load_extractor
 from bdense.metrics.metrics import measure_images, require_measurable
@@ -34,21 +34,26 @@ from bdense.metrics.settings import MetricSettings
 from bdense.metrics.setup import Setup
 from bdense.models.store import denoiser_sha256
 from bdense.models.zoo import resolve_reference
-from bdense.verbs.common import Interrupt, Progress, chosen_device, chosen_hardware, require_out
-from bdense.verbs.options import Drawing, Features, FidOptions, ReferenceOptions
+from bdense.verbs.common import Interrupt, Progress, chosen_device, chosen_hardware
+from bdense.verbs.options import Drawing, Features, FidOptions, Hardware, ReferenceOptions
 from bdense.verbs.sample import chosen_drawer, chosen_prompts
 
 
-def fid(options: argparse.Namespace) -> None:
+def fid(
+    own: FidOptions,
+    features: Features,
+    settings: MetricSettings,
+    drawing: Drawing,
+    execution: Execution,
+    hardware: Hardware,
+) -> None:
     """Run ``fid``."""
-    own, features = from_options(FidOptions, options), from_options(Features, options)
-    settings, drawing = from_options(MetricSettings, options), from_options(Drawing, options)
     if own.data is not None and own.reference is not None:
         raise InputError(
             f"--reference {own.reference} takes the place of a data set, got --data {own.data}; "
             "drop one"
         )
-    device, execution = chosen_hardware(options)
+    device = chosen_hardware(execution, hardware)
     texts = chosen_prompts(None, drawing.prompts)
     drawer = chosen_drawer(own.model, drawing, texts, device, execution)
     clip = None
@@ -101,14 +106,19 @@ def _own_data(model: str, known: Mapping[str, Any]) -> str:
     )
 
 
-def reference(options: argparse.Namespace) -> None:
+def reference(
+    own: ReferenceOptions, replacing: Force, features: Features, hardware: Hardware
+) -> None:
     """Run ``reference``."""
-    own, features = from_options(ReferenceOptions, options), from_options(Features, options)
-    device = chosen_device(options)
-    require_out(own.out, options, no_statistics)
+    device = chosen_device(hardware)
+    require_output(own.out, problem=no_statistics, force=replacing.force)
     dataset = load_dataset(own.data)
     extractor = load_extractor(features.extractor, cache=features.cache, device=device)
-    require_out(own.out, options, lambda path: no_statistics(path, dataset.name, extractor))
+    require_output(
+        own.out,
+        problem=lambda path: no_statistics(path, dataset.name, extractor),
+        force=replacing.force,
+    )
     statistics = dataset_reference(dataset, extractor, cache=features.cache).statistics
     shape = dataset.images.shape[1:]
     write_reference(own.out, statistics, dataset.name, extractor, shape)

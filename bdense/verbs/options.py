@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from bdense.command import Configs, Force, did_you_mean_option
+from bdense.command import Configs, Force, ReadLater
 from bdense.data.names import DATA_SETS, PROMPTS
 from bdense.diffusion import BATCH, SOLVERS, STOCHASTIC_SOLVERS
 from bdense.diffusion.grid_knobs import NativeGridKnobs
-from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import Knobs, knob, knob_of, knobs_of, option_names
 from bdense.methods import METHODS
@@ -30,11 +29,6 @@ _EXTRACTORS = (
 )
 # Images of a FID, as papers count them.
 IMAGES = 50_000
-_FORMER_METHODS = {
-    "sfd-bdense": "--method sfd",
-    "pd-bdense": "--method progressive",
-    "pd": "--method progressive --plain",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -404,7 +398,8 @@ def teacher_configs(arguments: Sequence[str]) -> Configs:
     """The classes of ``bdense teacher``; imports torch."""
     from bdense.training.teacher import TeacherConfig
 
-    return (TeacherOptions, Force, Logging, ModelOptions, TeacherConfig, Execution, Hardware)
+    later = ReadLater(TeacherConfig)
+    return (TeacherOptions, Force, Logging, ModelOptions, later, Execution, Hardware)
 
 
 def distill_configs(arguments: Sequence[str]) -> Configs:
@@ -415,28 +410,21 @@ def distill_configs(arguments: Sequence[str]) -> Configs:
     """
     method = METHODS[chosen_method(arguments)].Config
     own = (DistillOptions, Force, Logging, WeightOptions, parameter_options())
-    return (*own, method, Evaluation, Execution, Hardware)
+    return (*own, ReadLater(method), Evaluation, Execution, Hardware)
 
 
 def chosen_method(arguments: Sequence[str]) -> str:
-    """The name after --method, else the default.
-
-    Raises:
-        InputError: It is a former name of a method.
-    """
+    """The name after --method, else the default."""
     parser = argparse.ArgumentParser(prog="bdense distill", add_help=False, allow_abbrev=False)
     parser.add_argument("--method", default=knobs_of(DistillOptions)["method"].default)
     name: str = parser.parse_known_args(arguments)[0].method
-    if name in _FORMER_METHODS:
-        raise InputError(f"--method {name} is now written {_FORMER_METHODS[name]}")
     return name
 
 
-def unknown_option(argument: str, arguments: Sequence[str]) -> str:
-    """The message for an option that ``bdense distill`` does not have for its method."""
-    flag = argument.partition("=")[0]
-    having = [name for name in METHODS if flag in option_names(METHODS[name].Config)]
-    others = f"; --method {' or '.join(having)} has it" if having else ""
-    own = [name for each in distill_configs(arguments) for name in sorted(option_names(each))]
-    hint = "" if having else did_you_mean_option(flag, own)
-    return f"--method {chosen_method(arguments)} has no option {flag}{others}{hint}"
+def methods_with(arguments: Sequence[str], option: str) -> str:
+    """The message for an option of ``bdense distill`` that other methods have; "" if none has."""
+    having = [name for name in METHODS if option in option_names(METHODS[name].Config)]
+    if not having:
+        return ""
+    method, others = chosen_method(arguments), " or ".join(having)
+    return f"--method {method} has no option {option}; --method {others} has it"

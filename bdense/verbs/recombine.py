@@ -1,6 +1,5 @@
 """``bdense recombine``: a student of all branches of another, by coefficients c of sum 1."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +8,15 @@ from typing import Any
 import torch
 
 from bdense import NUMERICS
+from bdense.command import Force
 from bdense.data.datasets import load_dataset
 from bdense.diffusion import BATCH
 from bdense.diffusion.branches import recombine_branches
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import SETUP, Sampler, draw_images, samplers_from
 from bdense.errors import InputError
-from bdense.knobs import KnobError, from_options
+from bdense.execution import Execution
+from bdense.knobs import KnobError
 from bdense.methods.distill import keep_student
 from bdense.metrics.extractors import Extractor, load_extractor
 from bdense.metrics.metrics import measure_images, require_measurable
@@ -27,16 +28,21 @@ from bdense.metrics.setup import Setup
 from bdense.models.latents import draws_latents
 from bdense.models.store import load_stored
 from bdense.verbs.common import Progress, chosen_hardware, require_model_out
-from bdense.verbs.options import IMAGES, Evaluation, RecombineOptions
+from bdense.verbs.options import IMAGES, Evaluation, Hardware, RecombineOptions
 
 # Metadata of the branched student that is not true of another.
 _OF_THE_BRANCHED = ("identity", "fid", SETUP)
 
 
-def recombine(options: argparse.Namespace) -> None:
+def recombine(
+    own: RecombineOptions,
+    replacing: Force,
+    evaluation: Evaluation,
+    execution: Execution,
+    hardware: Hardware,
+) -> None:
     """Run the verb."""
-    own, evaluation = from_options(RecombineOptions, options), from_options(Evaluation, options)
-    device, execution = chosen_hardware(options)
+    device = chosen_hardware(execution, hardware)
     if evaluation.extractor is None and own.c is None:
         raise KnobError("extractor", "is missing: c is searched by FID; give it, or `c`")
     if evaluation.extractor is None and evaluation.images is not None:
@@ -52,7 +58,7 @@ def recombine(options: argparse.Namespace) -> None:
     c: Sequence[float] | None = own.c
     if c is not None:
         recombine_branches(student, c)  # refuses coefficients that do not fit
-    require_model_out(own.out, options, inputs=[own.branched])
+    require_model_out(own.out, force=replacing.force, inputs=[own.branched])
     student.to(device).execute(execution)
     metadata = {key: value for key, value in metadata.items() if key not in _OF_THE_BRANCHED}
     judge = None

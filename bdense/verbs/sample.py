@@ -1,6 +1,5 @@
 """``bdense sample``: draw images from a model as one picture."""
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdense.command import Force
 from bdense.data.names import SUFFIXES
 from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Prompts
@@ -22,7 +22,8 @@ from bdense.diffusion.schedules import Levels
 from bdense.diffusion.solvers import make_solver
 from bdense.errors import InputError
 from bdense.execution import Execution
-from bdense.knobs import KnobError, from_options, spelt_options
+from bdense.files import require_output
+from bdense.knobs import KnobError, spelt_options
 from bdense.models.diffusers_files import is_hub_id
 from bdense.models.latents import (
     drawn_shape,
@@ -32,20 +33,25 @@ from bdense.models.latents import (
     read_prompts,
 )
 from bdense.models.store import load_model
-from bdense.verbs.common import chosen_hardware, require_out
-from bdense.verbs.options import Drawing, SampleOptions
+from bdense.verbs.common import chosen_hardware
+from bdense.verbs.options import Drawing, Hardware, SampleOptions
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LEVELS = ("schedule", "rho", "sigma_min", "sigma_max")
 _USUAL = {"nfe": 2, "afs": True, "solver": "euler", "order": None, "clip_samples": False}
 
 
-def sample(options: argparse.Namespace) -> None:
+def sample(
+    own: SampleOptions,
+    replacing: Force,
+    drawing: Drawing,
+    execution: Execution,
+    hardware: Hardware,
+) -> None:
     """Run the verb."""
-    own, drawing = from_options(SampleOptions, options), from_options(Drawing, options)
-    device, execution = chosen_hardware(options)
+    device = chosen_hardware(execution, hardware)
     texts = chosen_prompts(own.prompt, drawing.prompts)
-    require_out(own.out, options, _no_picture, inputs=[own.model])
+    require_output(own.out, problem=_no_picture, inputs=[own.model], force=replacing.force)
     if (ending := own.out.suffix.lower()) in SUFFIXES and ending != ".png":
         raise KnobError("out", f"is a PNG picture and must end in .png, got {own.out}")
     drawer = chosen_drawer(own.model, drawing, texts, device, execution)

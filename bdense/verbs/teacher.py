@@ -1,11 +1,13 @@
 """``bdense teacher``: train a small teacher."""
 
-import argparse
+from collections.abc import Callable
 from typing import Any
 
+from bdense.command import Force
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.errors import InputError
-from bdense.knobs import KnobError, from_options
+from bdense.execution import Execution
+from bdense.knobs import KnobError
 from bdense.models.card import write_card
 from bdense.models.store import (
     denoiser_sha256,
@@ -24,31 +26,36 @@ from bdense.verbs.common import (
     require_model_out,
     unfinished,
 )
-from bdense.verbs.options import Logging, ModelOptions, TeacherOptions
+from bdense.verbs.options import Hardware, Logging, ModelOptions, TeacherOptions
 
 
-def teacher(options: argparse.Namespace) -> None:
+def teacher(
+    own: TeacherOptions,
+    replacing: Force,
+    logging: Logging,
+    model: ModelOptions,
+    read_config: Callable[..., TeacherConfig],
+    execution: Execution,
+    hardware: Hardware,
+) -> None:
     """Run the verb."""
-    own, model = from_options(TeacherOptions, options), from_options(ModelOptions, options)
-    device, execution = chosen_hardware(options)
+    device = chosen_hardware(execution, hardware)
     precond = process(model)
     dataset = load_dataset(own.data)
-    config = from_options(
-        TeacherConfig,
-        options,
-        network=_network(model, dataset, conditional=own.conditional),
-        precond=precond,
+    config = read_config(
+        network=_network(model, dataset, conditional=own.conditional), precond=precond
     )
     identity = plain_json(
         {"precision": execution.precision, **config.as_dict(), **teacher_data(config, dataset)}
     )
-    require_model_out(own.out, options, lambda path: other_run(path, identity))
+    require_model_out(
+        own.out, force=replacing.force, problem=lambda path: other_run(path, identity)
+    )
     if own.out.exists() and not other_run(own.out, identity):
         print(f"{own.out} sha256 {denoiser_sha256(load_denoiser(own.out)[0])[:16]}, made before")
         return
     scratch = unfinished(own.out)
-    log = from_options(Logging, options).log
-    with Interrupt() as interrupt, Tracking(log, own.out.stem, identity) as tracking:
+    with Interrupt() as interrupt, Tracking(logging.log, own.out.stem, identity) as tracking:
         show = Progress(interrupt, kept_in(scratch))
 
         def on_iteration(done: int, total: int, loss: float) -> None:

@@ -1,6 +1,5 @@
 """``bdense verify``: a student's recorded FID, measured again."""
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from bdense.data.names import split_format
 from bdense.diffusion import BATCH
 from bdense.diffusion.sampling import SETUP, Sampler, draw_images, samplers_from
 from bdense.errors import BdenseError, InputError
-from bdense.knobs import KnobError, from_options
+from bdense.knobs import KnobError
 from bdense.metrics.extractors import Extractor, load_extractor
 from bdense.metrics.metrics import measure_images, require_measurable
 from bdense.metrics.records import FID, PromptFile
@@ -36,14 +35,13 @@ from bdense.verbs.sample import chosen_prompts, codec_of, conditions_of
 TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-4, 1e-2
 
 
-def verify(options: argparse.Namespace) -> None:
+def verify(own: VerifyOptions, hardware: RecordedHardware) -> None:
     """Run the verb.
 
     Raises:
         BdenseError: The FID is another one.
     """
-    own, hardware = from_options(VerifyOptions, options), from_options(RecordedHardware, options)
-    device = chosen_device(options)
+    device = chosen_device(hardware)
     model, metadata = load_model(own.model)
     recorded, setup = _recorded(own.model, metadata)
     pipeline = own.pipeline or own.model

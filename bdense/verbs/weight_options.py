@@ -1,12 +1,11 @@
 """Options for the branch weights of every registered weight space; does not import torch."""
 
-import argparse
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bdense.errors import InputError
-from bdense.knobs import KnobError, Knobs, from_options, knob, knobs_of, spelt_options
+from bdense.knobs import KnobError, Knobs, knob, knobs_of, spelt_options
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.parameters import SET_HELP, given_parameters, parameter_knobs
 from bdense.weights.space import BASELINE, PLAIN, Choice, WeightSpace
@@ -46,20 +45,20 @@ def parameter_options() -> type[Knobs]:
 
 
 def chosen_weighting(
-    options: argparse.Namespace, num_branches: int, num_intervals: int
+    own: WeightOptions, parameters: Knobs, num_branches: int, num_intervals: int
 ) -> Callable[[], "BranchWeighting"]:
     """A function that makes the branch weights that were asked for, new ones at each call.
 
     Args:
-        options: The command line.
+        own: Whether there are any, and of which space.
+        parameters: Of ``parameter_options``.
         num_branches: K of the method with branches.
         num_intervals: S of the method.
 
     Raises:
         InputError: No space has all these parameters, or one is missing.
     """
-    own = from_options(WeightOptions, options)
-    given = _given(options, own.set or ())
+    given = _given(parameters, own.set or ())
     if own.plain:
         asked = given | ({"weights": own.weights} if own.weights else {})
         if asked:
@@ -85,10 +84,10 @@ def chosen_weighting(
     return lambda: space.weighting(params, num_branches)
 
 
-def _given(options: argparse.Namespace, assigned: Iterable[str]) -> dict[str, Any]:
+def _given(parameters: Knobs, assigned: Iterable[str]) -> dict[str, Any]:
     """The parameters on the command line, by the spaces' names for them."""
     names = {option: parameter for parameter, option in _OPTIONS.items()}
-    given = given_parameters(parameter_options(), options, assigned)
+    given = given_parameters(parameters, assigned)
     return {names.get(option, option): value for option, value in given.items()}
 
 

@@ -1,12 +1,11 @@
 """The parameters of all registered weight spaces as options; does not import torch."""
 
-import argparse
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from bdense.errors import InputError
-from bdense.knobs import Knobs, from_options, knob, knobs_of
+from bdense.knobs import Knobs, knob, knobs_of
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.space import Choice, WeightSpace
 
@@ -58,21 +57,17 @@ def parameter_knobs(
     )
 
 
-def given_parameters(
-    knobs: type[Knobs], options: argparse.Namespace, assigned: Iterable[str] = ()
-) -> dict[str, Any]:
+def given_parameters(parameters: Knobs, assigned: Iterable[str] = ()) -> dict[str, Any]:
     """The parameters on the command line, by the names of their knobs.
 
     Args:
-        knobs: Of ``parameter_knobs``.
-        options: What the parser made of the command line.
+        parameters: Of the class that ``parameter_knobs`` makes.
         assigned: Each NAME=VALUE of --set; a value that is a number becomes one.
 
     Raises:
         InputError: One is given twice, or is no NAME=VALUE.
     """
-    values = from_options(knobs, options)
-    named = {name: getattr(values, name) for name in knobs_of(knobs)}
+    named = {name: getattr(parameters, name) for name in knobs_of(type(parameters))}
     given = {name: value for name, value in named.items() if value is not None}
     for text in assigned:
         name, equals, value = text.partition("=")

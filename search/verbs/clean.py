@@ -1,13 +1,11 @@
 """``clean``: delete files that a study need not keep."""
 
-import argparse
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from bdense.errors import InputError
-from bdense.knobs import from_options
 from search.storage.engine import cache_folder, retrying
 from search.storage.ledger import Ledger
 from search.storage.stop_flags import held
@@ -20,10 +18,9 @@ from search.verbs.options import CleanOptions
 _MIB = 2**20
 
 
-def clean(options: argparse.Namespace) -> None:
+def clean(asked: CleanOptions) -> None:
     """Delete it, and print how much that was."""
-    asked = from_options(CleanOptions, options)
-    record = open_study(options)
+    record = open_study(asked)
     if asked.keep:
         _keep(record, asked.keep)
     if asked.checkpoints:

@@ -1,9 +1,7 @@
 """Shared parts of the verbs: opening their storage and study."""
 
-import argparse
 from pathlib import Path
 
-from bdense.knobs import from_options
 from search.api import is_file
 from search.errors import SpecError
 from search.run.gpus import use_gpus
@@ -12,19 +10,18 @@ from search.spec.file import read_spec, read_tree
 from search.storage.engine import resolve_storage_url
 from search.study.study import Study
 from search.study.summary import failures, headline
-from search.verbs.options import StorageOptions, StudyOptions, Workers
+from search.verbs.options import DryRun, StorageOptions, StudyOptions, Workers
 
 
-def storage_url(options: argparse.Namespace) -> str:
+def storage_url(asked: StorageOptions) -> str:
     """The storage that --storage or the environment names."""
-    return resolve_storage_url(from_options(StorageOptions, options).storage)
+    return resolve_storage_url(asked.storage)
 
 
-def use_workers(options: argparse.Namespace) -> int | None:
+def use_workers(asked: Workers, dry: DryRun) -> int | None:
     """Take the GPUs of --gpus and check that Ray can start, if it will; returns --workers."""
-    if not getattr(options, "dry_run", False):
+    if not dry.dry_run:
         require_ray_folders()
-    asked = from_options(Workers, options)
     use_gpus(asked.gpus)
     return asked.workers
 
@@ -44,17 +41,16 @@ def study_name(given: str) -> str:
     return str(tree["name"])
 
 
-def open_study(options: argparse.Namespace, *, reading: bool = False) -> Study:
+def open_study(asked: StudyOptions, *, reading: bool = False) -> Study:
     """The study that STUDY names.
 
     Raises:
         UnknownStudyError: There is none.
     """
-    name = study_name(from_options(StudyOptions, options).study)
-    return Study.open(storage_url(options), name, reading=reading)
+    return Study.open(storage_url(asked), study_name(asked.study), reading=reading)
 
 
-def open_search(options: argparse.Namespace) -> Study:
+def open_search(asked: StudyOptions) -> Study:
     """The search that STUDY names, if its conditions are still those that it ran under.
 
     Raises:
@@ -62,10 +58,10 @@ def open_search(options: argparse.Namespace) -> Study:
         InputError: Another version of bdense launched it.
         SpecChangedError: The conditions of its file, or of its stored spec, have changed.
     """
-    study = open_study(options)
+    study = open_study(asked)
     _ = study.search  # refuses given arms
     # Also by name: a teacher's file, the data or the engine's numerics may have changed since.
-    spec = read_spec(Path(options.study)) if is_file(options.study) else study.spec
+    spec = read_spec(Path(asked.study)) if is_file(asked.study) else study.spec
     study.refuse_other_conditions(spec)
     return study
 

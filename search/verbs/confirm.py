@@ -1,10 +1,9 @@
 """``confirm`` a search's best under fresh seeds, and ``transfer`` it to another study."""
 
-import argparse
 import json
 
 from bdense.errors import InputError
-from bdense.knobs import KnobError, from_options
+from bdense.knobs import KnobError
 from search.analysis.comparison import compare
 from search.analysis.confirmation import CONFIRM_SUFFIX
 from search.analysis.pilot import with_known_images
@@ -16,18 +15,18 @@ from search.spec.file import read_spec, require_variants_apart
 from search.study.summary import headline
 from search.verbs.common import open_search, show_rows, use_workers
 from search.verbs.launch import dry_run
-from search.verbs.options import ConfirmOptions, DryRun, TransferOptions
+from search.verbs.options import ConfirmOptions, DryRun, TransferOptions, Workers
 
 
-def confirm(options: argparse.Namespace) -> None:
+def confirm(asked: ConfirmOptions, run: Workers, dry: DryRun) -> None:
     """Run the confirmation, and print its verdict."""
-    workers, asked = use_workers(options), from_options(ConfirmOptions, options)
-    study = open_search(options)
+    workers = use_workers(run, dry)
+    study = open_search(asked)
     method = study.spec.confirm.method | ({"kimg": asked.kimg} if asked.kimg else {})
     require_variants_apart(study.spec, [differing(study.spec, method)])
     usual = study.spec.confirm
     seeds, count = asked.seeds or usual.seeds, asked.candidates or usual.candidates
-    if from_options(DryRun, options).dry_run:
+    if dry.dry_run:
         if asked.json:
             raise KnobError("json", "is for the result, and `dry_run` has none; drop one of them")
         if (stored := study.beside(study.name + CONFIRM_SUFFIX)) is not None:
@@ -48,12 +47,12 @@ def confirm(options: argparse.Namespace) -> None:
         print(f"promote it:   bdense-search promote {study.name}")
 
 
-def transfer(options: argparse.Namespace) -> None:
+def transfer(asked: TransferOptions, run: Workers, dry: DryRun) -> None:
     """Run the top weights under the other study's conditions, and compare them."""
-    workers, asked = use_workers(options), from_options(TransferOptions, options)
-    study = open_search(options)
+    workers = use_workers(run, dry)
+    study = open_search(asked)
     to = with_known_images(study.url, read_spec(asked.to))
-    if from_options(DryRun, options).dry_run:
+    if dry.dry_run:
         dry_run(transfer_spec(study, to, top=asked.top, seeds=asked.seeds), workers)
         return
     planned = plan_transfer(study, to, top=asked.top, seeds=asked.seeds)

@@ -1,12 +1,10 @@
 """``delete``: a study, its rows and their files."""
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
 from bdense.errors import InputError
-from bdense.knobs import from_options
 from search.analysis.confirmation import CONFIRM_SUFFIX
 from search.analysis.pilot import ledgers_with_pilot
 from search.storage.engine import redact
@@ -19,9 +17,9 @@ from search.verbs.common import open_study
 from search.verbs.options import DeleteOptions
 
 
-def delete(options: argparse.Namespace) -> None:
+def delete(asked: DeleteOptions) -> None:
     """Say what would go, ask, and delete it."""
-    study = open_study(options)
+    study = open_study(asked)
     confirmation = study.beside(study.name + CONFIRM_SUFFIX)
     # The study itself last: interrupted, the command can be given again.
     ledgers = [*(() if confirmation is None else confirmation.ledgers)]
@@ -36,7 +34,7 @@ def delete(options: argparse.Namespace) -> None:
         folder = _folder(ledger)
         files = f", with the folder {folder}" if folder.is_dir() else ""
         print(f"  {ledger.study.study_name}: {counts_line(ledger.counts(), 'rows')}{files}")
-    if not from_options(DeleteOptions, options).yes and not _agreed(study.name):
+    if not asked.yes and not _agreed(study.name):
         print("nothing is deleted")
         return
     store = artifact_store()

@@ -1,19 +1,17 @@
 """``doctor``: look for what is wrong, and mend what is safe."""
 
-import argparse
 import json
 
 from bdense.errors import BdenseError
-from bdense.knobs import from_options
 from search.doctor import examine
 from search.storage.engine import redact
 from search.verbs.common import storage_url, study_name
 from search.verbs.options import DoctorOptions
 
 
-def doctor(options: argparse.Namespace) -> None:
+def doctor(asked: DoctorOptions) -> None:
     """Print the findings; fail if problems are left."""
-    url, asked = storage_url(options), from_options(DoctorOptions, options)
+    url = storage_url(asked)
     name = None if asked.study is None else study_name(asked.study)
     findings = []
     for finding in examine(url, name, fix=asked.fix):

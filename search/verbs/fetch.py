@@ -1,15 +1,12 @@
 """``bdense-search fetch``: download what a study needs, before its workers do."""
 
-import argparse
-
-from bdense.knobs import from_options
 from search.spec.file import read_spec
 from search.verbs.options import FileOptions
 
 
-def fetch(options: argparse.Namespace) -> None:
+def fetch(asked: FileOptions) -> None:
     """Download it, and name each part."""
-    spec = read_spec(from_options(FileOptions, options).study)
+    spec = read_spec(asked.study)
     if not spec.is_command:  # a program sees to its own downloads
         from search.run.fetching import fetch_all  # with torch
 

@@ -1,12 +1,10 @@
 """``bdense-search launch``: start or continue a study, or print its cost."""
 
-import argparse
 import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 from bdense.errors import BdenseError
-from bdense.knobs import from_options
 from search.analysis.comparison import settings_text
 from search.analysis.pilot import pilot_spec, with_known_images
 from search.api import changes_of, is_file, planned, with_trials
@@ -18,21 +16,20 @@ from search.spec.study import StudySpec
 from search.study.study import Study
 from search.study.summary import headline
 from search.verbs.common import storage_url, use_workers
-from search.verbs.options import DryRun, LaunchOptions
+from search.verbs.options import DryRun, LaunchOptions, Workers
 
 
-def launch_study(options: argparse.Namespace) -> None:
+def launch_study(asked: LaunchOptions, run: Workers, dry: DryRun) -> None:
     """Launch it, or print what it would cost."""
-    workers = use_workers(options)
-    asked = from_options(LaunchOptions, options)
-    url, by_name = storage_url(options), not is_file(asked.study)
+    workers = use_workers(run, dry)
+    url, by_name = storage_url(asked), not is_file(asked.study)
     if by_name:
         spec = Study.open(url, asked.study).spec
         if asked.trials is not None:
             spec = with_trials(spec, asked.trials)
     else:
         spec = read_spec(Path(asked.study), changes_of(asked.trials))
-    if from_options(DryRun, options).dry_run:
+    if dry.dry_run:
         with contextlib.suppress(UnknownStudyError, StorageError):
             stored = Study.open(url, spec.name, reading=True)
             print(f"# in the storage already: {headline(stored)}")

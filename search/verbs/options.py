@@ -75,7 +75,7 @@ class DryRun(Knobs):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LaunchOptions(StorageOptions):
+class LaunchOptions(StudyOptions):
     """``launch``."""
 
     study: str = knob(
@@ -141,7 +141,7 @@ class ConfirmOptions(StudyOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromoteOptions(StorageOptions):
+class PromoteOptions(StudyOptions):
     """``promote``."""
 
     study: str = knob(help="a search's name or its YAML file", metavar="STUDY", form="positional")

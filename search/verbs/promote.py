@@ -1,9 +1,7 @@
 """``promote``: train a study's confirmed weights beside the baselines, and export the model."""
 
-import argparse
 import functools
 
-from bdense.knobs import from_options
 from search.analysis.comparison import comparisons_of, table_rows, teacher_of
 from search.analysis.plans import arm_from
 from search.promotion import Asked, Promotion
@@ -11,13 +9,13 @@ from search.spec.file import read_spec, require_variants_apart
 from search.study.wording import align
 from search.verbs.common import open_search, show_rows, use_workers
 from search.verbs.launch import dry_run
-from search.verbs.options import DryRun, PromoteOptions
+from search.verbs.options import DryRun, PromoteOptions, Workers
 
 
-def promote(arguments: argparse.Namespace) -> None:
+def promote(options: PromoteOptions, run: Workers, dry: DryRun) -> None:
     """Run the promotion, print its figures and export the model."""
-    workers, options = use_workers(arguments), from_options(PromoteOptions, arguments)
-    study, given = open_search(arguments), options.seeds
+    workers = use_workers(run, dry)
+    study, given = open_search(options), options.seeds
     asked = Asked(
         to=None if options.to is None else read_spec(options.to),
         weights=None if options.weights is None else arm_from(options.weights),
@@ -29,7 +27,7 @@ def promote(arguments: argparse.Namespace) -> None:
         out=options.out,
     )
     promotion = Promotion(study, asked, require_variants_apart)
-    if from_options(DryRun, arguments).dry_run:
+    if dry.dry_run:
         dry_run(promotion.planned_spec(), workers)
         return
     planned, arm = promotion.run(workers, remark=functools.partial(print, flush=True))

@@ -1,6 +1,5 @@
 """Verbs that read studies: ``list``, ``status``, ``trials``, ``best`` and those that follow."""
 
-import argparse
 import contextlib
 import json
 import tempfile
@@ -11,7 +10,6 @@ from typing import Any
 from bdense.command import Force
 from bdense.errors import InputError
 from bdense.files import require_new
-from bdense.knobs import from_options
 from search.analysis.comparison import compare, replicates_of
 from search.analysis.confirmation import judged_summary
 from search.analysis.confirmation import verdict as verdict_of
@@ -41,11 +39,11 @@ from search.verbs.options import (
 )
 
 
-def show_list(options: argparse.Namespace) -> None:
+def show_list(asked: ListOptions) -> None:
     """Print a line for each study."""
-    url = storage_url(options)
+    url = storage_url(asked)
     found = list_studies(url)
-    if from_options(ListOptions, options).json:
+    if asked.json:
         print(json.dumps(studies_json(found)))
     elif found:
         print(*studies_table(found), sep="\n")
@@ -55,10 +53,10 @@ def show_list(options: argparse.Namespace) -> None:
         print(f"no studies in {redact(url)}{missing}")
 
 
-def status(options: argparse.Namespace) -> None:
+def status(asked: StatusOptions) -> None:
     """Print the numbers of rows, those that run, and why some failed."""
-    study = open_study(options, reading=True)
-    if from_options(StatusOptions, options).json:
+    study = open_study(asked, reading=True)
+    if asked.json:
         found = {"study": study.name, "trials": counts_json(study.counts())}
         print(json.dumps(found | one_shot_json(study)))
         return
@@ -90,10 +88,10 @@ def status(options: argparse.Namespace) -> None:
         print(ended.text())
 
 
-def trials(options: argparse.Namespace) -> None:
+def trials(asked: TrialsOptions) -> None:
     """Print a line for each row that was started."""
-    study = open_study(options, reading=True)
-    rows, asked = list_rows(study), from_options(TrialsOptions, options)
+    study = open_study(asked, reading=True)
+    rows = list_rows(study)
     if asked.csv and asked.json:
         raise InputError("--csv and --json are two forms; give one of them")
     if asked.json:
@@ -108,11 +106,11 @@ def trials(options: argparse.Namespace) -> None:
         say(line)
 
 
-def best(options: argparse.Namespace) -> None:
+def best(asked: BestOptions) -> None:
     """Print the best weights, what confirms them, and which arm to use."""
-    study = open_study(options, reading=True)
+    study = open_study(asked, reading=True)
     now, found = judged_summary(study)
-    if from_options(BestOptions, options).json:
+    if asked.json:
         noise, recommended = assess(study, found)
         ended = LargestGain.of(study)
         more = {
@@ -137,24 +135,23 @@ def best(options: argparse.Namespace) -> None:
     print(*assessed(study, found), sep="\n")
 
 
-def report(options: argparse.Namespace) -> None:
+def report(asked: ReportOptions, replacing: Force) -> None:
     """Write the report, and name its pages."""
-    out, force = from_options(ReportOptions, options).out, from_options(Force, options).force
-    page = write_report(open_study(options, reading=True), out, force=force)
+    study = open_study(asked, reading=True)
+    page = write_report(study, asked.out, force=replacing.force)
     print(page.with_name(HTML_PAGE), page, sep="\n")
 
 
-def export(options: argparse.Namespace) -> None:
+def export(asked: ExportOptions) -> None:
     """Write the model folder, and name it."""
     from bdense.models.hub import HubRepository  # with torch
     from search.export import export_trial
 
-    asked = from_options(ExportOptions, options)
     wanted: dict[str, Any] = {"number": asked.trial, "nfe": asked.nfe, "baseline": asked.baseline}
     hub = None if asked.push is None else HubRepository(asked.push)
     if hub is not None:
         hub.require_new()
-    study = open_study(options, reading=True)
+    study = open_study(asked, reading=True)
     if is_url(asked.folder):
         place = Place(asked.folder)
         with _pushable_later(asked):
@@ -204,10 +201,9 @@ def _pushable_later(asked: ExportOptions) -> Iterator[None]:
         ) from error
 
 
-def dashboard(options: argparse.Namespace) -> None:
+def dashboard(asked: DashboardOptions) -> None:
     """Serve the dashboard; Ctrl-C and SIGTERM are its usual end."""
     from search.report.dashboard import serve  # slow to import
 
-    asked = from_options(DashboardOptions, options)
     with contextlib.suppress(KeyboardInterrupt):
-        serve(storage_url(options), port=asked.port, writable=asked.writable)
+        serve(storage_url(asked), port=asked.port, writable=asked.writable)

@@ -1,6 +1,5 @@
 """While a study runs: ``stop`` it, ``enqueue`` a point, read the ``logs`` of a trial."""
 
-import argparse
 import json
 import sys
 import time
@@ -8,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bdense.errors import BdenseError, InputError
-from bdense.knobs import KnobError, from_options
+from bdense.knobs import KnobError, Knobs
 from bdense.weights.parameters import given_parameters
 from bdense.weights.space import require_point
 from search.analysis.pilot import ledgers_with_pilot
@@ -20,14 +19,14 @@ from search.study.folders import row_folder
 from search.study.study import Study
 from search.study.trial_log import LOG_FILE, read_log
 from search.verbs.common import open_study
-from search.verbs.options import EnqueueOptions, LogsOptions, StopOptions, parameter_options
+from search.verbs.options import EnqueueOptions, LogsOptions, StopOptions
 
 POLL_SECONDS = 0.5
 
 
-def stop(options: argparse.Namespace) -> None:
+def stop(asked: StopOptions) -> None:
     """Ask for it, and with --wait see it happen."""
-    record = open_study(options)
+    record = open_study(asked)
     ledgers = ledgers_with_pilot(record)
     ask_all(ledgers)
     working = held(ledgers)
@@ -38,7 +37,7 @@ def stop(options: argparse.Namespace) -> None:
         else f"study {record.name}: no trial is worked on; launchers, if there are any, end",
         flush=True,
     )
-    if not from_options(StopOptions, options).wait:
+    if not asked.wait:
         return
     # Leases of dead workers have expired by then.
     deadline = time.monotonic() + 2 * longest + 60.0
@@ -52,12 +51,11 @@ def stop(options: argparse.Namespace) -> None:
     print(f"study {record.name} is stopped: no trial is worked on")
 
 
-def enqueue(options: argparse.Namespace) -> None:
+def enqueue(asked: EnqueueOptions, parameters: Knobs) -> None:
     """Plan the point, and say when it runs."""
-    asked = from_options(EnqueueOptions, options)
-    params = given_parameters(parameter_options(), options, asked.set or ())
+    params = given_parameters(parameters, asked.set or ())
     # Checked against the stored spec, which workers use; the file may have changed since.
-    for line in _planned(open_study(options), params):
+    for line in _planned(open_study(asked), params):
         print(line)
 
 
@@ -84,10 +82,9 @@ def _planned(study: Study, given: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def logs(options: argparse.Namespace) -> None:
+def logs(asked: LogsOptions) -> None:
     """Print the events of a row, and with --follow those to come."""
-    asked = from_options(LogsOptions, options)
-    study = open_study(options, reading=True)
+    study = open_study(asked, reading=True)
     ledger, number = _row(study, asked)
     path = row_folder(ledger.study.study_name, number) / LOG_FILE
     offset, shown, explained = 0, 0, False

@@ -1,10 +1,8 @@
 """``bdense-search storage``: make and renew a database's tables, and its roles."""
 
-import argparse
 import itertools
 
 from bdense.errors import InputError
-from bdense.knobs import from_options
 from search.storage.engine import redact
 from search.storage.schema import Access, Role, grant, open_tables, read_password, upgrade
 from search.study.upgrade import upgrade_studies
@@ -14,10 +12,9 @@ from search.verbs.options import TablesOptions
 _ROLES: tuple[tuple[str, Access], ...] = (("writer", "read-write"), ("reader", "read-only"))
 
 
-def storage(options: argparse.Namespace) -> None:
+def storage(asked: TablesOptions) -> None:
     """Create or upgrade the tables, and say what was done."""
-    url, asked = storage_url(options), from_options(TablesOptions, options)
-    roles = _roles(asked)
+    url, roles = storage_url(asked), _roles(asked)
     if asked.action == "upgrade":
         if roles:
             raise InputError("storage upgrade takes no --writer or --reader; give them to init")

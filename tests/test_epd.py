@@ -315,6 +315,17 @@ def test_a_table_for_another_teacher_is_refused(tmp_path, changes, message):
 # ---- the command line ----
 
 
+def test_its_fid_is_measured_once(tmp_path, shared_cache, monkeypatch):
+    teacher, student = tmp_path / "teacher.safetensors", tmp_path / "student.safetensors"
+    save_denoiser(teacher, small_teacher(), {"kind": "teacher"})
+    small = ("--steps", 2, "--substeps", 2, "--kimg", 0.064, "--batch", 32)
+    measure = (*DIGITS, "--images", 4, "--cache", shared_cache)
+    made = ("distill", teacher, "--method", "epd", *small, *measure, "--out", student)
+    printed = done(*made)
+    monkeypatch.delattr("bdense.verbs.fid.draw_images")
+    assert done(*made) == printed
+
+
 def test_a_table_is_learned_written_and_used(tmp_path):
     """The student and the teacher with the table draw the same images."""
     teacher, student = tmp_path / "teacher.safetensors", tmp_path / "student.safetensors"

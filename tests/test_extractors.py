@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.files import sha256_file
 from bdense.metrics.dinov2 import SIZES, DinoV2
 from bdense.metrics.extractors import load_extractor
+from bdense.models import store
+from bdense.models.store import load_tensors
 from tests.features import CPU, ColourMeans, random_images, scripted
 
 # Deprecated, but users have such files.
@@ -210,15 +213,21 @@ def test_inception_takes_weights_of_its_own_shape(tmp_path, cache, monkeypatch):
     torch.testing.assert_close(extractor(images), network(images)[0])
 
 
-def test_the_digits_classifier_is_trained_once(shared_cache, cache, digits_extractor):
-    assert digits_extractor.metadata["train_accuracy"] > 0.97
+def test_the_digits_classifier_is_trained_once(shared_cache, cache, digits_extractor, monkeypatch):
     assert digits_extractor.dim == 64
     (path,) = shared_cache.glob("digits-classifier-*.safetensors")
+    assert load_tensors(path)[1]["train_accuracy"] > 0.97
     made = path.stat().st_mtime_ns
     before = torch.get_num_threads(), torch.get_rng_state().tolist()
     again = load_extractor("digits-classifier", cache=shared_cache, device=CPU)
     assert path.stat().st_mtime_ns == made
     assert again.sha256 == digits_extractor.sha256
+    read = []
+    monkeypatch.setattr(
+        store, "safe_open", lambda path, **more: read.append(path) or safe_open(path, **more)
+    )
+    load_extractor("digits-classifier", cache=shared_cache, device=CPU)
+    assert read == [path]
     afresh = load_extractor("digits-classifier", cache=cache, device=CPU)
     assert afresh.sha256 == digits_extractor.sha256
     assert (torch.get_num_threads(), torch.get_rng_state().tolist()) == before

@@ -174,6 +174,16 @@ def test_a_file_of_ours_comes_back(colours, tiny, tmp_path, cache):
     assert str(ref["extractor_sha256"]) == colours.sha256
 
 
+def test_a_file_is_read_once(colours, tmp_path, monkeypatch):
+    path = edm_file(tmp_path / "cifar10-32x32.npz")
+    read, load = [], np.load
+    monkeypatch.setattr(
+        np, "load", lambda *given, **more: read.append(given) or load(*given, **more)
+    )
+    read_reference(path, colours)
+    assert read == [(path,)]
+
+
 def test_a_file_of_nvlabs_has_no_count(colours, tmp_path):
     path = edm_file(tmp_path / "cifar10-32x32.npz", mu=np.float32([100, 120, 90]))
     found = read_reference(path, colours)

@@ -6,7 +6,6 @@ channels.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +92,8 @@ class Classifier(nn.Module):
         return F.silu(self.hidden(x.flatten(1)))
 
 
-def classifier_checkpoint(name: str, cache: Path) -> tuple[Path, dict[str, Any]]:
-    """The file in ``cache`` of one of ``RECIPES``, trained if missing, and its metadata.
+def classifier_checkpoint(name: str, cache: Path) -> Path:
+    """The file in ``cache`` of one of ``RECIPES``, trained if missing.
 
     Raises:
         InputError: The data set is missing and cannot be downloaded, or the cache not written.
@@ -107,7 +106,7 @@ def classifier_checkpoint(name: str, cache: Path) -> tuple[Path, dict[str, Any]]
             network, accuracy = _train(name, recipe)
             facts = {"kind": name, "train_accuracy": accuracy, "epochs": recipe.epochs}
             save_tensors(path, network.state_dict(), facts)
-    return path, load_tensors(path)[1]
+    return path
 
 
 def classifier_path(name: str, cache: Path) -> Path:

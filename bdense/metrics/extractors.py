@@ -5,11 +5,8 @@ B batch, C channels, H x W pixels, d features.
 
 import io
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +15,6 @@ from bdense.errors import InputError, ShapeError, did_you_mean
 from bdense.files import require_no_page, sha256_file
 from bdense.metrics.classifiers import RECIPES, Classifier, classifier_checkpoint, load_classifier
 from bdense.metrics.dinov2 import SIZES, load_dinov2
-from bdense.models.store import load_tensors
 from bdense.models.torch_weights import (
     checkpoint_path,
     downloaded_checkpoint,
@@ -50,7 +46,6 @@ class Extractor:
         dim: d, number of features.
         network: [B, 3, H, W] uint8 -> [B, d].
         device: Device of ``network``.
-        metadata: Facts about its training (``train_accuracy`` of a classifier).
     """
 
     name: str
@@ -58,7 +53,6 @@ class Extractor:
     dim: int
     network: nn.Module
     device: torch.device
-    metadata: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features of [B, C, H, W] uint8 images, C = 1 (repeated to 3) or 3: [B, d] float32, CPU.
@@ -133,21 +127,13 @@ def missing_checkpoint(spec: str) -> tuple[str, Path] | None:
     return None if path.is_file() else (url, path)
 
 
-def _made(
-    name: str,
-    path: Path,
-    dim: int,
-    network: nn.Module,
-    device: torch.device,
-    metadata: Mapping[str, Any] = MappingProxyType({}),
-) -> Extractor:
+def _made(name: str, path: Path, dim: int, network: nn.Module, device: torch.device) -> Extractor:
     return Extractor(
         name=name,
         sha256=sha256_file(path),
         dim=dim,
         network=network.eval().to(device),
         device=device,
-        metadata=metadata,
     )
 
 
@@ -199,13 +185,13 @@ def _dinov2(name: str, weights: str, device: torch.device) -> Extractor:
 
 
 def _classifier(name: str, weights: str, cache: Path, device: torch.device) -> Extractor:
-    path = Path(weights) if weights else classifier_checkpoint(name, cache)[0]
-    network, metadata = load_classifier(path), load_tensors(path)[1]
+    path = Path(weights) if weights else classifier_checkpoint(name, cache)
+    network = load_classifier(path)
     if network.name != name:
         raise InputError(
             f"{path} holds a {network.name}, not a {name}; give {network.name}:{path}"
         )
-    return _made(name, path, Classifier.DIM, network, device, MappingProxyType(metadata))
+    return _made(name, path, Classifier.DIM, network, device)
 
 
 def _torchscript(path: Path, device: torch.device) -> Extractor:

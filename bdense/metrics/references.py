@@ -6,7 +6,7 @@ n images, C channels, H x W pixels, d features.
 import contextlib
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,8 @@ def dataset_reference(
                 found = statistics_of(made, extractor.device)
                 write_reference(statistics_path, found, dataset.name, extractor)
     with _cached("statistics", statistics_path):
-        statistics = _read_statistics(statistics_path, extractor)
+        arrays = _read_arrays(statistics_path)
+        statistics = _read_statistics(statistics_path, arrays, extractor)
     features = None
     if with_features:
         with _cached("features", features_path):
@@ -291,7 +292,8 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no reference file at {path}")
-    statistics, found = _read_statistics(path, extractor), _read_arrays(path).get(_IMAGE_SHAPE)
+    arrays = _read_arrays(path)
+    statistics, found = _read_statistics(path, arrays, extractor), arrays.get(_IMAGE_SHAPE)
     if found is not None and (found.shape != (3,) or found.dtype.kind not in "iu"):
         raise CheckpointError(f"{_IMAGE_SHAPE!r} in {path} is no shape; make the file again")
     return Reference(
@@ -305,8 +307,9 @@ def _facts(data: str, extractor: Extractor) -> dict[str, str]:
     return {_DATA: data, _EXTRACTOR: extractor.name, _EXTRACTOR_SHA256: extractor.sha256}
 
 
-def _read_statistics(path: Path, extractor: Extractor) -> Statistics:
-    found = _read_arrays(path)
+def _read_statistics(
+    path: Path, found: Mapping[str, NDArray[Any]], extractor: Extractor
+) -> Statistics:
     for key in (_MU, _SIGMA):
         if found[key].dtype.kind != "f":
             raise CheckpointError(

@@ -32,7 +32,7 @@ from bdense.metrics.references import (
 )
 from bdense.metrics.settings import MetricSettings
 from bdense.metrics.setup import Setup
-from bdense.models.store import denoiser_sha256
+from bdense.models.store import denoiser_sha256, plain_json
 from bdense.models.zoo import resolve_reference
 from bdense.verbs.common import Interrupt, Progress, chosen_device, chosen_hardware
 from bdense.verbs.options import Drawing, Features, FidOptions, Hardware, ReferenceOptions
@@ -175,18 +175,20 @@ class KeptFIDs:
         """
         path = self.folder / f"{name}.fid.json"
         precision = _unusual_precision(model.execution)
-        conditions = {
-            "numerics": NUMERICS,
-            "model": denoiser_sha256(model),
-            "sampler": sampler.describe(),
-            "images": self.images,
-            "seed": self.seed,
-            "data": self.dataset.sha256,
-            "extractor": self.extractor.sha256,
-            **({} if self.conditions is None else self.conditions.describe()),
-            **({} if self.codec is None else {"codec": self.codec.describe()}),
-            **precision,
-        }
+        conditions = plain_json(
+            {
+                "numerics": NUMERICS,
+                "model": denoiser_sha256(model),
+                "sampler": sampler.describe(),
+                "images": self.images,
+                "seed": self.seed,
+                "data": self.dataset.sha256,
+                "extractor": self.extractor.sha256,
+                **({} if self.conditions is None else self.conditions.describe()),
+                **({} if self.codec is None else {"codec": self.codec.describe()}),
+                **precision,
+            }
+        )
         kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         if kept.get("of") != conditions:
             show = _show_drawn(self.images, self.interrupt)

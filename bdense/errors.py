@@ -1,7 +1,8 @@
 """The tree of errors; each class has the exit status of a command that ends with it."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class BdenseError(Exception):
@@ -42,6 +43,26 @@ def did_you_mean(given: object, known: Iterable[object]) -> str:
     """The end of a message on an unknown name: the nearest known one, or nothing."""
     close = difflib.get_close_matches(str(given), list(map(str, known)), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def listed(names: Sequence[object], most: int = 3) -> str:
+    """The first few names: ``a, b, c, ...``."""
+    return ", ".join([*map(str, names[:most]), *(["..."] if len(names) > most else [])])
+
+
+@contextlib.contextmanager
+def extra(name: str, what: str) -> Iterator[None]:
+    """Turn the error of a missing package into one that names the extra that installs it.
+
+    Raises:
+        InputError: ``what`` needs a package that is missing.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"{what} needs a package ({error}); pip install 'bdense[{name}]'"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -207,5 +207,5 @@ def test_bdense_distill_takes_it(lpips, tmp_path):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "piq", None)
-    with pytest.raises(InputError, match=r"package piq .*; pip install 'bdense\[lpips\]'"):
+    with pytest.raises(InputError, match=r"LPIPS needs .*piq.*; pip install .bdense\[lpips\]"):
         LPIPS()

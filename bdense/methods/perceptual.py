@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bdense.errors import InputError, ShapeError
+from bdense.errors import ShapeError, extra
 from bdense.files import sha256_file
 from bdense.models.torch_weights import downloaded_checkpoint, reading_checkpoint
 
@@ -46,12 +46,8 @@ class LPIPS:
         Raises:
             InputError: piq is missing, or the weights can be neither found nor fetched nor read.
         """
-        try:
+        with extra("lpips", "LPIPS"):
             from piq import ContentLoss
-        except ImportError as error:
-            raise InputError(
-                f"LPIPS needs the package piq ({error}); pip install 'bdense[lpips]'"
-            ) from error
         self.as_reference = as_reference
         linear, self._linear_sha256 = _linear_weights()
         vgg, self._vgg_sha256 = _vgg16_features()

@@ -15,14 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdense.errors import CheckpointError, InputError, NonFiniteError
+from bdense.errors import InputError, NonFiniteError
 from bdense.execution import exact_products
 from bdense.files import sha256_model
 from bdense.metrics.records import CLIPScore
-from bdense.models.diffusers_files import CONFIG, folder_of, load_part, read_json
+from bdense.models.diffusers_files import (
+    folder_of,
+    load_processor,
+    load_transformers,
+    public_name,
+)
 
 FILES = ("*.json", "merges.txt", "model.safetensors", "model-*.safetensors")
-_KIND = "CLIPModel"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -141,35 +145,12 @@ def load_clip_scorer(
     """
     if not prompts:
         raise InputError("the CLIP score compares images with prompts, and there are none")
-    try:
-        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-        from transformers.utils.logging import disable_progress_bar
-    except ImportError as error:
-        raise InputError(
-            f"the CLIP score needs the transformers library ({error}); install it with "
-            "pip install 'bdense[diffusers]'"
-        ) from error
-    disable_progress_bar()  # type: ignore[no-untyped-call]
     folder = folder_of(source, FILES)
-    if _KIND not in (kinds := read_json(folder / CONFIG).get("architectures") or []):
-        raise CheckpointError(
-            f"{folder / CONFIG} describes {', '.join(kinds) or 'no model'}; the CLIP score needs "
-            f"a {_KIND}, such as openai/clip-vit-base-patch16"
-        )
-    model = load_part(CLIPModel, folder).requires_grad_(False).to(device)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"cannot read tokenizer and image processor of {folder} ({reason})"
-        ) from error
     return CLIPScorer(
-        name=folder.resolve().name if Path(source).is_dir() else str(source),
+        name=public_name(source, folder),
         sha256=sha256_model(folder),
-        model=model,
-        tokenizer=tokenizer,
-        processor=processor,
+        model=load_transformers("CLIPModel", folder).to(device),
+        tokenizer=load_processor("CLIPTokenizer", folder),
+        processor=load_processor("CLIPImageProcessor", folder),
         prompts=tuple(prompts),
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bdense.errors import CheckpointError, InputError
+from bdense.errors import CheckpointError, InputError, extra, listed
 from bdense.files import require_no_page
 
 CONFIG, INDEX = "config.json", "model_index.json"
@@ -39,7 +39,6 @@ _PARTS = {
     "text_encoder": (CONFIG, "model*"),
     "tokenizer": ("*.json", "merges.txt"),
 }
-_SHOWN = 3
 _MOST_BYTES = 2**22  # of a configuration
 _WEIGHTS_FILE = re.compile(r"\w+(?:-\d+-of-\d+)?(?:\.(\w+)(?:-\d+-of-\d+)?)?\.safetensors")
 
@@ -61,14 +60,15 @@ def folder_of(source: str | Path, files: Sequence[str] = ()) -> Path:
 
     Raises:
         CheckpointError: It is neither a folder nor a hub id.
-        InputError: The hub cannot be reached.
+        InputError: The hub cannot be reached, or huggingface_hub is not installed.
     """
     if Path(source).is_dir():
         return Path(source)
     source = str(source)
     if not is_hub_id(source):
         raise CheckpointError(f"{source} is neither a diffusers folder nor a hub id OWNER/NAME")
-    from huggingface_hub import snapshot_download
+    with extra("hub", f"{source} is no file here, and as a hub id it"):
+        from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(source, allow_patterns=[*(files or _patterns())]))
@@ -192,6 +192,44 @@ def load_part(model_class: Any, folder: Path, **options: Any) -> Any:  # noqa: A
     return model.float().eval()
 
 
+def load_transformers(kind: str, folder: Path) -> Any:  # noqa: ANN401
+    """A model of transformers, as ``load_part``, without gradients.
+
+    Raises:
+        CheckpointError: As ``load_part``, or the folder describes another model.
+        InputError: transformers is not installed.
+    """
+    with extra("diffusers", kind):
+        import transformers
+        from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    if kind not in (kinds := read_json(folder / CONFIG).get("architectures") or []):
+        raise CheckpointError(
+            f"{folder / CONFIG} describes {', '.join(kinds) or 'no model'}; give a {kind}"
+        )
+    return load_part(getattr(transformers, kind), folder).requires_grad_(False)
+
+
+def load_processor(kind: str, folder: Path) -> Any:  # noqa: ANN401
+    """A tokenizer or image processor of transformers.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"cannot read a {kind} from {folder} ({reason})") from error
+
+
+def public_name(source: str | Path, folder: Path) -> str:
+    """A hub id, or the name of a folder, without folders of this machine."""
+    return folder.resolve().name if Path(source).is_dir() else str(source)
+
+
 def _variant(folder: Path) -> str | None:
     """``fp16`` of NAME.fp16.safetensors, in a folder that has no weights in another precision."""
     found = {
@@ -202,16 +240,12 @@ def _variant(folder: Path) -> str | None:
 
 def _require_complete(folder: Path, found: Mapping[str, Any]) -> None:
     """Refuse what ``from_pretrained`` only warns about."""
-    missing, extra = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     others = [*found.get("mismatched_keys", ()), *found.get("error_msgs", ())]
     problems = [
-        *([f"{_count(missing)} missing: {_some(missing)}"] if missing else []),
-        *([f"{_count(extra)} not expected: {_some(extra)}"] if extra else []),
-        *(
-            [f"{_count(others)} of another shape: {_some(list(map(str, others)))}"]
-            if others
-            else []
-        ),
+        *([f"{_count(missing)} missing: {listed(missing)}"] if missing else []),
+        *([f"{_count(unexpected)} not expected: {listed(unexpected)}"] if unexpected else []),
+        *([f"{_count(others)} of another shape: {listed(others)}"] if others else []),
     ]
     if problems:
         raise CheckpointError(
@@ -222,10 +256,6 @@ def _require_complete(folder: Path, found: Mapping[str, Any]) -> None:
 
 def _count(found: Sequence[object]) -> str:
     return f"{len(found)} {'is' if len(found) == 1 else 'are'}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from bdense.models.diffusers_files import (
     WEIGHTS,
     folder_of,
     load_part,
+    public_name,
     read_json,
 )
 from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT, Network
@@ -127,8 +128,7 @@ def read_diffusers(
     is_latent = codec is not None or kind != DiffusersUNet.kind
     precond, facts = _scheduler(scheduler_file, is_latent=is_latent)
     # Record an id, but not a path of this machine.
-    name = folder.resolve().name if Path(source).is_dir() else str(source)
-    metadata = {"source": name, "class": kind, **facts}
+    metadata = {"source": public_name(source, folder), "class": kind, **facts}
     if licence := _licence(folder / "README.md"):
         metadata["licence"] = licence
     denoiser = _denoiser(NETWORKS[kind], model_folder, config, precond, weights=weights)

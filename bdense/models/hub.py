@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bdense.errors import InputError
+from bdense.errors import InputError, extra
 from bdense.models.card import HOW_TO_SAMPLE, pipeline_tag
 from bdense.models.diffusers_files import INDEX, PIPELINE, is_hub_id, read_json, why_not_fetched
 from bdense.models.folder import CARD, CONFIG
@@ -37,12 +37,8 @@ class HubRepository:
     def __init__(self, repo_id: str) -> None:
         if not is_hub_id(repo_id):
             raise InputError(f"{repo_id!r} is no id OWNER/NAME of a model on the Hugging Face Hub")
-        try:
+        with extra("hub", f"pushing {repo_id}"):
             from huggingface_hub import HfApi, get_token
-        except ImportError as error:
-            raise InputError(
-                f"pushing {repo_id} needs huggingface_hub ({error}); pip install 'bdense[hub]'"
-            ) from error
         if get_token() is None:
             raise InputError(
                 f"pushing {repo_id} needs a token of the Hugging Face Hub; set HF_TOKEN, or log "

@@ -19,7 +19,14 @@ from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError
 from bdense.files import split_column
-from bdense.models.diffusers_files import CONFIG, load_part, pipeline_folder, read_json
+from bdense.models.diffusers_files import (
+    CONFIG,
+    load_part,
+    load_processor,
+    load_transformers,
+    pipeline_folder,
+    read_json,
+)
 from bdense.models.diffusers_teacher import codec_config
 from bdense.models.zoo import PROMPT_SETS
 from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT
@@ -229,31 +236,11 @@ def load_text_encoder(source: str | Path) -> TextEncoder:
         InputError: A library is not installed, or the hub cannot be reached.
     """
     require_diffusers()
-    try:
-        from transformers import CLIPTextModel, CLIPTokenizer
-        from transformers.utils.logging import disable_progress_bar
-    except ImportError as error:
-        raise InputError(
-            f"prompts need the transformers library ({error}); install it with "
-            "pip install 'bdense[diffusers]'"
-        ) from error
     folder = pipeline_folder(source)
     for part in (TEXT_ENCODER, TOKENIZER):
         if not (folder / part).is_dir():
             raise CheckpointError(
                 f"{folder} has no {part}, which prompts need; give the whole pipeline's folder"
             )
-    kinds = read_json(folder / TEXT_ENCODER / CONFIG).get("architectures", [])
-    if kinds != [CLIPTextModel.__name__]:
-        raise CheckpointError(
-            f"{folder / TEXT_ENCODER / CONFIG} describes {', '.join(kinds) or 'no model'}; this "
-            f"version reads {CLIPTextModel.__name__}"
-        )
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = load_part(CLIPTextModel, folder / TEXT_ENCODER).requires_grad_(False)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / TOKENIZER, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"cannot read {folder / TOKENIZER} ({reason})") from error
-    return TextEncoder(tokenizer, model)
+    model = load_transformers("CLIPTextModel", folder / TEXT_ENCODER)
+    return TextEncoder(load_processor("CLIPTokenizer", folder / TOKENIZER), model)

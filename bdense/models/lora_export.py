@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.errors import InputError
+from bdense.errors import InputError, listed
 from bdense.files import atomic_folder, require_new
 from bdense.models.card import lora_card, readable_json
-from bdense.models.diffusers_files import LORA_WEIGHTS, METADATA, folder_of
+from bdense.models.diffusers_files import LORA_WEIGHTS, METADATA, folder_of, public_name
 from bdense.models.diffusers_teacher import read_diffusers
 from bdense.models.folder import CARD, measured_sampler, require_one_branch
 from bdense.models.latent_pipeline import latent_pipeline
 
 _PIPELINE = "StableDiffusionPipeline"
-_SHOWN = 3
 
 
 def export_lora(
@@ -57,8 +56,7 @@ def export_lora(
             "whole pipeline, without lora"
         )
     adapters = _adapters(denoiser, read_diffusers(teacher, place)[0])
-    name = place.resolve().name if Path(teacher).is_dir() else str(teacher)
-    known = {"teacher": name, **metadata, **pipeline.facts}
+    known = {"teacher": public_name(teacher, place), **metadata, **pipeline.facts}
     with atomic_folder(folder) as scratch:
         _save(scratch, adapters)
         pipeline.write_scheduler(scratch)
@@ -105,10 +103,10 @@ def _adapters(student: NetworkDenoiser, teacher: NetworkDenoiser) -> dict[str, T
         b, a = low_rank(weight.double().flatten(1) - was, rounding)
         pairs[layer.removeprefix(f"model.{student.model.part}.")] = (b, a, weight.shape)
     if others:
-        shown = ", ".join(others[:_SHOWN]) + (", ..." if len(others) > _SHOWN else "")
         raise InputError(
-            f"{len(others)} of the student's weights have changed and are in no adapter: {shown}; "
-            "distil it with lora_rank from this teacher, or export the whole pipeline"
+            f"{len(others)} of the student's weights have changed and are in no adapter: "
+            f"{listed(others)}; distil it with lora_rank from this teacher, or export the whole "
+            "pipeline"
         )
     if not pairs:
         raise InputError("the student is its teacher; train it first")

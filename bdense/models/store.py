@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bdense.diffusion.denoiser import NetworkDenoiser, restore
 from bdense.diffusion.sampling import as_measured, samplers_from
-from bdense.errors import CheckpointError, InputError
+from bdense.errors import CheckpointError, InputError, listed
 from bdense.files import atomic_write, header_of, require_no_page
 from bdense.models.diffusers_files import MODEL_FILE, TORCH_FILES, folder_of, is_hub_id
 from bdense.models.diffusers_teacher import read_diffusers
@@ -143,9 +143,7 @@ def other_run(path: Path, identity: Mapping[str, Any]) -> str:
     )
     if not differing:
         return ""
-    more = f" and {len(differing) - _MOST_NAMED} more" if len(differing) > _MOST_NAMED else ""
-    named = ", ".join(differing[:_MOST_NAMED]) + more
-    return f"is the model of another run (differs in: {named})"
+    return f"is the model of another run (differs in: {listed(differing, _MOST_NAMED)})"
 
 
 def save_denoiser(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> None:
@@ -214,7 +212,7 @@ def load_stored(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
             f"there is no file {name}; it is not taken for a hub id because {path.parent} is a "
             "folder here"
         )
-    folder = _fetched(name) if on_hub else path
+    folder = folder_of(name) if on_hub else path
     try:
         if _is_ours(folder / MODEL_FILE):
             return load_denoiser(folder / MODEL_FILE)
@@ -238,16 +236,6 @@ def load_stored(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     if path.suffix == ".pkl" and path.stem in CHECKPOINTS:
         metadata = _terms(path.stem) | metadata
     return denoiser, metadata
-
-
-def _fetched(repo_id: str) -> Path:
-    try:
-        return folder_of(repo_id)
-    except ImportError as error:
-        raise InputError(
-            f"there is no file {repo_id}, and as a hub id it needs huggingface_hub ({error}); "
-            "pip install 'bdense[hub]'"
-        ) from error
 
 
 def _is_ours(file: Path) -> bool:

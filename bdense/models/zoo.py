@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bdense.downloads import fetch
-from bdense.errors import InputError, did_you_mean
+from bdense.errors import InputError, did_you_mean, extra
 from bdense.files import user_folder
 from bdense.models.diffusers_files import INDEX
 
@@ -110,13 +110,8 @@ class HubCheckpoint:
         Raises:
             InputError: huggingface_hub is not installed.
         """
-        try:
+        with extra("diffusers", f"{self.name} of the Hugging Face hub"):
             from huggingface_hub import constants, file_download
-        except ImportError as error:
-            raise InputError(
-                f"{self.name} is on the Hugging Face hub, which needs huggingface_hub ({error}); "
-                "pip install 'bdense[diffusers]'"
-            ) from error
         folder: str = file_download.repo_folder_name(repo_id=self.name, repo_type="model")
         return Path(constants.HF_HUB_CACHE, folder)
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from bdense.errors import CheckpointError, InputError
+from bdense.errors import CheckpointError, extra
 from bdense.networks.layers import PositionalEmbedding
 from bdense.networks.network import Network, checkpointed
 from bdense.networks.step_embedding import StepShift, TakesSteps
@@ -26,13 +26,8 @@ def require_diffusers() -> None:
     Raises:
         InputError: It is missing.
     """
-    try:
+    with extra("diffusers", "this model"):
         import diffusers  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"this model needs the diffusers library ({error}); install it with "
-            "pip install 'bdense[diffusers]'"
-        ) from error
 
 
 class DiffusersNetwork(TakesSteps, Network):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.errors import InputError
+from bdense.errors import extra
 from bdense.knobs import KnobError
 from bdense.networks.diffusers_network import DiffusersNetwork
 from bdense.randomness import Stream, seeded
@@ -36,13 +36,8 @@ def require_adaptable(network: nn.Module, config: OptimisationConfig) -> None:
             f"{config.lora_rank} is for networks of diffusers, and this is a "
             f"{type(network).__name__}; take 0, which trains all weights",
         )
-    try:
+    with extra("lora", "lora_rank"):
         import peft  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"lora_rank needs the peft library ({error}); install it with pip install "
-            "'bdense[lora]'"
-        ) from error
     layers = _model(network).named_modules()
     names = [name for name, layer in layers if isinstance(layer, nn.Linear | nn.Conv2d)]
     for target in config.lora_targets or TARGETS:

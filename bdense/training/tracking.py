@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
-from bdense.errors import InputError
+from bdense.errors import InputError, extra
 from bdense.knobs import KnobError
 from bdense.training import TRACKERS
 from bdense.training.loop import IterationReport
@@ -70,12 +70,9 @@ class Tracking(contextlib.AbstractContextManager["Tracking"]):
     def _started(self, place: str, run: str, settings: Mapping[str, Any]) -> Tracker:
         name, _, where = place.partition(":")
         try:
-            tracker = TRACKERS[name](where)
-            tracker.start(run, settings)
-        except ImportError as error:
-            raise KnobError(
-                self._knob, f"{place} needs a package ({error}); pip install 'bdense[{name}]'"
-            ) from error
+            with extra(name, "it"):
+                tracker = TRACKERS[name](where)
+                tracker.start(run, settings)
         except InputError as error:
             raise KnobError(self._knob, f"{place}: {error}") from error
         except Exception as error:

@@ -13,7 +13,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid
 from bdense.diffusion.solvers import DPMSolverPP
 from bdense.methods.trajectories import LiveTrajectories, TrajectoryBatch
-from bdense.networks import SongUNet, SongUNetConfig
+from bdense.networks.song_unet import SongUNet, SongUNetConfig
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
 from benchmarks.timing import (
     interleave,

@@ -11,7 +11,7 @@ from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import DPMSolverPP
 from bdense.methods.sfd import SFDConfig, SFDStage
 from bdense.methods.trajectories import LiveTrajectories, Trajectories
-from bdense.networks import SongUNet, SongUNetConfig
+from bdense.networks.song_unet import SongUNet, SongUNetConfig
 from bdense.training.loop import train
 from bdense.weights.weighting import BranchWeighting, FixedWeights
 

@@ -14,7 +14,7 @@ from bdense.diffusion.conditions import (
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.preconditioning import DDPM
 from bdense.errors import InputError
-from bdense.networks import DiffusersTextUNet
+from bdense.networks.diffusers_unet import DiffusersTextUNet
 from tests.contracts.conditions import ConditionContract
 from tests.networks import awake, tiny_denoiser
 

@@ -10,7 +10,7 @@ from bdense.diffusion.conditions import ClassLabels
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.preconditioning import EDM, IDDPM, VE, VP
 from bdense.errors import CheckpointError, InputError, ShapeError
-from bdense.networks import SongUNet, SongUNetConfig
+from bdense.networks.song_unet import SongUNet, SongUNetConfig
 from tests.networks import TINY, image, one_hot, tiny_denoiser
 from tests.small import same_weights, small_teacher
 

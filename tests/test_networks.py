@@ -8,15 +8,10 @@ import torch.nn.functional as F
 
 from bdense.diffusion.branches import export_branch, widen_head
 from bdense.errors import InputError, ShapeError
-from bdense.networks import (
-    DhariwalUNet,
-    DhariwalUNetConfig,
-    DiffusersTextUNet,
-    DiffusersUNet,
-    DiT,
-    SongUNet,
-    SongUNetConfig,
-)
+from bdense.networks.dhariwal_unet import DhariwalUNet, DhariwalUNetConfig
+from bdense.networks.diffusers_unet import DiffusersTextUNet, DiffusersUNet
+from bdense.networks.dit import DiT
+from bdense.networks.song_unet import SongUNet, SongUNetConfig
 from tests.contracts.networks import NetworkContract
 from tests.example_package import PatchNetwork
 from tests.networks import TINY, awake, image, one_hot, tiny_denoiser

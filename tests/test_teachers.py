@@ -23,7 +23,7 @@ from bdense.diffusion.snr_weights import LOSSES, snr_weight
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.models.store import load_denoiser
-from bdense.networks import SongUNet, SongUNetConfig
+from bdense.networks.song_unet import SongUNet, SongUNetConfig
 from bdense.randomness import Stream, generator
 from bdense.training.teacher import (
     DenoisingUpdate,

@@ -7,23 +7,23 @@ of 10 000 (tiny networks, T of 50 and 1000, N of 1 to 50). A student of latents 
 teacher's pipeline, see ``latent_pipeline``. Needs the ``diffusers`` extra.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.preconditioning import DDPM, native_schedule
 from bdense.diffusion.sampling import Sampler, samplers_from
 from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
-from bdense.files import atomic_folder, require_new
-from bdense.models.card import pipeline_card, readable_json
-from bdense.models.diffusers_files import METADATA
-from bdense.models.folder import CARD, measured_sampler, require_one_branch
-from bdense.models.latent_pipeline import latent_pipeline
+from bdense.files import require_new
+from bdense.models.card import pipeline_card
+from bdense.models.diffusers_files import WEIGHTS
+from bdense.models.folder import export_for_diffusers, measured_sampler, require_one_branch
+from bdense.models.latent_pipeline import LatentPipeline, latent_pipeline
 from bdense.models.latents import draws_latents
-from bdense.networks import DiffusersUNet
+from bdense.networks.diffusers_unet import DiffusersUNet
 
 _CLIPPED = "use_clipped_model_output"
 _INSTEAD = "export it with export_folder, which bdense reads"
@@ -67,44 +67,56 @@ def export_pipeline(
     require_new(folder)
     pipeline = _pipeline_of(denoiser, metadata, teacher)
     known = {**metadata, **pipeline.facts}
-    weights = f"{pipeline.part}/diffusion_pytorch_model.safetensors"
-    called = {**known, "pipeline_call": dict(pipeline.call)}
-    with atomic_folder(folder) as scratch:
-        pipeline.write(scratch)
-        written = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
-        files = [str(path.relative_to(scratch)) for path in written]
-        (scratch / METADATA).write_text(readable_json(weights, denoiser, called))
-        card = pipeline_card(
+    return export_for_diffusers(
+        folder,
+        denoiser,
+        known,
+        weights=f"{pipeline.part}/{WEIGHTS}.safetensors",
+        call=pipeline.call,
+        card=pipeline_card(
             folder.name, denoiser, known, pipeline.call, pipeline.name, pipeline.example
-        )
-        (scratch / CARD).write_text(card)
-    return tuple(folder / name for name in (*files, METADATA, CARD))
+        ),
+        write=pipeline.write,
+    )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Pipeline:
-    """What is written.
+class _DDIMPipeline:
+    """A student of pixels as diffusers' ``DDIMPipeline``; members as of ``LatentPipeline``."""
 
-    Attributes:
-        name: diffusers' class.
-        part: Folder of the network.
-        call: Arguments that draw as the student was measured.
-        example: Those and others, of a call that draws images.
-        write: Writes everything but metadata and card into an empty folder.
-        facts: Further metadata.
-    """
-
-    name: str
-    part: str
+    denoiser: NetworkDenoiser
     call: Mapping[str, Any]
-    example: Mapping[str, Any]
-    write: Callable[[Path], None]
-    facts: Mapping[str, Any]
+
+    name: ClassVar[str] = "DDIMPipeline"
+    part: ClassVar[str] = DiffusersUNet.part
+    facts: ClassVar[Mapping[str, Any]] = {}
+
+    @property
+    def example(self) -> dict[str, Any]:
+        """Arguments of a call that draws images."""
+        return {"batch_size": 64, **self.call}
+
+    def write(self, folder: Path) -> None:
+        """Write everything but the card into an empty folder."""
+        from diffusers import DDIMPipeline, DDIMScheduler
+
+        # DDPM's options have the scheduler's names.
+        scheduler = DDIMScheduler(
+            **self.denoiser.precond.options(),
+            clip_sample=_CLIPPED in self.call,
+            clip_sample_range=1.0,
+            timestep_spacing="trailing",
+            # The last step goes to the clean image, not to the first level.
+            set_alpha_to_one=True,
+            steps_offset=0,
+        )
+        network = self.denoiser.model.unet
+        DDIMPipeline(unet=network, scheduler=scheduler).save_pretrained(folder)
 
 
 def _pipeline_of(
     denoiser: NetworkDenoiser, metadata: Mapping[str, Any], teacher: str | Path | None
-) -> _Pipeline:
+) -> LatentPipeline | _DDIMPipeline:
     """The student's pipeline, once nothing speaks against it."""
     if denoiser.step_condition:
         raise InputError(
@@ -130,41 +142,9 @@ def _pipeline_of(
                 f"the student was distilled for latents of {metadata['codec']}, and the "
                 f"autoencoder of {teacher} makes those of {latent.codec}; give the teacher's own"
             )
-        return _Pipeline(
-            name=latent.name,
-            part=latent.part,
-            call=latent.call,
-            example=latent.example,
-            write=latent.write,
-            facts=latent.facts,
-        )
+        return latent
     precond = _require_network(denoiser)
-    call = _call(measured_sampler(metadata), precond)
-    return _Pipeline(
-        name="DDIMPipeline",
-        part=DiffusersUNet.part,
-        call=call,
-        example={"batch_size": 64, **call},
-        write=lambda folder: _write_ddim(folder, denoiser, precond, clip=_CLIPPED in call),
-        facts={},
-    )
-
-
-def _write_ddim(folder: Path, denoiser: NetworkDenoiser, precond: DDPM, *, clip: bool) -> None:
-    """Write a ``DDIMPipeline`` of the student's own network."""
-    from diffusers import DDIMPipeline, DDIMScheduler
-
-    # DDPM's options have the scheduler's names.
-    scheduler = DDIMScheduler(
-        **precond.options(),
-        clip_sample=clip,
-        clip_sample_range=1.0,
-        timestep_spacing="trailing",
-        # The last step goes to the clean image, not to the first level.
-        set_alpha_to_one=True,
-        steps_offset=0,
-    )
-    DDIMPipeline(unet=denoiser.model.unet, scheduler=scheduler).save_pretrained(folder)
+    return _DDIMPipeline(denoiser=denoiser, call=_call(measured_sampler(metadata), precond))
 
 
 def _require_network(denoiser: NetworkDenoiser) -> DDPM:

@@ -31,8 +31,10 @@ from bdense.models.diffusers_files import (
     public_name,
     read_json,
 )
-from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT, Network
+from bdense.networks import Network
 from bdense.networks.diffusers_network import DiffusersNetwork, require_diffusers
+from bdense.networks.diffusers_unet import DiffusersTextUNet, DiffusersUNet
+from bdense.networks.dit import DiT
 
 NETWORKS: Mapping[str, type[DiffusersNetwork]] = {
     network.kind: network for network in (DiffusersUNet, DiffusersTextUNet, DiT)
@@ -269,7 +271,7 @@ def _denoiser(
     loaded = load_part(getattr(diffusers, network_class.kind), folder, low_cpu_mem_usage=False)
     with torch.random.fork_rng(devices=[]):
         network = network_class(options, outputs=outputs)
-    getattr(network, network_class.part).load_state_dict(loaded.state_dict())
+    network.inner.load_state_dict(loaded.state_dict())
     return NetworkDenoiser(network, precond).eval()
 
 

@@ -28,23 +28,53 @@ from bdense.models.latents import (
     load_codec,
     load_text_encoder,
 )
-from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT
 from bdense.networks.diffusers_network import DiffusersNetwork
+from bdense.networks.diffusers_unet import DiffusersTextUNet, DiffusersUNet
+from bdense.networks.dit import DiT
 
 SCHEDULER = "student_scheduler"  # the module, here and in the folder
-# By network: diffusers' pipeline, and what it calls its autoencoder.
-_PIPELINES: Mapping[str, tuple[str, str]] = {
-    DiffusersTextUNet.kind: ("StableDiffusionPipeline", "vae"),
-    DiT.kind: ("DiTPipeline", "vae"),
-    DiffusersUNet.kind: ("LDMPipeline", "vqvae"),
-}
 # Of StableDiffusionPipeline, which a student does not have.
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 _IMAGENET = 1000  # DiTPipeline's null class, whatever the network's
-_EXAMPLES: Mapping[str, Any] = {
-    "StableDiffusionPipeline": ("prompt", list(EXAMPLE_PROMPTS)),
-    "DiTPipeline": ("class_labels", [0, 1]),
-    "LDMPipeline": ("batch_size", 4),
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """A pipeline of diffusers.
+
+    Attributes:
+        name: Its class.
+        codec_part: What it calls its autoencoder.
+        example: Arguments of a call.
+        takes_classes: Whether a call names classes.
+        guides: Whether a call has a guidance scale.
+        scales_noise: Whether it multiplies its noise by the scheduler's first level.
+    """
+
+    name: str
+    codec_part: str
+    example: Mapping[str, Any]
+    takes_classes: bool = False
+    guides: bool = True
+    scales_noise: bool = True
+
+
+_KINDS = {
+    DiffusersTextUNet.kind: _Kind(
+        name="StableDiffusionPipeline",
+        codec_part="vae",
+        example={"prompt": list(EXAMPLE_PROMPTS)},
+    ),
+    DiT.kind: _Kind(
+        name="DiTPipeline",
+        codec_part="vae",
+        example={"class_labels": [0, 1]},
+        takes_classes=True,
+        scales_noise=False,
+    ),
+    DiffusersUNet.kind: _Kind(
+        name="LDMPipeline", codec_part="vqvae", example={"batch_size": 4}, guides=False
+    ),
 }
 
 
@@ -54,23 +84,26 @@ class LatentPipeline:
 
     Attributes:
         denoiser: Of one branch.
-        sampler: As it was measured with.
         teacher: Folder of the teacher's pipeline.
-        name: diffusers' class of the pipeline.
+        kind: diffusers' pipeline.
         call: Arguments of the pipeline that draw as the student was measured.
         codec: Facts of the autoencoder, as in a teacher's metadata.
-        steps: Of the sampler.
+        steps: As it was measured with.
         text: Where the network takes text.
     """
 
     denoiser: NetworkDenoiser
-    sampler: Sampler
     teacher: Path
-    name: str
+    kind: _Kind
     call: Mapping[str, Any]
     codec: Mapping[str, Any]
     steps: LinearSteps
     text: TextEncoder | None
+
+    @property
+    def name(self) -> str:
+        """diffusers' class of the pipeline."""
+        return self.kind.name
 
     @property
     def part(self) -> str:
@@ -86,15 +119,14 @@ class LatentPipeline:
     @property
     def example(self) -> dict[str, Any]:
         """Arguments of a call that draws images."""
-        name, value = _EXAMPLES[self.name]
-        return {name: value, **self.call}
+        return {**self.kind.example, **self.call}
 
     def write(self, folder: Path) -> None:
         """Write everything but the card into an empty folder."""
         network: Any = self.denoiser.model
-        part, codec_part = network.part, _PIPELINES[network.kind][1]
+        part, codec_part = network.part, self.kind.codec_part
         codec: Any = load_codec(self.teacher)
-        getattr(network, part).save_pretrained(folder / part)
+        network.inner.save_pretrained(folder / part)
         codec.model.save_pretrained(folder / codec_part)
         parts: dict[str, Any] = {
             part: ["diffusers", network.kind],
@@ -108,7 +140,7 @@ class LatentPipeline:
             parts[TOKENIZER] = ["transformers", type(self.text.tokenizer).__name__]
             parts |= {key: [None, None] for key in _LEFT_OUT}
             parts["requires_safety_checker"] = False
-        if self.name == "DiTPipeline" and (labels := self._labels()):
+        if self.kind.takes_classes and (labels := self._labels()):
             parts["id2label"] = labels
         for file in folder.glob(f"*/{CONFIG}"):
             _drop_origin(file)
@@ -143,7 +175,7 @@ class LatentPipeline:
             "sigmas": steps.levels,
             "start": steps.start / root[0],
             # It passes its noise on as it is.
-            "scales_first_input": self.name == "DiTPipeline",
+            "scales_first_input": not self.kind.scales_noise,
             "state_factors": [
                 k * here / there
                 for k, here, there in zip(steps.state_factors, root, after, strict=True)
@@ -177,13 +209,13 @@ def latent_pipeline(
     network, precond = denoiser.model, denoiser.precond
     if not isinstance(network, DiffusersNetwork) or not isinstance(precond, DDPM):
         raise InputError(
-            f"pipelines of latents are of networks {', '.join(_PIPELINES)} with precond ddpm, but "
+            f"pipelines of latents are of networks {', '.join(_KINDS)} with precond ddpm, but "
             f"the student is a {denoiser.describe()['network']} with precond {precond.name}; "
             "export it with export_folder"
         )
-    name, _ = _PIPELINES[network.kind]
+    kind = _KINDS[network.kind]
     steps = linear_steps(sampler)
-    _require_condition(network, name, sampler.guidance)
+    _require_condition(network, kind, sampler.guidance)
     folder = folder_of(teacher)
     found = codec_config(folder)
     if found is None:
@@ -195,14 +227,13 @@ def latent_pipeline(
     if "shift_factor" in codec:
         raise InputError(
             f"the autoencoder of {folder} shifts its latents by {codec['shift_factor']}, which "
-            f"{name} does not; export the student with export_folder"
+            f"{kind.name} does not; export the student with export_folder"
         )
-    guidance = {"guidance_scale": sampler.guidance} if name != "LDMPipeline" else {}
+    guidance = {"guidance_scale": sampler.guidance} if kind.guides else {}
     return LatentPipeline(
         denoiser=denoiser,
-        sampler=sampler,
         teacher=folder,
-        name=name,
+        kind=kind,
         call={"num_inference_steps": len(steps.levels), **guidance},
         codec=codec,
         steps=steps,
@@ -210,23 +241,23 @@ def latent_pipeline(
     )
 
 
-def _require_condition(network: DiffusersNetwork, name: str, guidance: float) -> None:
+def _require_condition(network: DiffusersNetwork, kind: _Kind, guidance: float) -> None:
     """Refuse conditions and guidance that the pipeline cannot be called with."""
     if guidance < 1:
         raise InputError(
-            f"the student is guided by {guidance:g}, and {name} guides by 1 or more; distil it "
-            "with another guidance_student or measure it at another guidance, or export it with "
-            "export_folder"
+            f"the student is guided by {guidance:g}, and {kind.name} guides by 1 or more; distil "
+            "it with another guidance_student or measure it at another guidance, or export it "
+            "with export_folder"
         )
-    if name == "LDMPipeline" and network.label_dim:
+    if network.label_dim and not kind.takes_classes:
         raise InputError(
-            f"the student has {network.label_dim} classes, but LDMPipeline takes no class; export "
+            f"the student has {network.label_dim} classes, but {kind.name} takes no class; export "
             "it with export_folder"
         )
-    if name == "DiTPipeline" and guidance != 1 and network.label_dim != _IMAGENET:
+    if kind.takes_classes and guidance != 1 and network.label_dim != _IMAGENET:
         raise InputError(
             f"the student is guided by {guidance:g} and has {network.label_dim} classes, but "
-            f"DiTPipeline guides networks of {_IMAGENET} alone; export it with export_folder"
+            f"{kind.name} guides networks of {_IMAGENET} alone; export it with export_folder"
         )
 
 

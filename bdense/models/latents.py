@@ -29,16 +29,16 @@ from bdense.models.diffusers_files import (
 )
 from bdense.models.diffusers_teacher import codec_config
 from bdense.models.zoo import PROMPT_SETS
-from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT
 from bdense.networks.diffusers_network import require_diffusers
+from bdense.networks.diffusers_unet import DiffusersUNet
 
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 _TEXT = "text"  # the usual column, as of MS-COCO's captions
 
 
 def draws_latents(model: NetworkDenoiser, metadata: Mapping[str, Any]) -> bool:
-    """Whether what a model draws becomes images by an autoencoder alone."""
-    return isinstance(model.model, DiffusersTextUNet | DiT) or "codec" in metadata
+    """Whether the model draws latents."""
+    return model.model.latent or "codec" in metadata
 
 
 def known_shape(

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError, listed
-from bdense.files import atomic_folder, require_new
-from bdense.models.card import lora_card, readable_json
-from bdense.models.diffusers_files import LORA_WEIGHTS, METADATA, folder_of, public_name
+from bdense.files import require_new
+from bdense.models.card import lora_card
+from bdense.models.diffusers_files import LORA_WEIGHTS, folder_of, public_name
 from bdense.models.diffusers_teacher import read_diffusers
-from bdense.models.folder import CARD, measured_sampler, require_one_branch
+from bdense.models.folder import export_for_diffusers, measured_sampler, require_one_branch
 from bdense.models.latent_pipeline import latent_pipeline
 
 _PIPELINE = "StableDiffusionPipeline"
@@ -57,16 +57,20 @@ def export_lora(
         )
     adapters = _adapters(denoiser, read_diffusers(teacher, place)[0])
     known = {"teacher": public_name(teacher, place), **metadata, **pipeline.facts}
-    with atomic_folder(folder) as scratch:
+
+    def write(scratch: Path) -> None:
         _save(scratch, adapters)
         pipeline.write_scheduler(scratch)
-        called = {**known, "pipeline_call": dict(pipeline.call)}
-        (scratch / METADATA).write_text(readable_json(LORA_WEIGHTS, denoiser, called))
-        card = lora_card(folder.name, denoiser, known, pipeline.call, pipeline.example)
-        (scratch / CARD).write_text(card)
-        written = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
-        files = [path.relative_to(scratch) for path in written]
-    return tuple(folder / name for name in files)
+
+    return export_for_diffusers(
+        folder,
+        denoiser,
+        known,
+        weights=LORA_WEIGHTS,
+        call=pipeline.call,
+        card=lora_card(folder.name, denoiser, known, pipeline.call, pipeline.example),
+        write=write,
+    )
 
 
 def low_rank(change: Tensor, rounding: float) -> tuple[Tensor, Tensor]:

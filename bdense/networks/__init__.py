@@ -1,23 +1,9 @@
 """Networks F(x; c_noise) with EDM's parameter names, so that its checkpoints load; diffusers'."""
 
-from bdense.networks.dhariwal_unet import DhariwalUNet, DhariwalUNetConfig
-from bdense.networks.diffusers_unet import DiffusersTextUNet, DiffusersUNet
-from bdense.networks.dit import DiT
 from bdense.networks.network import Network
-from bdense.networks.song_unet import SongUNet, SongUNetConfig
 from bdense.registry import Registry
 
-__all__ = [
-    "NETWORKS",
-    "DhariwalUNet",
-    "DhariwalUNetConfig",
-    "DiT",
-    "DiffusersTextUNet",
-    "DiffusersUNet",
-    "Network",
-    "SongUNet",
-    "SongUNetConfig",
-]
+__all__ = ["NETWORKS", "Network"]
 
 # By the name that descriptions and EDM's files give as ``network`` or ``model_type``.
 NETWORKS: Registry[type[Network]] = Registry(

@@ -83,6 +83,11 @@ class DiffusersNetwork(TakesSteps, Network):
             shifts = [StepShift(width, each, each.linear_2.out_features) for each in times]
             self.affine_step = nn.ModuleList(shifts)
 
+    @property
+    def inner(self) -> Any:  # noqa: ANN401  a model class of diffusers
+        """diffusers' own model."""
+        return getattr(self, self.part)
+
     def tell_step(self, num_points: int | Tensor | None, x: Tensor) -> None:
         """Set what the next call adds to its time embeddings."""
         if self.step_condition:
@@ -157,12 +162,11 @@ class DiffusersNetwork(TakesSteps, Network):
 
     def checkpoint_blocks(self, on: bool) -> None:
         """As in ``Network``, by the model's own switch."""
-        model = getattr(self, self.part)
         if on:
-            # diffusers' default is no function that travels to other processes.
-            model.enable_gradient_checkpointing(checkpointed)
+            # diffusers' default function cannot be pickled.
+            self.inner.enable_gradient_checkpointing(checkpointed)
         else:
-            model.disable_gradient_checkpointing()
+            self.inner.disable_gradient_checkpointing()
 
     def describe(self) -> dict[str, Any]:
         config = {"img_channels": self.img_channels, self.part: self.options}

@@ -96,6 +96,7 @@ class DiffusersTextUNet(DiffusersNetwork):
 
     kind: ClassVar[str] = "UNet2DConditionModel"
     part: ClassVar[str] = "unet"
+    latent: ClassVar[bool] = True
     head_name = "unet.conv_out"
     unet: Any
 

@@ -22,6 +22,7 @@ class DiT(DiffusersNetwork):
 
     kind: ClassVar[str] = "DiTTransformer2DModel"
     part: ClassVar[str] = "transformer"
+    latent: ClassVar[bool] = True
     head_name = "transformer.proj_out_2"
     has_null_class = True
     transformer: Any

@@ -6,7 +6,7 @@ B batch, K branches, C image channels, P channels of one prediction, H x W pixel
 import abc
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class Network(nn.Module, abc.ABC):
             for none in particular.
         step_condition: Whether ``forward`` takes, and needs, ``num_points``.
         step_values: Numbers that ``num_points`` gives for each image.
+        latent: Whether what it denoises are always latents.
         num_branches: K.
         prediction_channels: P: C, or more where each prediction has a variance behind it.
         head_name: Dotted name of the last layer, whose weight and bias have a row for each output.
@@ -54,6 +55,7 @@ class Network(nn.Module, abc.ABC):
     has_null_class: bool = False
     step_condition: bool = False
     step_values: int = 1
+    latent: ClassVar[bool] = False
     conditions: Any = None
     num_branches: int
     prediction_channels: int

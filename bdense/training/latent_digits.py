@@ -22,8 +22,8 @@ from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.files import atomic_folder, file_lock
 from bdense.models.diffusers_files import INDEX
 from bdense.models.latents import load_codec, load_text_encoder
-from bdense.networks import DiffusersTextUNet
 from bdense.networks.diffusers_network import require_diffusers
+from bdense.networks.diffusers_unet import DiffusersTextUNet
 from bdense.randomness import Stream, generator, one_thread, seeded
 from bdense.training.loop import train
 from bdense.training.teacher import NoisyBatch, TeacherConfig, TeacherStage, draw_levels

@@ -38,7 +38,7 @@ def require_adaptable(network: nn.Module, config: OptimisationConfig) -> None:
         )
     with extra("lora", "lora_rank"):
         import peft  # noqa: F401
-    layers = _model(network).named_modules()
+    layers = network.inner.named_modules()
     names = [name for name, layer in layers if isinstance(layer, nn.Linear | nn.Conv2d)]
     for target in config.lora_targets or TARGETS:
         if not any(name == target or name.endswith(f".{target}") for name in names):
@@ -71,7 +71,7 @@ def add_adapters(student: NetworkDenoiser, config: OptimisationConfig, seed: int
     )
     # On the CPU, so that every device starts with the same numbers.
     device = next(student.parameters()).device
-    model = _model(network).cpu()
+    model = network.inner.cpu()
     with seeded(torch.device("cpu"), seed, Stream.INITIALISATION, 3):
         inject_adapter_in_model(given, model)
     student.to(device)
@@ -91,9 +91,3 @@ def merged(student: NetworkDenoiser) -> NetworkDenoiser:
             layer.merge()
             setattr(whole.get_submodule(parent), own, layer.get_base_layer())
     return whole.requires_grad_(True)
-
-
-def _model(network: DiffusersNetwork) -> nn.Module:
-    """diffusers' own model."""
-    model: nn.Module = getattr(network, network.part)
-    return model

@@ -30,7 +30,7 @@ from bdense.diffusion.snr_weights import snr_weight
 from bdense.errors import CheckpointError, InputError, did_you_mean
 from bdense.execution import Execution, moved
 from bdense.knobs import KnobError, Knobs, knob, knob_of
-from bdense.networks import SongUNet, SongUNetConfig
+from bdense.networks.song_unet import SongUNet, SongUNetConfig
 from bdense.randomness import Stream, derive_seed, generator
 from bdense.training.loop import IterationReport, train
 from bdense.training.optimisation import OptimisationConfig

@@ -301,7 +301,7 @@ def follow_one_sum(team: Team, device: torch.device, job: object) -> None:
 
 def test_a_trial_is_measured_in_a_process_of_its_own():
     """Its memory against that of a training here; loosely, as torch reserves more than it uses."""
-    study = spec(budget__batch=1024, budget__kimg=1.024, trajectories={"mode": "live"})
+    study = spec(method__batch=1024, method__kimg=1.024, trajectories={"mode": "live"})
     found = measure(study)
     assert found.device == "cuda"
     assert 0 < found.update_seconds < 60

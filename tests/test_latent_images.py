@@ -352,8 +352,6 @@ def test_what_does_not_fit_is_refused_before_images_are_encoded(tmp_path):
     assert "data digits has images of 1 x 8 x 8, and the teacher is a network for 3 x 16 x 16" in (
         shapes
     )
-    unguidable = commands.refused(commands.bdense(*asked, *cache, "--guidance-teacher", 2))
-    assert "guidance 2 needs a network that was trained without its condition" in unguidable
     assert not (tmp_path / "cache").exists()
 
 

@@ -165,17 +165,11 @@ def test_latents_without_an_autoencoder_are_no_images():
         bdense.load_text_encoder(LATENT / "unet-a-epsilon")
 
 
-def test_guidance_needs_a_null_and_text_needs_prompts():
-    ldm, known = load_model(LATENT / "ldm-a")
-    levels = known["levels"]
-    guided = SFDConfig(nfe=2, batch=2, kimg=0.002, guidance_teacher=2.0, **levels)
-    weights = lambda: FixedWeights(torch.ones(1))  # noqa: E731
-    with pytest.raises(InputError, match="guidance 2 needs"):
-        distill(SFD(), ldm, guided, weights, Inputs())
+def test_text_needs_prompts():
     text, known = load_model(LATENT / "unet-a-epsilon")
     plain = SFDConfig(nfe=2, batch=2, kimg=0.002, **known["levels"])
     with pytest.raises(InputError, match="give prompts"):
-        list(distill(SFD(), text, plain, weights, Inputs()))
+        list(distill(SFD(), text, plain, lambda: FixedWeights(torch.ones(1)), Inputs()))
 
 
 # ---- a student ----

@@ -298,7 +298,6 @@ def test_a_finite_loss_whose_gradient_overflows_stops_the_run():
         ({"lr": math.nan}, "lr must be .* got nan"),
         ({"weight_decay": 0.1}, "weight_decay 0.1 needs `optimizer` adamw"),
         ({"rho": 5.0}, "rho 5 is for another schedule: native"),
-        ({"schedule": "logsnr", "sigma_min": 99.0}, "needs 0 < sigma_min < sigma_max"),
     ],
 )
 def test_bad_settings_are_named(options, message):

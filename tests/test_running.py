@@ -143,19 +143,10 @@ def test_a_baseline_that_failed_is_tried_again_by_the_next_launch():
     ("weights", "point", "said"),
     [
         (BOUNDED, ("--a", 3.5, "--b=-1"), "a 3.5 lies outside weights.a, -0.5 to 3"),
-        (BOUNDED, ("--a", 1), "have the parameters a, b, got a;"),
         # exp(4 * 1 - 3) = e.
         (BOUNDED, ("--a", 1, "--b=-3"), "by 0.7183; choose others, or raise weights.largest"),
-        ({"name": "normalised"}, ("--a", 1, "--b=-1"), "have the parameters a, got a, b"),
-        ({"name": "learned"}, ("--a", 1), "have the parameters rule, strength, got a"),
-        (
-            {"name": "learned"},
-            ("--rule", "mine", "--strength", 1),
-            "rule must be uncertainty or gradient-norm, got mine",
-        ),
         ({"name": "end-point"}, ("--set", "end=2", "--set", "wing=1"), "end, got end, wing"),
         ({"name": "end-point"}, ("--set", "end=11"), "end 11 lies outside weights.end, 1 to 10"),
-        ({"name": "end-point"}, ("--set", "end=high"), "end must be a number, got 'high'"),
         ({"name": "end-point"}, ("--set", "end=2", "--set", "end=3"), "end is given twice"),
     ],
 )

@@ -12,8 +12,10 @@ from bdense.diffusion.conditions import Classes
 from bdense.diffusion.intervals import VariableGrid
 from bdense.diffusion.solvers import DPMSolverPP, Euler
 from bdense.diffusion.step_condition import with_step_condition
+from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import CheckpointError, InputError
 from bdense.methods.method import Inputs, Recordings
+from bdense.methods.progressive import pd_sampler
 from bdense.methods.sfd import SFD, SFDConfig, SFDStage
 from bdense.methods.trajectories import LiveTrajectories
 from bdense.training.loop import train
@@ -172,6 +174,9 @@ def test_the_second_stage_walks_as_its_teacher_draws():
     jumps = {"sampler": known["sampler"] | {"solver": "consistency"}}
     with pytest.raises(InputError, match="draws by consistency"):
         method.check(config, teacher, jumps)
+    rounds = {"sampler": pd_sampler(CosineSchedule(), 2).describe()}
+    with pytest.raises(InputError, match="walks students of SFD, and the teacher draws by cosine"):
+        method.check(config, teacher, rounds)
     with pytest.raises(InputError, match="and this teacher is no student"):
         method.check(config, teacher, {})
     with pytest.raises(InputError, match="the teacher is a student, which knows the levels it"):
@@ -217,8 +222,6 @@ def test_usual_values_depend_on_what_is_made():
         ({"solver": "dpm3"}, "solver must be .* did you mean dpm2"),
         ({"solver": "consistency"}, "solver must be one of euler, ddim"),
         ({"solver": "euler", "order": 2}, "euler has order 1 alone, got 2"),
-        ({"solver": "heun", "thresholding": True}, "heun has no thresholding"),
-        ({"sigma_min": 90.0}, "needs 0 < sigma_min < sigma_max"),
         ({"step_condition": "random"}, "step_condition random is for a student of several NFE"),
         ({"second_stage": True}, "solver must be euler with `second_stage`"),
         ({"second_stage": True, "nfe": (1, 2)}, "second_stage is for one NFE"),

@@ -57,11 +57,6 @@ OF_ANY_METHOD = [
     ({"method__optimizer": "adma"}, "method.optimizer", "adam, adamw, sgd, .* mean adam"),
     ({"method__weight_decay": 0.1}, "method.weight_decay", "0.1 needs `optimizer` adamw"),
     ({"method__schedule": "logsn"}, "method.schedule", "did you mean logsnr?"),
-    (
-        {"method__schedule": "polynomial", "method__sigma_min": 90.0},
-        "method",
-        "sigma_min=90.0, sigma_max=80.0",
-    ),
     ({"resources": {"gpus": 3}}, "method.batch", "64 .* resources.gpus 3"),
     ({"confirm": {"method": {"lrs": 3}}}, "confirm.method.lrs", "did you mean lr?"),
     ({"plan": {**ARMS, "variants": [{}, {"lr": 0}]}}, "plan.variants.1.lr", "got 0"),
@@ -73,14 +68,7 @@ OF_ANY = [
     ({"weights": {"name": "linear"}}, "weights", "did you mean log-linear?"),
     ({"weights": 3}, "weights", "a mapping with a name and its settings, got 3"),
     ({"weights": {**NORMALISED, "larges": 1}}, "weights.larges", "did you mean largest?"),
-    ({"weights": {**NORMALISED, "b": 1}}, "weights.b", "known: a, largest"),
-    (
-        {"weights": {"name": "normalised", "a": {"low": 3, "high": 1}}},
-        "weights.a.low",
-        "3 is above high 1",
-    ),
     ({"weights": {"name": "normalised", "a": {"low": math.nan}}}, "weights.a.low", "got nan"),
-    ({"weights": {**LEARNED, "rules": ["loss"]}}, "weights.rules", "got ['loss']"),
     ({"plan": REMOVED}, "plan", "missing"),
     ({"plan": 7}, "plan", "a mapping with trials or arms, got 7"),
     ({"plan": {"trials": 1, "sampler": ["GPSampler"]}}, "plan.sampler", "with a name"),
@@ -101,22 +89,7 @@ OF_ANY = [
     ({"teacher": {"recipe": "latent-digits"}}, "prompts", "give a file of prompts"),
     ({"prompts": __file__}, "prompts", "takes no text"),
     ({"teacher__train__kimg": 0}, "teacher.train.kimg", "got 0"),
-    (
-        {"teacher__train__network": {"num_blok": 3}},
-        "teacher.train.network.num_blok",
-        "mean num_blocks",
-    ),
     ({"teacher__train__network__model_channels": 6}, "teacher.train.network", "multiple of 4"),
-    (
-        {"teacher__train__precond": {"name": "vp"}},
-        "teacher.train.precond",
-        "cosine or ddpm, got 'vp'",
-    ),
-    (
-        {"teacher__train__precond": {"name": "cosine", "timesteps": 64}},
-        "teacher.train",
-        "'timesteps'",
-    ),
     ({"evaluation__metrics": ["fid", "is"]}, "evaluation.metrics", "got ['fid', 'is']"),
     ({"evaluation__metrics": ["kid"]}, "evaluation", "['kid'] lack fid"),
     (
@@ -124,7 +97,6 @@ OF_ANY = [
         "evaluation",
         "drop reference",
     ),
-    ({"evaluation__extractor": "inceptoin"}, "evaluation.extractor", "'inceptoin'; known are"),
     ({"seeds": {"sampler": 2**31}}, "seeds.sampler", "got 2147483648"),
     ({"resources": {"gpus": -1}}, "resources.gpus", "auto or a number .* 0, got -1"),
     ({"resources": {"gpus": 1.5}}, "resources.gpus", "give 0 to 1, 1 or 2"),
@@ -144,18 +116,14 @@ OF_ANY = [
     ),
     ({"precision": "float8"}, "precision", "bfloat16, float16, got 'float8'"),
     ({"precision": "tf32", "resources": {"gpus": 0}}, "precision", "tf32 needs a CUDA device"),
-    ({"data": "digitz"}, "data", "'digitz'; known are"),
-    ({"data": "cifar10@16"}, "data", "larger"),
     ({"data": REMOVED}, "data", "missing"),
     ({"name": "Digits NFE 2"}, "name", "'Digits NFE 2'"),
     ({"name": "cache"}, "name", "'cache' is a folder"),
     ({"name": "digits.baselines"}, "name", "'digits.baselines'"),
 ]
 SFD_ALONE = [
-    ({"method__nfe": [2, 2]}, "method.nfe", "different ones, got (2, 2)"),
     ({"method__solver": "dpm"}, "method.solver", "did you mean dpm2?"),
     ({"method__order": 4}, "method", "dpmpp.* order .* 1 to 3, got 4"),
-    ({"method__solver": "heun", "method__thresholding": True}, "method", "no thresholding"),
     ({"weights": ONE_POINT}, "plan.trials", "4 trials would all be the same"),
     ({"weights": {**NORMALISED, "largest": 0.5}}, "weights.largest", "0.5 rules out .* is 1;"),
     (
@@ -201,35 +169,13 @@ SFD_ALONE = [
 ]
 PD_ALONE = [
     ({"method__until": REMOVED}, "method.until", "missing"),
-    ({"method__until": 3}, "method.steps", "end at `until` 4 or 2, or start at 6"),
-    ({"method__steps": 2}, "method.until", "`steps` 2, .* got 2"),
-    (
-        {"weights": PER_INTERVAL, "plan": {"trials": 3}},
-        "weights",
-        "per-interval needs .* choose normalised",
-    ),
     ({"plan": {**ARMS, "arms": [SLOPES]}}, "plan.arms.0", "of 2 intervals .* that trains 1 in"),
     ({"method__prediction_type": "eps"}, "method.prediction_type", "did you mean epsilon?"),
-    ({"method__rho": 3}, "method.rho", "3 is for another schedule"),
     ({"precision": "float16"}, "method", "bfloat16"),
     ({"plan": {"trials": 3, "at": [0.5]}}, "plan.at", "2 stages"),
     ({"data": REMOVED, "teacher": DDPM, "evaluation__reference": REFERENCE}, "data", "missing"),
     # Before anything is spent.
     ({"teacher__train__precond": REMOVED}, "method", "precond='edm' .* choose another"),
-    (
-        {"teacher": EDM, "data": "cifar10", "evaluation__extractor": "inception"},
-        "method",
-        "precond='edm' .* choose another",
-    ),
-    (
-        {
-            "teacher__train__precond": REMOVED,
-            "method__schedule": "polynomial",
-            "method__prediction_type": "sample",
-        },
-        "method",
-        "prediction_type sample needs",
-    ),
 ]
 
 

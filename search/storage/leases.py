@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import sqlalchemy as sa
-from optuna.trial import TrialState
 from sqlalchemy.dialects import postgresql, sqlite
 
 from search.storage.tables import (
     FOREIGN,
     LEASE,
-    LEFT_OUT,
     RELEASED,
     SERVER,
     STATE,
@@ -125,6 +123,7 @@ class Leases:
         self._engine = engine
         self._study_id = study_id
         self._postgres = engine.dialect.name == "postgresql"
+        self._clock = database_clock(engine)
         self._ahead: float | None = None  # the server's clock, of this process's
 
     def sweep(self, connection: sa.Connection) -> None:
@@ -140,7 +139,7 @@ class Leases:
         """
         insert = postgresql.insert if self._postgres else sqlite.insert
         started = _SERVER_START if self._postgres else _BOOT
-        seen = self._clock() if self._postgres else _WALL - _SINCE_BOOT
+        seen = self._clock if self._postgres else _WALL - _SINCE_BOOT
         known = insert(SERVER).values(started=started, seen=seen).on_conflict_do_nothing()
         connection.execute(known)
         if self._postgres:
@@ -151,11 +150,11 @@ class Leases:
 
         Known by this process's own clock, which stands while its machine sleeps.
         """
-        now = connection.execute(sa.select(self._clock())).scalar_one()
+        now = connection.execute(sa.select(self._clock)).scalar_one()
         ahead, self._ahead = now - time.monotonic(), self._ahead
         if self._ahead is not None and ahead - self._ahead > self.ttl / 3:
             mine = SERVER.c.started == _SERVER_START
-            connection.execute(sa.update(SERVER).where(mine).values(seen=self._clock()))
+            connection.execute(sa.update(SERVER).where(mine).values(seen=self._clock))
         self._ahead = ahead
 
     def running(self, connection: sa.Connection) -> list[RunningRow]:
@@ -164,7 +163,7 @@ class Leases:
             sa.select(
                 TRIALS.c.trial_id.label("trial"),
                 TRIALS.c.number,
-                self._clock().label("now"),
+                self._clock.label("now"),
                 self._serving().label("serving"),
                 *LEASE.c,
             )
@@ -173,15 +172,6 @@ class Leases:
             .order_by(TRIALS.c.number)
         )
         return [self._running_row(row) for row in rows.mappings()]
-
-    def count_states(self, connection: sa.Connection) -> dict[str, int]:
-        """Number of trials in each of Optuna's five states, without those that count nowhere."""
-        counted = connection.execute(
-            sa.select(STATE.label("state"), sa.func.count().label("trials"))
-            .where(TRIALS.c.study_id == self._study_id, ~LEFT_OUT)
-            .group_by(STATE)
-        )
-        return {state.name: 0 for state in TrialState} | {row.state: row.trials for row in counted}
 
     def count_begun(self, connection: sa.Connection) -> int:
         """Trials that ever started, including those that count nowhere."""
@@ -197,8 +187,8 @@ class Leases:
             "owner": owner,
             "attempt": row.attempt + 1,
             "forgiven": row.forgiven,
-            "claimed": self._clock(),
-            "expires": self._clock() + self.ttl,
+            "claimed": self._clock,
+            "expires": self._clock + self.ttl,
             "progress": "",
             **dataclasses.asdict(Process.current()),
         }
@@ -214,9 +204,9 @@ class Leases:
         )
         return written.rowcount == 1
 
-    def renew(self, claim: Claim, progress: str | None = None) -> bool:
+    def renew(self, claim: Claim) -> bool:
         """Make the lease last a full ``ttl`` from now; False if it is lost."""
-        return self._write(self._renewal(progress), claim)
+        return self._write(self._renewal(), claim)
 
     def renew_and_read(self, claim: Claim, progress: str | None, key: str) -> tuple[bool, str]:
         """Like ``renew``; also returns an attribute of the study, as JSON or ''."""
@@ -230,8 +220,8 @@ class Leases:
             found = connection.execute(asking).one_or_none()
         return found is not None, (found and found.stored) or ""
 
-    def _renewal(self, progress: str | None) -> sa.Update:
-        values: dict[str, Any] = {"expires": self._clock() + self.ttl}
+    def _renewal(self, progress: str | None = None) -> sa.Update:
+        values: dict[str, Any] = {"expires": self._clock + self.ttl}
         if progress is not None:
             values["progress"] = progress[:_PROGRESS_CHARACTERS]
         return sa.update(LEASE).values(values)
@@ -287,15 +277,12 @@ class Leases:
             adoptable=has_expired or row["expires"] == RELEASED or process.is_seen_dead(),
         )
 
-    def _clock(self) -> sa.ColumnElement[float]:
-        return database_clock(self._engine)
-
     def _serving(self) -> sa.ColumnElement[float]:
         """Seconds since this start of the server was first seen; infinite for SQLite."""
         if not self._postgres:
             return sa.literal(math.inf)
         seen = sa.select(SERVER.c.seen).where(SERVER.c.started == _SERVER_START).scalar_subquery()
-        return sa.func.coalesce(self._clock() - seen, 0.0)
+        return sa.func.coalesce(self._clock - seen, 0.0)
 
 
 def database_clock(engine: sa.Engine) -> sa.ColumnElement[float]:

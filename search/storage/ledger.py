@@ -85,6 +85,15 @@ class _Asking:
         """The sampler for the ``offset``-th suggestion; any, for planned trials."""
         return RandomSampler() if self.sampler is None else self.sampler(offset)
 
+    def fits(self, params: Mapping[str, Any]) -> bool:
+        """Whether a trial can start with these parameters; given arms need all of them."""
+        try:
+            for name in self.space.keys() & params.keys():
+                self.space[name].to_internal_repr(params[name])
+        except (ValueError, TypeError):
+            return False
+        return self.sampler is not None or self.space.keys() == params.keys()
+
 
 def _failure_attributes(reason: str, detail: str) -> dict[str, str]:
     """Attributes of a failed trial, without passwords."""
@@ -105,7 +114,6 @@ class Ledger(LedgerReader):
         # A process outside any launch ends with stop requests from now on.
         self.launch = Launch(name="", stops=Stops.of(attributes.get(HALT)).count)
         self._lock = lock_name(study.study_name)
-        self._claimer = _Claimer(study, self._leases, self.max_attempts)
         self._warm = False
 
     @classmethod
@@ -242,8 +250,7 @@ class Ledger(LedgerReader):
         """Set the budget to the number of trials that were started."""
 
         def end(connection: sa.Connection) -> None:
-            started = _started(self._leases.count_states(connection))
-            self.study.set_user_attr("budget", started)
+            self.study.set_user_attr("budget", self.counts_in(connection, 0).started)
 
         self._locked(end)
 
@@ -273,14 +280,15 @@ class Ledger(LedgerReader):
         asking = _Asking(space=space, sampler=sampler, constraint=constraint)
         if not self._warm:
             # Not under the lock, where all others would wait: seconds for 10,000 trials.
-            retrying(self._claimer.load_trials)
+            retrying(partial(self.study.get_trials, deepcopy=False))
             self._warm = True
 
         def attempt(connection: sa.Connection) -> Claim | Wait | Done:
             stored = self.study.user_attrs
             if Stops.of(stored.get(HALT)).reaches(self.launch):
                 raise stopped_error(self.name)
-            return self._claimer.claim(connection, asking, int(stored["budget"]))
+            budget = int(stored["budget"])
+            return _Claimer(self, self._leases, connection, asking, budget).claim()
 
         return self._locked(attempt)
 
@@ -395,62 +403,54 @@ class Ledger(LedgerReader):
         retrying(partial(self._leases.drop, claim))
 
 
+@dataclass(frozen=True, slots=True)
 class _Claimer:
-    """Picks the trial to work on.
+    """Picks the trial to work on, through the connection that holds the study's lock.
 
     On PostgreSQL the connection that holds the lock is in a transaction, and Optuna writes through
     its own connections. The lease is taken last, so that the two never wait for each other.
     """
 
-    def __init__(self, study: optuna.Study, leases: Leases, max_attempts: int) -> None:
-        self._study = study
-        self._leases = leases
-        self._max_attempts = max_attempts
+    ledger: Ledger
+    leases: Leases
+    connection: sa.Connection
+    asking: _Asking
+    budget: int
 
-    def load_trials(self) -> None:
-        """Fill Optuna's cache without the lock, so that later calls read only new trials."""
-        self._study.get_trials(deepcopy=False)
+    @property
+    def study(self) -> optuna.Study:
+        """The Optuna study."""
+        return self.ledger.study
 
-    def claim(
-        self, connection: sa.Connection, asking: _Asking, budget: int
-    ) -> Claim | Wait | Done:
-        """A trial to take over, else a new one, else ``Wait`` or ``Done``.
-
-        Args:
-            connection: The connection that holds the study's lock.
-            asking: Arguments of the call.
-            budget: Trials to run in all.
-        """
-        self._leases.note_server(connection)
-        self._leases.sweep(connection)
-        for row in self._leases.running(connection):
-            if row.owner == asking.owner:
+    def claim(self) -> Claim | Wait | Done:
+        """A trial to take over, else a new one, else ``Wait`` or ``Done``."""
+        self.leases.note_server(self.connection)
+        self.leases.sweep(self.connection)
+        for row in self.leases.running(self.connection):
+            if row.owner == self.asking.owner:
                 # An earlier attempt of this call was committed, but its answer was lost.
-                params = self._trial(row, asking).params
-                return _claim(row, params, asking, attempt=row.attempt, adopted=row.attempt > 1)
-            if row.adoptable and (claim := self._adopt(connection, row, asking, budget)):
+                params = self._trial(row).params
+                return self._claim(row, params, attempt=row.attempt, adopted=row.attempt > 1)
+            if row.adoptable and (claim := self._adopt(row)):
                 return claim
-        self._leases.sweep(connection)
-        return self._begin(connection, asking, budget)
+        self.leases.sweep(self.connection)
+        return self._begin()
 
-    def _begin(
-        self, connection: sa.Connection, asking: _Asking, budget: int
-    ) -> Claim | Wait | Done:
+    def _begin(self) -> Claim | Wait | Done:
         params: dict[str, Any] = {}
         for _ in range(MAX_REFUSED_IN_A_ROW):
-            states = self._leases.count_states(connection)
-            if states["WAITING"] and self._refuse_unusable(asking):
+            counts = self.ledger.counts_in(self.connection, self.budget)
+            if counts.waiting and self._refuse_unusable():
                 continue
-            planned_alone = asking.sampler is None and not states["WAITING"]
-            if _started(states) >= budget or planned_alone:
-                return Wait() if states["RUNNING"] else Done()
-            self._study.sampler = asking.sampler_at(self._leases.count_begun(connection))
-            trial = self._study.ask(fixed_distributions=dict(asking.space))
+            planned_alone = self.asking.sampler is None and not counts.waiting
+            if counts.started >= self.budget or planned_alone:
+                return Wait() if counts.running else Done()
+            begun = self.leases.count_begun(self.connection)
+            self.study.sampler = self.asking.sampler_at(begun)
+            trial = self.study.ask(fixed_distributions=dict(self.asking.space))
             params = trial.params
             row = RunningRow(trial_id=trial._trial_id, number=trial.number)
-            if self._within_bounds(trial, asking) and (
-                claim := self._take(connection, row, params, asking, adopted=False)
-            ):
+            if self._within_bounds(trial) and (claim := self._take(row, params, adopted=False)):
                 return claim
         raise InputError(
             f"{MAX_REFUSED_IN_A_ROW} suggestions in a row were beyond the bound on the largest "
@@ -458,54 +458,55 @@ class _Claimer:
             "of the search space"
         )
 
-    def _refuse_unusable(self, asking: _Asking) -> bool:
+    def _refuse_unusable(self) -> bool:
         """Fail trials that another program planned outside the space; whether there were any."""
-        storage, key = self._study._storage, self._study._study_id
+        storage, key = self.study._storage, self.ledger.key
         waiting = storage.get_all_trials(key, deepcopy=False, states=(TrialState.WAITING,))
-        refused = [trial for trial in waiting if not _fits(asked_of(trial), asking)]
+        refused = [trial for trial in waiting if not self.asking.fits(asked_of(trial))]
         for trial in refused:
             _log.warning("trial %d is not of this study's space: ignored", trial.number)
             storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         return bool(refused)
 
-    def _adopt(
-        self, connection: sa.Connection, row: RunningRow, asking: _Asking, budget: int
-    ) -> Claim | None:
+    def _adopt(self, row: RunningRow) -> Claim | None:
         """Take over a trial without a worker, or finish it if it must not run again."""
-        if row.attempt == 0 and _started(self._leases.count_states(connection)) > budget:
-            self._drop_surplus(row)
-            return None
-        trial = self._trial(row, asking)
-        try:
-            if not self._within_bounds(trial, asking):
+        if row.attempt == 0:
+            started = self.ledger.counts_in(self.connection, self.budget).started
+            if started > self.budget:
+                self._drop_surplus(row)
                 return None
-            if row.attempt + 1 - row.forgiven > self._max_attempts:
+        trial = self._trial(row)
+        try:
+            if not self._within_bounds(trial):
+                return None
+            if row.attempt + 1 - row.forgiven > self.ledger.max_attempts:
                 self._poison(trial, row)
                 return None
         except UpdateFinishedTrialError:
             # Its worker was only frozen and has just finished it.
             return None
-        return self._take(connection, row, trial.params, asking, adopted=True)
+        return self._take(row, trial.params, adopted=True)
 
-    def _trial(self, row: RunningRow, asking: _Asking) -> optuna.Trial:
+    def _trial(self, row: RunningRow) -> optuna.Trial:
         """The trial of a row; suggests parameters that a dead worker left out."""
-        self._study.sampler = asking.sampler_at(row.number)
+        self.study.sampler = self.asking.sampler_at(row.number)
         # Optuna's cache can write parameters only of trials that it has listed before.
-        self.load_trials()
-        trial = optuna.Trial(self._study, row.trial_id)
-        for name, distribution in asking.space.items():
+        self.study.get_trials(deepcopy=False)
+        trial = optuna.Trial(self.study, row.trial_id)
+        for name, distribution in self.asking.space.items():
             trial._suggest(name, distribution)
         return trial
 
-    def _within_bounds(self, trial: optuna.Trial, asking: _Asking) -> bool:
+    def _within_bounds(self, trial: optuna.Trial) -> bool:
         """Whether the trial may run; if not, it is finished and counts nowhere."""
-        beyond = 0.0 if asking.constraint is None else asking.constraint(trial.params)
+        constraint = self.asking.constraint
+        beyond = 0.0 if constraint is None else constraint(trial.params)
         if beyond <= 0:
             return True
         trial.set_user_attr(OUT_OF_BOUNDS, True)
         if CONSTRAINT not in trial.constraints:
             trial.set_constraint(CONSTRAINT, beyond)
-        self._study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
+        self.study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
         return False
 
     def _drop_surplus(self, row: RunningRow) -> None:
@@ -513,56 +514,33 @@ class _Claimer:
 
         A claim started it and then lost the study's lock with its connection.
         """
-        self._study._storage.set_trial_user_attr(row.trial_id, SURPLUS, True)
-        self._study.tell(row.number, state=TrialState.FAIL, skip_if_finished=True)
+        self.study._storage.set_trial_user_attr(row.trial_id, SURPLUS, True)
+        self.study.tell(row.number, state=TrialState.FAIL, skip_if_finished=True)
 
     def _poison(self, trial: optuna.Trial, row: RunningRow) -> None:
         detail = (
             f"started {row.attempt} times, and no worker finished it (max_attempts is "
-            f"{self._max_attempts}); last seen at: {row.progress or 'the start'}"
+            f"{self.ledger.max_attempts}); last seen at: {row.progress or 'the start'}"
         )
         _log.warning("trial %d is given up: %s", row.number, detail)
         for key, value in _failure_attributes("poisoned", detail).items():
             trial.set_user_attr(key, value)
-        self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
-    def _take(
-        self,
-        connection: sa.Connection,
-        row: RunningRow,
-        params: Mapping[str, Any],
-        asking: _Asking,
-        *,
-        adopted: bool,
-    ) -> Claim | None:
-        if not self._leases.take(connection, row, asking.owner):
+    def _take(self, row: RunningRow, params: Mapping[str, Any], *, adopted: bool) -> Claim | None:
+        if not self.leases.take(self.connection, row, self.asking.owner):
             return None
-        return _claim(row, params, asking, attempt=row.attempt + 1, adopted=adopted)
+        return self._claim(row, params, attempt=row.attempt + 1, adopted=adopted)
 
-
-def _claim(
-    row: RunningRow, params: Mapping[str, Any], asking: _Asking, *, attempt: int, adopted: bool
-) -> Claim:
-    return Claim(
-        trial_id=row.trial_id,
-        number=row.number,
-        params=params,
-        attempt=attempt,
-        tries=attempt - row.forgiven,
-        owner=asking.owner,
-        adopted=adopted,
-    )
-
-
-def _fits(params: Mapping[str, Any], asking: _Asking) -> bool:
-    """Whether a trial can start with these parameters; given arms need all of them."""
-    try:
-        for name in asking.space.keys() & params.keys():
-            asking.space[name].to_internal_repr(params[name])
-    except (ValueError, TypeError):
-        return False
-    return asking.sampler is not None or asking.space.keys() == params.keys()
-
-
-def _started(states: Mapping[str, int]) -> int:
-    return sum(states.values()) - states["WAITING"]
+    def _claim(
+        self, row: RunningRow, params: Mapping[str, Any], *, attempt: int, adopted: bool
+    ) -> Claim:
+        return Claim(
+            trial_id=row.trial_id,
+            number=row.number,
+            params=params,
+            attempt=attempt,
+            tries=attempt - row.forgiven,
+            owner=self.asking.owner,
+            adopted=adopted,
+        )

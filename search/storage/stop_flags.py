@@ -6,25 +6,19 @@ next launch. Ctrl-C stops only the workers of one launch, by its name.
 """
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from bdense.errors import StoppedError
+
+if TYPE_CHECKING:
+    from search.storage.ledger import Ledger
 
 HALT = "halt"  # the attribute of the study
 CONTINUE = "run the launch command again to continue"
 _REMEMBERED = 20  # interrupted launches
-
-
-class Stoppable(Protocol):
-    """What these functions need of a ledger; its methods say what they do."""
-
-    def attribute(self, key: str) -> Any: ...  # noqa: ANN401  JSON
-    def change(self, key: str, to: Callable[[Any], Any]) -> None: ...
-    def note_server(self) -> None: ...
-    def held(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +34,7 @@ class Launch:
     stops: int
 
     @classmethod
-    def begin(cls, ledgers: Sequence[Stoppable]) -> Self:
+    def begin(cls, ledgers: "Sequence[Ledger]") -> Self:
         """A new launch; earlier stop requests are settled by it."""
         stops = max((_stored(ledger).count for ledger in ledgers), default=0)
         for ledger in ledgers:
@@ -83,7 +77,7 @@ class Stops:
         return self.count > launch.stops or launch.name in self.launches
 
 
-def ask_all(ledgers: Sequence[Stoppable]) -> None:
+def ask_all(ledgers: "Sequence[Ledger]") -> None:
     """Ask all launchers and workers of a study to stop."""
     # A launch has the highest count of its ledgers; every ledger must exceed it.
     highest = max(_stored(ledger).count for ledger in ledgers)
@@ -99,7 +93,7 @@ def ask_all(ledgers: Sequence[Stoppable]) -> None:
         ledger.note_server()
 
 
-def ask_workers(ledgers: Sequence[Stoppable], launch: Launch) -> None:
+def ask_workers(ledgers: "Sequence[Ledger]", launch: Launch) -> None:
     """Ask the workers of one launch to stop."""
 
     def asked(old: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -111,17 +105,17 @@ def ask_workers(ledgers: Sequence[Stoppable], launch: Launch) -> None:
         ledger.change(HALT, asked)
 
 
-def is_asked(ledgers: Sequence[Stoppable], launch: Launch) -> bool:
+def is_asked(ledgers: "Sequence[Ledger]", launch: Launch) -> bool:
     """Whether all were asked to stop since that launch began."""
     return any(_stored(ledger).count > launch.stops for ledger in ledgers)
 
 
-def asked_at(ledgers: Sequence[Stoppable]) -> str | None:
+def asked_at(ledgers: "Sequence[Ledger]") -> str | None:
     """Time of the last stop request, if the study was not launched since."""
     return next((when for ledger in ledgers if (when := _stored(ledger).asked)), None)
 
 
-def held(ledgers: Sequence[Stoppable]) -> int:
+def held(ledgers: "Sequence[Ledger]") -> int:
     """Number of rows that have a worker."""
     return sum(ledger.held() for ledger in ledgers)
 
@@ -133,5 +127,5 @@ def stopped_error(name: str) -> StoppedError:
     )
 
 
-def _stored(ledger: Stoppable) -> Stops:
+def _stored(ledger: "Ledger") -> Stops:
     return Stops.of(ledger.attribute(HALT))

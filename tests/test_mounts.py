@@ -22,10 +22,9 @@ MOUNTS = r"""
 
 
 @pytest.fixture
-def mounts(tmp_path) -> Path:
-    path = tmp_path / "mountinfo"
-    path.write_text(MOUNTS)
-    return path
+def mounts(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr("search.storage.mounts.MOUNTS", tmp_path / "mountinfo")
+    return tmp_path / "mountinfo"
 
 
 @pytest.mark.parametrize(
@@ -42,7 +41,8 @@ def mounts(tmp_path) -> Path:
     ],
 )
 def test_the_innermost_and_last_mount_counts(mounts, path, kind):
-    assert file_system(Path(path), mounts) == kind
+    mounts.write_text(MOUNTS)
+    assert file_system(Path(path)) == kind
 
 
 def test_this_machines_own_mounts_are_understood(tmp_path):
@@ -50,15 +50,15 @@ def test_this_machines_own_mounts_are_understood(tmp_path):
     assert file_system(tmp_path) not in ("", "proc")
 
 
-def test_where_mounts_are_not_told_nothing_is_refused(tmp_path):
-    assert file_system(tmp_path, tmp_path / "none") == ""
-    refuse_network_file_system(tmp_path, tmp_path / "none")
+def test_where_mounts_are_not_told_nothing_is_refused(tmp_path, mounts):
+    assert not mounts.exists()
+    assert file_system(tmp_path) == ""
+    refuse_network_file_system(tmp_path)
 
 
-def test_a_name_that_is_no_text_is_a_path_all_the_same(tmp_path):
-    mounts = tmp_path / "mountinfo"
+def test_a_name_that_is_no_text_is_a_path_all_the_same(mounts):
     mounts.write_bytes(b"35 21 0:31 / /mnt/\xff\\040x rw - nfs server:/home rw\n")
-    assert file_system(Path(os.fsdecode(b"/mnt/\xff x/bdense.db")), mounts) == "nfs"
+    assert file_system(Path(os.fsdecode(b"/mnt/\xff x/bdense.db"))) == "nfs"
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,10 @@ def test_a_name_that_is_no_text_is_a_path_all_the_same(tmp_path):
         *((f"fuse.{name}", False) for name in ("fuse-overlayfs", "mergerfs")),
     ],
 )
-def test_what_may_be_on_a_network_is_refused(tmp_path, kind, refused):
-    mounts = tmp_path / "mountinfo"
+def test_what_may_be_on_a_network_is_refused(mounts, kind, refused):
     mounts.write_text(f"21 1 8:1 / / rw - {kind} none rw\n")
     if refused:
         with pytest.raises(StorageRefusedError, match=rf"system \({kind}\).*PostgreSQL server"):
-            refuse_network_file_system(Path("/srv/bdense.db"), mounts)
+            refuse_network_file_system(Path("/srv/bdense.db"))
     else:
-        refuse_network_file_system(Path("/srv/bdense.db"), mounts)
+        refuse_network_file_system(Path("/srv/bdense.db"))

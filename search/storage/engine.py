@@ -41,6 +41,8 @@ ACCEPTED_FORMS = (
     "or postgresql://user@host:5432/database (password in PGPASSWORD or PGPASSFILE)"
 )
 BUSY_SECONDS = 30
+# How long calls are repeated after the first failure.
+PATIENCE_SECONDS = 300.0
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 30
 # The server ends a transaction whose process is frozen or cut off for this long; otherwise others
@@ -176,12 +178,10 @@ def exclusive(engine: Engine, *names: str) -> Iterator[Connection]:
         yield connection
 
 
-def retrying(call: Callable[[], _T], *, patience_seconds: float = 300.0) -> _T:
-    """Call, and call again while the database is away; ``call`` must be safe to repeat.
+def retrying(call: Callable[[], _T]) -> _T:
+    """Call, and call again while the database is away.
 
-    Args:
-        call: May have taken effect even if it raised.
-        patience_seconds: How long to retry after the first failure.
+    ``call`` must be safe to repeat: it may have taken effect even if it raised.
 
     Raises:
         StorageFullError: The database's disk is full, which waiting does not change.
@@ -203,11 +203,11 @@ def retrying(call: Callable[[], _T], *, patience_seconds: float = 300.0) -> _T:
             message = one_line(error)
         now = time.monotonic()
         if deadline is None:
-            deadline = now + patience_seconds
+            deadline = now + PATIENCE_SECONDS
             _log.warning("the study database does not answer, trying again: %s", message)
         if now >= deadline:
             raise StorageError(
-                f"the study database did not answer for {patience_seconds:g} seconds: {message}; "
+                f"the study database did not answer for {PATIENCE_SECONDS:g} seconds: {message}; "
                 f"{_AGAIN}"
             )
         time.sleep(min(delay * _jitter.uniform(0.5, 1.0), max(deadline - now, 0.0)))

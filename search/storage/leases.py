@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import sqlalchemy as sa
-from optuna.trial import TrialState
 from sqlalchemy.dialects import postgresql, sqlite
 
 from search.storage.tables import (
     FOREIGN,
     LEASE,
-    LEFT_OUT,
     RELEASED,
     SERVER,
     STATE,
@@ -174,15 +172,6 @@ class Leases:
             .order_by(TRIALS.c.number)
         )
         return [self._running_row(row) for row in rows.mappings()]
-
-    def count_states(self, connection: sa.Connection) -> dict[str, int]:
-        """Number of trials in each of Optuna's five states, without those that count nowhere."""
-        counted = connection.execute(
-            sa.select(STATE.label("state"), sa.func.count().label("trials"))
-            .where(TRIALS.c.study_id == self._study_id, ~LEFT_OUT)
-            .group_by(STATE)
-        )
-        return {state.name: 0 for state in TrialState} | {row.state: row.trials for row in counted}
 
     def count_begun(self, connection: sa.Connection) -> int:
         """Trials that ever started, including those that count nowhere."""

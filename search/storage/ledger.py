@@ -4,7 +4,7 @@ Any number of processes share a study's budget through the database. ``Ledger.cl
 the trial of a dead worker before it starts a new one. Only the holder of a trial's lease may
 finish it, and its first result stays.
 
-Uses Optuna's semi-private calls, as ``search.worker.judge`` does: a ``Trial`` made
+Uses Optuna's semi-private calls, as ``search.storage.pruner_decisions`` does: a ``Trial`` made
 from its key, ``_suggest``, ``_storage`` and ``_trial_id``. The ledger's contract suite covers
 them, and pyproject.toml pins Optuna's minor version.
 """
@@ -13,7 +13,7 @@ import logging
 import math
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, Self, TypeAlias, TypeVar
@@ -67,6 +67,32 @@ class Wait:
 @dataclass(frozen=True, slots=True)
 class Done:
     """The budget is spent and nothing runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asking:
+    """Arguments of one call for a trial; ``owner`` identifies the lease it takes.
+
+    Without a ``sampler`` only planned trials start.
+    """
+
+    space: Mapping[str, BaseDistribution]
+    sampler: Callable[[int], BaseSampler] | None
+    constraint: Callable[[dict[str, Any]], float] | None
+    owner: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def sampler_at(self, offset: int) -> BaseSampler:
+        """The sampler for the ``offset``-th suggestion; any, for planned trials."""
+        return RandomSampler() if self.sampler is None else self.sampler(offset)
+
+    def fits(self, params: Mapping[str, Any]) -> bool:
+        """Whether a trial can start with these parameters; given arms need all of them."""
+        try:
+            for name in self.space.keys() & params.keys():
+                self.space[name].to_internal_repr(params[name])
+        except (ValueError, TypeError):
+            return False
+        return self.sampler is not None or self.space.keys() == params.keys()
 
 
 def _failure_attributes(reason: str, detail: str) -> dict[str, str]:
@@ -224,8 +250,7 @@ class Ledger(LedgerReader):
         """Set the budget to the number of trials that were started."""
 
         def end(connection: sa.Connection) -> None:
-            started = _started(self._leases.count_states(connection))
-            self.study.set_user_attr("budget", started)
+            self.study.set_user_attr("budget", self.counts_in(connection, 0).started)
 
         self._locked(end)
 
@@ -252,27 +277,18 @@ class Ledger(LedgerReader):
             InputError: 200 suggestions in a row were beyond the bound.
             StorageError: The database did not come back in time.
         """
-        owner = uuid.uuid4().hex  # of the lease, also where the attempt is repeated
+        asking = _Asking(space=space, sampler=sampler, constraint=constraint)
         if not self._warm:
             # Not under the lock, where all others would wait: seconds for 10,000 trials.
-            retrying(lambda: self.study.get_trials(deepcopy=False))
+            retrying(partial(self.study.get_trials, deepcopy=False))
             self._warm = True
 
         def attempt(connection: sa.Connection) -> Claim | Wait | Done:
             stored = self.study.user_attrs
             if Stops.of(stored.get(HALT)).reaches(self.launch):
                 raise stopped_error(self.name)
-            return _Claimer(
-                study=self.study,
-                leases=self._leases,
-                max_attempts=self.max_attempts,
-                budget=int(stored["budget"]),
-                connection=connection,
-                owner=owner,
-                space=space,
-                sampler=sampler,
-                constraint=constraint,
-            ).claim()
+            budget = int(stored["budget"])
+            return _Claimer(self, self._leases, connection, asking, budget).claim()
 
         return self._locked(attempt)
 
@@ -387,40 +403,31 @@ class Ledger(LedgerReader):
         retrying(partial(self._leases.drop, claim))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Claimer:
-    """Picks the trial to work on, under the study's lock.
+    """Picks the trial to work on, through the connection that holds the study's lock.
 
     On PostgreSQL the connection that holds the lock is in a transaction, and Optuna writes through
     its own connections. The lease is taken last, so that the two never wait for each other.
-
-    Attributes:
-        study, leases: The ledger's.
-        max_attempts: Starts of a trial before it counts as poisoned.
-        budget: Trials to run in all.
-        connection: Holds the study's lock.
-        owner: Identifies the lease that is taken.
-        space: A trial's parameters.
-        sampler: For the suggestion of that number; None starts planned trials only.
-        constraint: At most 0 for parameters within the bounds; None where there are none.
     """
 
-    study: optuna.Study
+    ledger: Ledger
     leases: Leases
-    max_attempts: int
-    budget: int
     connection: sa.Connection
-    owner: str
-    space: Mapping[str, BaseDistribution]
-    sampler: Callable[[int], BaseSampler] | None
-    constraint: Callable[[dict[str, Any]], float] | None
+    asking: _Asking
+    budget: int
+
+    @property
+    def study(self) -> optuna.Study:
+        """The Optuna study."""
+        return self.ledger.study
 
     def claim(self) -> Claim | Wait | Done:
         """A trial to take over, else a new one, else ``Wait`` or ``Done``."""
         self.leases.note_server(self.connection)
         self.leases.sweep(self.connection)
         for row in self.leases.running(self.connection):
-            if row.owner == self.owner:
+            if row.owner == self.asking.owner:
                 # An earlier attempt of this call was committed, but its answer was lost.
                 params = self._trial(row).params
                 return self._claim(row, params, attempt=row.attempt, adopted=row.attempt > 1)
@@ -432,14 +439,15 @@ class _Claimer:
     def _begin(self) -> Claim | Wait | Done:
         params: dict[str, Any] = {}
         for _ in range(MAX_REFUSED_IN_A_ROW):
-            states = self.leases.count_states(self.connection)
-            if states["WAITING"] and self._refuse_unusable():
+            counts = self.ledger.counts_in(self.connection, self.budget)
+            if counts.waiting and self._refuse_unusable():
                 continue
-            planned_alone = self.sampler is None and not states["WAITING"]
-            if _started(states) >= self.budget or planned_alone:
-                return Wait() if states["RUNNING"] else Done()
-            self._set_sampler(self.leases.count_begun(self.connection))
-            trial = self.study.ask(fixed_distributions=dict(self.space))
+            planned_alone = self.asking.sampler is None and not counts.waiting
+            if counts.started >= self.budget or planned_alone:
+                return Wait() if counts.running else Done()
+            begun = self.leases.count_begun(self.connection)
+            self.study.sampler = self.asking.sampler_at(begun)
+            trial = self.study.ask(fixed_distributions=dict(self.asking.space))
             params = trial.params
             row = RunningRow(trial_id=trial._trial_id, number=trial.number)
             if self._within_bounds(trial) and (claim := self._take(row, params, adopted=False)):
@@ -450,41 +458,28 @@ class _Claimer:
             "of the search space"
         )
 
-    def _set_sampler(self, offset: int) -> None:
-        """Let the ``offset``-th suggestion be the sampler's; planned trials take any."""
-        self.study.sampler = RandomSampler() if self.sampler is None else self.sampler(offset)
-
     def _refuse_unusable(self) -> bool:
         """Fail trials that another program planned outside the space; whether there were any."""
-        storage, key = self.study._storage, self.study._study_id
+        storage, key = self.study._storage, self.ledger.key
         waiting = storage.get_all_trials(key, deepcopy=False, states=(TrialState.WAITING,))
-        refused = [trial for trial in waiting if not self._fits(asked_of(trial))]
+        refused = [trial for trial in waiting if not self.asking.fits(asked_of(trial))]
         for trial in refused:
             _log.warning("trial %d is not of this study's space: ignored", trial.number)
             storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         return bool(refused)
 
-    def _fits(self, params: Mapping[str, Any]) -> bool:
-        """Whether a trial can start with these parameters; given arms need all of them."""
-        try:
-            for name in self.space.keys() & params.keys():
-                self.space[name].to_internal_repr(params[name])
-        except (ValueError, TypeError):
-            return False
-        return self.sampler is not None or self.space.keys() == params.keys()
-
     def _adopt(self, row: RunningRow) -> Claim | None:
         """Take over a trial without a worker, or finish it if it must not run again."""
-        if row.attempt == 0 and (
-            _started(self.leases.count_states(self.connection)) > self.budget
-        ):
-            self._drop_surplus(row)
-            return None
+        if row.attempt == 0:
+            started = self.ledger.counts_in(self.connection, self.budget).started
+            if started > self.budget:
+                self._drop_surplus(row)
+                return None
         trial = self._trial(row)
         try:
             if not self._within_bounds(trial):
                 return None
-            if row.attempt + 1 - row.forgiven > self.max_attempts:
+            if row.attempt + 1 - row.forgiven > self.ledger.max_attempts:
                 self._poison(trial, row)
                 return None
         except UpdateFinishedTrialError:
@@ -494,17 +489,18 @@ class _Claimer:
 
     def _trial(self, row: RunningRow) -> optuna.Trial:
         """The trial of a row; suggests parameters that a dead worker left out."""
-        self._set_sampler(row.number)
+        self.study.sampler = self.asking.sampler_at(row.number)
         # Optuna's cache can write parameters only of trials that it has listed before.
         self.study.get_trials(deepcopy=False)
         trial = optuna.Trial(self.study, row.trial_id)
-        for name, distribution in self.space.items():
+        for name, distribution in self.asking.space.items():
             trial._suggest(name, distribution)
         return trial
 
     def _within_bounds(self, trial: optuna.Trial) -> bool:
         """Whether the trial may run; if not, it is finished and counts nowhere."""
-        beyond = 0.0 if self.constraint is None else self.constraint(trial.params)
+        constraint = self.asking.constraint
+        beyond = 0.0 if constraint is None else constraint(trial.params)
         if beyond <= 0:
             return True
         trial.set_user_attr(OUT_OF_BOUNDS, True)
@@ -524,7 +520,7 @@ class _Claimer:
     def _poison(self, trial: optuna.Trial, row: RunningRow) -> None:
         detail = (
             f"started {row.attempt} times, and no worker finished it (max_attempts is "
-            f"{self.max_attempts}); last seen at: {row.progress or 'the start'}"
+            f"{self.ledger.max_attempts}); last seen at: {row.progress or 'the start'}"
         )
         _log.warning("trial %d is given up: %s", row.number, detail)
         for key, value in _failure_attributes("poisoned", detail).items():
@@ -532,7 +528,7 @@ class _Claimer:
         self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
     def _take(self, row: RunningRow, params: Mapping[str, Any], *, adopted: bool) -> Claim | None:
-        if not self.leases.take(self.connection, row, self.owner):
+        if not self.leases.take(self.connection, row, self.asking.owner):
             return None
         return self._claim(row, params, attempt=row.attempt + 1, adopted=adopted)
 
@@ -545,10 +541,6 @@ class _Claimer:
             params=params,
             attempt=attempt,
             tries=attempt - row.forgiven,
-            owner=self.owner,
+            owner=self.asking.owner,
             adopted=adopted,
         )
-
-
-def _started(states: Mapping[str, int]) -> int:
-    return sum(states.values()) - states["WAITING"]

@@ -18,19 +18,14 @@ _LOCAL_FUSE = (
     *("fuse.fuse-overlayfs", "fuse.mergerfs", "fuse.bindfs", "fuse.gocryptfs", "fuse.encfs"),
     *("fuse.ext2", "fuse.ext4", "fuse.exfat", "fuse.ntfs-3g", "fuse.zfs"),
 )
-_MOUNTS = Path("/proc/self/mountinfo")
+MOUNTS = Path("/proc/self/mountinfo")
 _OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
 
 
-def file_system(path: Path, mounts: Path = _MOUNTS) -> str:
-    """Linux's name for the file system that holds ``path``; empty if unknown.
-
-    Args:
-        path: Need not exist.
-        mounts: A file like /proc/self/mountinfo.
-    """
+def file_system(path: Path) -> str:
+    """Linux's name for the file system that holds a path, which need not exist; "" if unknown."""
     try:
-        lines = mounts.read_bytes().rstrip(b"\n").split(b"\n")
+        lines = MOUNTS.read_bytes().rstrip(b"\n").split(b"\n")
     except OSError:
         return ""
     found: dict[Path, str] = {}
@@ -43,13 +38,13 @@ def file_system(path: Path, mounts: Path = _MOUNTS) -> str:
     return next((found[each] for each in (place, *place.parents) if each in found), "")
 
 
-def refuse_network_file_system(path: Path, mounts: Path = _MOUNTS) -> None:
+def refuse_network_file_system(path: Path) -> None:
     """Refuse a SQLite database on a file system where its locks do not hold.
 
     Raises:
         StorageRefusedError: The file system is, or may be, on a network.
     """
-    kind = file_system(path, mounts)
+    kind = file_system(path)
     is_served = kind.partition(".")[0] == "fuse"
     if kind in _NETWORK or (is_served and kind not in _LOCAL_FUSE):
         raise StorageRefusedError(

@@ -26,6 +26,7 @@ from search.storage.tables import (
     FIXED,
     FOREIGN,
     KIND_OF_VALUE,
+    LEFT_OUT,
     OUT_OF_BOUNDS,
     PARAMS,
     STATE,
@@ -62,15 +63,19 @@ class Counts:
     @classmethod
     def of(cls, states: Mapping[str, int], *, budget: int) -> Self:
         """From the number of trials in each of Optuna's states."""
-        started = sum(states.values()) - states["WAITING"]
         return cls(
-            planned=max(budget, started),
+            planned=max(budget, sum(states.values()) - states["WAITING"]),
             complete=states["COMPLETE"],
             pruned=states["PRUNED"],
             failed=states["FAIL"],
             running=states["RUNNING"],
             waiting=states["WAITING"],
         )
+
+    @property
+    def started(self) -> int:
+        """Trials that have ended, or run."""
+        return self.ended + self.running
 
     @property
     def ended(self) -> int:
@@ -156,11 +161,17 @@ class LedgerReader:
     def counts(self) -> Counts:
         """Number of trials by state."""
 
-        def read() -> dict[str, int]:
-            with self.storage.engine.connect() as connection:
-                return self._leases.count_states(connection)
+        budget = self.budget
 
-        return Counts.of(retrying(read), budget=self.budget)
+        def read() -> Counts:
+            with self.storage.engine.connect() as connection:
+                return self.counts_in(connection, budget)
+
+        return retrying(read)
+
+    def counts_in(self, connection: sa.Connection, budget: int) -> Counts:
+        """``counts`` through an open connection, where the budget is known."""
+        return Counts.of(count_states(connection, self._mine)[self.key], budget=budget)
 
     def running(self) -> list[RunningRow]:
         """Running trials that a worker took, by number."""
@@ -339,6 +350,22 @@ def read_trials(
         )
         for row in found
     ]
+
+
+def count_states(
+    connection: sa.Connection, *where: sa.ColumnElement[bool]
+) -> Mapping[int, Mapping[str, int]]:
+    """Trials of each study in each of Optuna's states, without those that count nowhere."""
+    counted = connection.execute(
+        sa.select(TRIALS.c.study_id, STATE.label("state"), sa.func.count().label("trials"))
+        .where(~LEFT_OUT, *where)
+        .group_by(TRIALS.c.study_id, STATE)
+    )
+    none = {state.name: 0 for state in TrialState}
+    found: dict[int, dict[str, int]] = defaultdict(none.copy)
+    for row in counted:
+        found[row.study_id][row.state] = row.trials
+    return found
 
 
 def asked_of(trial: FrozenTrial) -> dict[str, Any]:

@@ -1,22 +1,19 @@
 """All studies of a storage at once: a few queries, however many trials they have."""
 
-from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
-from optuna.trial import TrialState
 
-from search.storage.queries import Counts
+from search.storage.queries import Counts, count_states
 from search.storage.schema import has_tables
 from search.storage.tables import (
     DIRECTION,
     DIRECTIONS,
     FOREIGN,
     KIND_OF_VALUE,
-    LEFT_OUT,
     STATE,
     STUDIES,
     STUDY_ATTRIBUTES,
@@ -72,7 +69,7 @@ def read_studies(engine: sa.Engine, attributes: Collection[str] = ()) -> list[St
         stored = attributes_by_owner(
             connection, sa.select(STUDY_ATTRIBUTES).where(STUDY_ATTRIBUTES.c.key.in_(wanted))
         )
-        states = _states(connection)
+        states = count_states(connection)
         best = _best(connection)
         times = _times(connection)
     found = []
@@ -92,20 +89,6 @@ def read_studies(engine: sa.Engine, attributes: Collection[str] = ()) -> list[St
                 changed=max(filter(None, (last_start, ended)), default=None),
             )
         )
-    return found
-
-
-def _states(connection: sa.Connection) -> dict[int, dict[str, int]]:
-    """Trials by study and state, without those that count nowhere."""
-    rows = connection.execute(
-        sa.select(TRIALS.c.study_id, STATE.label("state"), sa.func.count().label("trials"))
-        .where(~LEFT_OUT)
-        .group_by(TRIALS.c.study_id, STATE)
-    )
-    none = {state.name: 0 for state in TrialState}
-    found: dict[int, dict[str, int]] = defaultdict(none.copy)
-    for row in rows:
-        found[row.study_id][row.state] = row.trials
     return found
 
 

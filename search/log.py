@@ -9,13 +9,14 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any, TextIO
 
 from bdense.errors import InputError
-from search.storage.engine import redact
+from search.errors import LeaseLostError, StorageError
+from search.storage.engine import one_line, redact
 
 LOG = "BDENSE_LOG"
 TEXT, JSON = "text", "json"
@@ -26,29 +27,29 @@ _KEYS = ("study", "trial", "attempt")
 _log = logging.getLogger(__name__)
 
 # Of this thread and of threads that copy its context.
-_about: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
-    "about", default=MappingProxyType({})
+_context: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
+    "context", default=MappingProxyType({})
 )
 
 
-def about(**keys: Any) -> None:  # noqa: ANN401  JSON values
+def set_context(**keys: Any) -> None:  # noqa: ANN401  JSON values
     """Set study, trial or attempt of this thread's records from now on."""
-    _about.set({**_about.get(), **keys})
+    _context.set({**_context.get(), **keys})
 
 
 @contextlib.contextmanager
-def speaking_of(**keys: Any) -> Iterator[None]:  # noqa: ANN401  JSON values
+def log_context(**keys: Any) -> Iterator[None]:  # noqa: ANN401  JSON values
     """Set study, trial or attempt of this thread's records inside the block."""
-    token = _about.set({**_about.get(), **keys})
+    token = _context.set({**_context.get(), **keys})
     try:
         yield
     finally:
-        _about.reset(token)
+        _context.reset(token)
 
 
-def spoken_of() -> dict[str, Any]:
+def current_context() -> dict[str, Any]:
     """Study, trial and attempt of this thread's records."""
-    return dict(_about.get())
+    return dict(_context.get())
 
 
 def is_json() -> bool:
@@ -87,6 +88,21 @@ def say(line: str, stream: TextIO | None = None) -> None:
     stream.flush()
 
 
+def log_errors(
+    what: str,
+    call: Callable[[], None],
+    *,
+    but: tuple[type[Exception], ...] = (LeaseLostError, StorageError),
+) -> None:
+    """Call to store something that can be done without: log every error ``but`` these."""
+    try:
+        call()
+    except but:
+        raise
+    except Exception as error:  # noqa: BLE001  a picture must not cost a result
+        _log.warning("%s could not be stored: %s", what, one_line(error))
+
+
 class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes to the current stderr and notes study, trial and attempt of each record."""
 
@@ -100,7 +116,7 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Let every record pass; called in the thread that logs."""
-        record.about = spoken_of()
+        record.about = current_context()
         return super().filter(record)
 
 
@@ -117,7 +133,7 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line without passwords."""
-        own: Mapping[str, Any] = getattr(record, "about", None) or spoken_of()
+        own: Mapping[str, Any] = getattr(record, "about", None) or current_context()
         entry: dict[str, Any] = {
             "time": timestamp(record.created),
             "level": record.levelname.lower(),

@@ -28,9 +28,9 @@ from bdense.errors import InputError
 from bdense.knobs import KnobError
 from search.errors import INTERRUPTED, ClusterLostError, WorkersFailedError
 from search.log import LOG, say
-from search.run.ending import Ending
+from search.run.ending import EarlyEnd
 from search.run.head import Head, leave_ray
-from search.run.ray_folders import ray_scratch
+from search.run.machine import ray_scratch
 from search.spec.sections import ResourcesSpec
 from search.spec.study import StudySpec
 from search.storage.engine import cache_folder, one_line, runs_folder, without_password
@@ -89,32 +89,31 @@ def run(
         artifacts=artifacts_place(),
     )
     head: Head | None = None
-    ending = Ending(study.ledgers, launch, at_once=lambda: head is not None and head.lost)
+    early_end = EarlyEnd(study.ledgers, launch, at_once=lambda: head is not None and head.lost)
     all_ended = False
 
     def is_lost() -> bool:
         """Whether the head is gone by itself: a signal to the whole group ends our own too."""
-        ours = not os.environ.get("RAY_ADDRESS") and ending.interrupted
+        ours = not os.environ.get("RAY_ADDRESS") and early_end.interrupted
         return head is not None and head.lost and not ours
 
     try:
         with (
             quiet(),
             ray_session(study.url) as head,
-            ending,
+            early_end,
         ):
-            if head is not None:
-                head.last_words = functools.partial(_last_words, study, head, is_lost)
+            head.last_words = functools.partial(_last_words, study, head, is_lost)
             _await_machines()
             slots = _slots(spec.resources, workers)
             _prepare(spec, worker, slots, on_preparing)
-            ending.rows_run()
+            early_end.rows_run()
             with _every_second(on_running):
                 # No more slots than rows are left: others would find nothing to do.
                 needed = min(slots, max(study.left(), 1))
                 errors = _run_slots(spec.resources, worker, needed)
                 all_ended = True
-        if ending.interrupted:
+        if early_end.interrupted:
             raise KeyboardInterrupt  # as if there had been no workers to wait for
     except KeyboardInterrupt:
         if not all_ended:  # else they gave their rows back; those that run are another launch's
@@ -127,7 +126,7 @@ def run(
     except ray.exceptions.RayError as error:
         if head is not None and is_lost():
             raise _head_lost(head) from error
-        if ending.interrupted:
+        if early_end.interrupted:
             study.forgive_running()
             raise KeyboardInterrupt from None
         raise WorkersFailedError(f"a worker of Ray failed: {error}") from error

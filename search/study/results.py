@@ -4,7 +4,7 @@ A row is judged by one figure: a student by its FID, a program's run by the scor
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
@@ -24,6 +24,14 @@ class Judged(Protocol):
 
     @property
     def value(self) -> float: ...
+
+    @property
+    def nfe(self) -> int | None:
+        """Network evaluations of an image; None of a program's."""
+
+    @property
+    def images(self) -> int | None:
+        """Number of images; None of a program's."""
 
     @property
     def noise(self) -> float | None:
@@ -64,6 +72,8 @@ class Score:
     seeds: dict[str, int]
     others: dict[str, float] = field(default_factory=dict)
 
+    nfe: ClassVar[None] = None
+    images: ClassVar[None] = None
     noise: ClassVar[None] = None
 
     @classmethod
@@ -182,11 +192,6 @@ class WeightHistory:
     weights: list[list[float]]
 
 
-def grid_legend(prompts: Sequence[str]) -> str:
-    """What the first row of a sample grid shows; "" without prompts."""
-    return f"First row: {', '.join(prompts)}." if prompts else ""
-
-
 _MEASURED = {
     "fid": FID.read,
     "score": Score.read,
@@ -258,10 +263,9 @@ class TrialResult:
         """What it is judged by; None where it was pruned, and of a one-shot training."""
         return self.fid or self.score
 
-    @property
-    def key(self) -> str:
-        """What its value is called in logs: ``StudySpec.metric.key``."""
-        return "fid" if self.score is None else "value"
+    def fid_at(self, nfe: int | None) -> FID | None:
+        """The FID of the stage of that NFE; None is the last."""
+        return self.fid if nfe is None else self.fids.get(str(nfe))
 
     def attrs(self) -> dict[str, Any]:
         """As the row's attributes hold it; what is empty is left out."""

@@ -3,26 +3,23 @@
 Every text from the database is escaped: anyone with write access may have chosen it.
 """
 
-import logging
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bdense.errors import InputError
 from bdense.weights import space_of
 from bdense.weights.space import by_interval
-from search.errors import LeaseLostError, StorageError
-from search.storage.engine import one_line, retrying
+from search.log import log_errors
+from search.storage.engine import retrying
 from search.storage.ledger import Claim, Ledger
 from search.study.artifacts import artifact_store, attach
 from search.study.dashboard_texts import save_texts
 from search.study.folders import GRID, named_file, pictures
 from search.study.markdown import escaped, fenced, markdown_table, paragraphs
 from search.study.one_shot import curve_line, curve_rows
-from search.study.results import TrialResult, grid_legend
-from search.study.wording import duration
-
-_log = logging.getLogger(__name__)
+from search.study.results import TrialResult
+from search.study.wording import duration, grid_legend
 
 # What a trial's seconds were spent on, by their names in its row.
 TIMINGS = {
@@ -82,7 +79,7 @@ def attach_pictures(ledger: Ledger, claim: Claim, folder: Path, result: TrialRes
     files = pictures(folder)
     ids: dict[str, str] = {}
     if files:
-        harmless(
+        log_errors(
             f"pictures of trial {claim.number}",
             lambda: ids.update(attach(ledger.storage, claim.trial_id, files, artifact_store())),
         )
@@ -94,7 +91,7 @@ def attach_pictures(ledger: Ledger, claim: Claim, folder: Path, result: TrialRes
         note = trial_note(title, result, addresses)
         save_texts(ledger.storage, study_id(ledger), note, trial_id=claim.trial_id)
 
-    harmless(f"note of trial {claim.number}", write)
+    log_errors(f"note of trial {claim.number}", write)
 
 
 def address(ledger: Ledger, trial_id: int, artifact_id: str) -> str:
@@ -125,13 +122,3 @@ def timings_text(timings: Mapping[str, float]) -> str:
 def study_id(ledger: Ledger) -> int:
     """Optuna's key of the ledger's study."""
     return retrying(lambda: ledger.storage.get_study_id_from_name(ledger.study.study_name))
-
-
-def harmless(what: str, call: Callable[[], None]) -> None:
-    """Call; log every error but the loss of the database or of the lease."""
-    try:
-        call()
-    except (LeaseLostError, StorageError):
-        raise
-    except Exception as error:  # noqa: BLE001  a picture must not cost a result
-        _log.warning("%s could not be stored: %s", what, one_line(error))

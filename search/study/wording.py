@@ -20,6 +20,11 @@ def weights_text(weights: BranchWeights) -> str:
     return " | ".join(" ".join(f"{w:.3g}" for w in row) for row in by_interval(weights))
 
 
+def grid_legend(prompts: Sequence[str]) -> str:
+    """What the first row of a sample grid shows; "" without prompts."""
+    return f"First row: {', '.join(prompts)}." if prompts else ""
+
+
 def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Cells in columns, the first and the last left-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -22,7 +22,7 @@ from bdense.diffusion.conditions import Conditions, captions
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import GRID_COLUMNS
 from bdense.errors import InputError
-from bdense.files import atomic_write, file_lock
+from bdense.files import file_lock, write_json
 from bdense.methods import METHODS
 from bdense.methods.method import Inputs, Method, MethodConfig, Recordings, require_shape
 from bdense.methods.one_shot import Coordinates, OneShot
@@ -40,7 +40,7 @@ from search.spec.contents import fingerprint_of
 from search.spec.resolve import execution, variant
 from search.spec.study import StudySpec
 from search.storage.engine import cache_folder
-from search.study.arms import ONE_SHOT, Task
+from search.study.arms import OneShotTask, Task
 from search.worker.evaluator import Evaluator, clip_scorer_of, reference_of
 from search.worker.teachers import (
     described_shape,
@@ -98,7 +98,7 @@ class Assets:
 
     @property
     def grid_prompts(self) -> list[str]:
-        """Of the first row of a sample grid; none where images have no prompts."""
+        """Prompts of a sample grid's first row; none where images have no prompts."""
         file = self.spec.evaluation.prompts or self.spec.prompts
         if file is None or self.conditions is None:
             return []
@@ -137,25 +137,22 @@ class Assets:
             config=self.method.Config.read(spec.method.options, "method"),
             evaluator=replace(self.evaluator, latents=task.latents),
         )
-        asked = task.params.get(ONE_SHOT)
+        asked = OneShotTask.of(task.params)
         return found if asked is None else found.one_shot(asked)
 
-    def one_shot(self, asked: Mapping[str, Any]) -> "Assets":
-        """For the study's one-shot training: method, length, and latents of its own.
-
-        Args:
-            asked: What the arm's ``one_shot`` holds, see ``search.study.arms.one_shot_arm``.
+    def one_shot(self, asked: OneShotTask) -> "Assets":
+        """The assets of the one-shot training: its own method, length and latents.
 
         Raises:
             InputError: The method has no one-shot student.
         """
-        box = tuple(Uniform(low, high) for low, high in asked["box"].values())
+        box = tuple(Uniform(low, high) for low, high in asked.box.values())
         coordinates = Coordinates(self.spec.weight_space, self.spec.resolved.num_branches, box)
         latents = derive_seed(self.evaluator.latents, Stream.ONE_SHOT) % 2**31
         return replace(
             self,
             method=OneShot(self.method, coordinates),
-            config=self.config.told(asked["length"]),
+            config=self.config.told(asked.length),
             evaluator=replace(self.evaluator, latents=latents),
         )
 
@@ -334,6 +331,5 @@ def _teacher_fid(assets: Assets, report: Report) -> FID | None:
                 check=lambda: None,
                 grid_path=path.with_suffix(".png"),
             )
-            with atomic_write(path) as scratch:
-                scratch.write_text(json.dumps(found.fid.as_dict()))
+            write_json(path, found.fid.as_dict())
         return FID.read(json.loads(path.read_text()))

@@ -92,7 +92,7 @@ class Outcome:
 
 
 class _Kept:
-    """A file with the last of an output: half of what is kept, and the half before it."""
+    """A log file of bounded size: its current half, and the half before it."""
 
     def __init__(self, path: str, most_bytes: int) -> None:
         self._path, self._half = Path(path), max(most_bytes // 2, 1)
@@ -180,7 +180,7 @@ class _Guard:
         return False
 
     def _follow(self, program: subprocess.Popen[bytes]) -> bool:
-        """Until the program has ended; whether it was killed."""
+        """Follow the program to its end; whether it was killed."""
         killed = False
         while program.poll() is None:
             if self._asked and self._deadline is None:
@@ -213,7 +213,7 @@ class _Guard:
         return data
 
     def _drain(self) -> None:
-        """What is left in the pipes; something that escaped may hold them open."""
+        """Read what is left in the pipes, which an escaped child may hold open."""
         deadline = time.monotonic() + _DRAIN_SECONDS
         while time.monotonic() < deadline:
             left = [key for key in self._selector.get_map().values() if key.data != "orders"]
@@ -257,7 +257,7 @@ def _end_marked(given: str) -> None:
 
 
 def _marked(mark: bytes) -> Iterator[int]:
-    """Processes with a mark in their environment, of which those that have ended have none."""
+    """Pids whose environment has the mark; a zombie has no environment."""
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # another user's, or gone
             if mark in environment.read_bytes().split(b"\0"):

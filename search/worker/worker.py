@@ -21,9 +21,9 @@ from search.study.retention import keep_best_students
 from search.study.study import FINGERPRINT, Study
 from search.study.summary import copy_baselines
 from search.study.trial_log import TrialLog
-from search.worker import trainer_of
 from search.worker.judge import Judge
-from search.worker.lifecycle import bring_to_an_end
+from search.worker.lifecycle import work_on_row
+from search.worker.trainer import Attempt, trainer_of
 
 POLL_SECONDS, LONGEST_POLL_SECONDS = 1.0, 5.0
 # Not the global generator, which seeded draws come from.
@@ -131,18 +131,20 @@ class Worker:
             # While the lease is held: it may take longer than one lasts.
             self._trainer.ready(task)
             result = self._trainer.run(
-                task,
-                folder,
-                check=holding.check,
-                report=holding.report,
-                judge=judge,
-                log=log,
+                Attempt(
+                    task=task,
+                    folder=folder,
+                    check=holding.check,
+                    report=holding.report,
+                    judge=judge,
+                    log=log,
+                )
             )
             if is_trial:
                 result.seeds["sampler"] = sampler_seed(self._spec, claim.number)
             return result
 
-        bring_to_an_end(
+        work_on_row(
             ledger, claim, work, fingerprint=self._trainer.fingerprint, asked=claimed.asked
         )
         if is_trial:

@@ -5,15 +5,14 @@ They run in a process of their own, on networks of random weights, which cost as
 
 import contextlib
 import dataclasses
+import functools
 import json
-import multiprocessing
 import platform
 import resource
 import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +27,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.guidance import calls
 from bdense.diffusion.sampling import draw_images
 from bdense.errors import InputError, StoppedError, is_out_of_memory
-from bdense.files import atomic_write
+from bdense.files import write_json
 from bdense.methods import METHODS
 from bdense.methods.method import Inputs, Recordings, Stage
 from bdense.metrics.classifiers import RECIPES
@@ -47,12 +46,13 @@ from bdense.models.zoo import (
 from bdense.training.loop import IterationReport, train
 from bdense.weights.log_linear import uniform_weights
 from bdense.weights.weighting import FixedWeights
+from search.child import ChildError, in_child
 from search.errors import UnpreparedError
 from search.spec.contents import fingerprint_of
 from search.spec.resolve import describe_teacher, execution
 from search.spec.study import StudySpec, as_plain
 from search.storage.engine import cache_folder
-from search.study.arms import ONE_SHOT, one_shot_arm
+from search.study.arms import OneShotTask, one_shot_arm
 from search.study.wording import duration
 from search.worker.assets import use_device
 from search.worker.result import package_versions
@@ -105,27 +105,19 @@ def measure(
     Raises:
         InputError: This machine lacks what the spec asks for, or runs out of memory.
     """
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe(duplex=False)
-    asked = (theirs, spec, free_memory(), download)
-    child = spawn.Process(target=_answer, args=asked, daemon=True)
-    child.start()
-    theirs.close()
     try:
-        answer: TrialCost | Exception | None = ours.recv() if ours.poll(patience) else None
-    except EOFError:
-        child.join()
-        if child.exitcode != -signal.SIGKILL:
-            raise RuntimeError("the measurement of a trial's cost failed, as above") from None
-        answer = MemoryError("the system ended the process")
-    finally:
-        child.kill()
-        child.join()
-    if isinstance(answer, MemoryError):
-        raise InputError(f"one trial alone runs out of memory ({answer}); {_smaller(spec)}")
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+        return in_child(functools.partial(_measure, spec, free_memory(), download), patience)
+    except ChildError as error:
+        if error.status is None:
+            return None
+        if error.status != -signal.SIGKILL:
+            raise
+        why = "the system ended the process"
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        why = str(error).partition("\n")[0]
+    raise InputError(f"one trial alone runs out of memory ({why}); {_smaller(spec)}")
 
 
 def require_room(spec: StudySpec, together: int) -> TrialCost:
@@ -157,9 +149,7 @@ def require_room(spec: StudySpec, together: int) -> TrialCost:
             f"{_gib(found.free_bytes)} free; {fewer}{_smaller(spec)}"
         )
     if known is None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(kept) as scratch:
-            scratch.write_text(json.dumps(dataclasses.asdict(found)))
+        write_json(kept, dataclasses.asdict(found))
     return found
 
 
@@ -209,7 +199,7 @@ def _kept_cost(spec: StudySpec) -> Path:
 
 
 def _read_cost(kept: Path) -> TrialCost | None:
-    """The cost, with what is free now; None where none is kept, or of another form."""
+    """The cached cost with today's free memory; None where there is none of this form."""
     try:
         found = TrialCost(**json.loads(kept.read_text()))
     except (FileNotFoundError, ValueError, TypeError):
@@ -316,10 +306,8 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
 def _one_shot(spec: StudySpec) -> tuple[float, int]:
     """Length, in trials', and points of a search's one-shot training; zeros without one."""
     arm = one_shot_arm(spec) if spec.is_search else None
-    if arm is None:
-        return 0.0, 0
-    asked = arm.params[ONE_SHOT]
-    return asked["length"], asked["points"]
+    asked = None if arm is None else OneShotTask.of(arm.params)
+    return (0.0, 0) if asked is None else (asked.length, asked.points)
 
 
 def _stored_bytes(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> int:
@@ -372,17 +360,6 @@ def _gib(size: float) -> str:
 
 
 # In the child.
-
-
-def _answer(to: Connection, spec: StudySpec, free: int, download: bool) -> None:
-    try:
-        to.send(_measure(spec, free, download))
-    except InputError as error:
-        to.send(error)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        to.send(MemoryError(str(error).partition("\n")[0]))
 
 
 def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:

@@ -172,7 +172,7 @@ class _Shortened(RDBStorage):
         deepcopy: bool = True,
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
-        """As Optuna's, which makes new objects at each call."""
+        """Trials with long attributes shortened, which are copies: Optuna makes new ones."""
         found = super().get_all_trials(study_id, deepcopy, states)
         for trial in found:
             trial.user_attrs = {key: _short(each) for key, each in trial.user_attrs.items()}
@@ -196,7 +196,7 @@ def dashboard_application(
 
 
 def application() -> Application:
-    """For a WSGI server, read-only, from BDENSE_STORAGE and BDENSE_ARTIFACTS or BDENSE_RUNS.
+    """The read-only dashboard of BDENSE_STORAGE and BDENSE_ARTIFACTS (or BDENSE_RUNS).
 
     gunicorn --workers 1 --threads 8 'search.report.dashboard:application()'
 

@@ -1,14 +1,13 @@
-"""The dashboard's notes of a study, kept up to date while it runs and at its end.
+"""Writes a study's note in the dashboard, while it runs and at its end.
 
 Errors here are logged and never end a launch: notes can be written again.
 """
 
-import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from search.errors import LeaseLostError, StorageError
+from search.log import log_errors
 from search.report.document import Picture, as_markdown
 from search.report.overview import overview_of
 from search.report.pages import study_page
@@ -18,16 +17,14 @@ from search.study.artifacts import attached
 from search.study.dashboard_texts import save_texts
 from search.study.folders import GRID
 from search.study.study import Study
-from search.study.trial_note import address, harmless, study_id
-
-_log = logging.getLogger(__name__)
+from search.study.trial_note import address, study_id
 
 LEAST_SECONDS = 20.0
 # Between two writings pass at least so many times the seconds that the last one took.
 _SHARE = 20.0
 
 
-class Showing:
+class NoteWriter:
     """Writes a study's note when trials have ended since, and not too often."""
 
     def __init__(self, study: Study) -> None:
@@ -42,27 +39,27 @@ class Showing:
             self._write()
 
     def finish(self) -> None:
-        """Write it as it is at the end, and that of the search that this study confirms."""
+        """Write the final note, and anew the note of the search that this study confirms."""
         self._write()
         if of := self._study.facts.get("of"):
             url = self._study.url
-            _never_in_the_way("the search's note", lambda: show(Study.open(url, str(of))))
+            log_errors("the search's note", lambda: write_note(Study.open(url, str(of))), but=())
 
     def _write(self) -> None:
         with self._writing:
             started = time.monotonic()
-            _never_in_the_way("the study's note", self._write_if_changed)
+            log_errors("the study's note", self._write_if_changed, but=())
             took = time.monotonic() - started
             self._not_before = time.monotonic() + max(LEAST_SECONDS, _SHARE * took)
 
     def _write_if_changed(self) -> None:
         ended = [ledger.counts().ended for ledger in self._study.ledgers]
         if ended != self._shown:
-            show(self._study)
+            write_note(self._study)
             self._shown = ended
 
 
-def show(study: Study) -> None:
+def write_note(study: Study) -> None:
     """Write a study's note.
 
     Raises:
@@ -85,11 +82,3 @@ def _grid_address(ledger: Ledger, number: int) -> str | None:
     # One of each stage, whose name begins with its steps: the last stage has the fewest.
     grids = sorted((m.filename, m.artifact_id) for m in stored if m.filename.endswith(GRID))
     return address(ledger, trial_id, grids[0][1]) if grids else None
-
-
-def _never_in_the_way(what: str, call: Callable[[], None]) -> None:
-    """Call and log every error."""
-    try:
-        harmless(what, call)
-    except (LeaseLostError, StorageError) as error:
-        _log.warning("%s could not be stored: %s", what, error)

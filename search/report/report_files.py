@@ -13,9 +13,10 @@ from bdense.files import atomic_write, require_output
 from search.report.document import Picture, as_html, as_markdown, generator
 from search.report.overview import Overview, overview_of
 from search.report.pages import study_page
+from search.report.plots import study_plots
 from search.study.folders import GRID, LOSS_PLOT, WEIGHTS_PLOT, pictures, row_folder
 from search.study.study import Study
-from search.study.summary import Measured, cell
+from search.study.summary import Measured, cell, headline
 from search.study.trial_note import TIMINGS
 from search.study.wording import weights_text
 
@@ -41,10 +42,9 @@ def write_report(study: Study, folder: Path, *, force: bool = False) -> Path:
     overview = overview_of(study)
     if overview.is_empty:
         raise InputError(
-            f"{overview.headline()}: there is nothing to report yet; run bdense-search launch "
-            "first"
+            f"{headline(study)}: there is nothing to report yet; run bdense-search launch first"
         )
-    shown = overview.plots()
+    shown = study_plots(overview)
     names = [PAGE, HTML_PAGE, *(f"{plot.key}.png" for plot in shown)]
     other = functools.partial(_other_files, study.name, names)
     require_output(folder, problem=other, force=force, folder=True)

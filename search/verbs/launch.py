@@ -9,7 +9,7 @@ from bdense.errors import BdenseError
 from bdense.knobs import from_options
 from search.analysis.comparison import settings_text
 from search.analysis.pilot import pilot_spec, with_known_images
-from search.api import changes_of, is_file, planned, with_trials
+from search.api import changes_of, is_file, planned, stored_spec
 from search.errors import StorageError, UnknownStudyError
 from search.run.launch import launch
 from search.spec.command import command_line
@@ -27,9 +27,7 @@ def launch_study(options: argparse.Namespace) -> None:
     asked = from_options(LaunchOptions, options)
     url, by_name = storage_url(options), not is_file(asked.study)
     if by_name:
-        spec = Study.open(url, asked.study).spec
-        if asked.trials is not None:
-            spec = with_trials(spec, asked.trials)
+        spec = stored_spec(url, asked.study, asked.trials)
     else:
         spec = read_spec(Path(asked.study), changes_of(asked.trials))
     if from_options(DryRun, options).dry_run:

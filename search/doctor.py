@@ -274,7 +274,7 @@ def rights(url: str, storage: RDBStorage) -> Findings:
 
 
 def leases(subject: Subject) -> Findings:
-    """Rows whose worker is dead."""
+    """Whether rows are held by dead workers."""
     for row in subject.ledger.running_rows():
         if not row.adoptable or (row.process is not None and not row.owner):
             continue  # a worker has it, or gave it back
@@ -343,7 +343,7 @@ def files(subject: Subject) -> Findings:
 
 
 def leftovers(subject: Subject) -> Findings:
-    """Checkpoints of rows that have ended."""
+    """Whether rows that have ended left checkpoints."""
     found, asked = [], subject.ledger.asked()
     for number in subject.ledger.ended():
         folder = subject.row(number)

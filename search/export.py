@@ -102,7 +102,7 @@ class Exported:
         return [path for path in (self.folder, self.pipeline) if path is not None]
 
     def text(self) -> str:
-        """Whose student it is, for people."""
+        """Whose student it is, as text for people."""
         figure = "" if self.fid is None else f": FID {self.fid.value:.3f} at NFE {self.fid.nfe}"
         return f"student of study {self.study}, {self.label}{figure}"
 
@@ -409,7 +409,7 @@ def _pictures(study: Study, trial: StoredTrial, nfe: int | None) -> dict[str, Pi
 
 
 def _add_extractor(folder: Path, fid: FID | None) -> None:
-    """Add the small classifier that a FID was measured with: another machine trains another."""
+    """Add the small classifier of the FID; another machine would train another one."""
     if fid is None or fid.extractor not in RECIPES:
         return
     path = classifier_path(fid.extractor, cache_folder())

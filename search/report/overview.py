@@ -68,7 +68,7 @@ class Overview:
         return table_rows(self.comparisons, self.teacher)
 
     def remarks(self) -> list[str]:
-        """How the result is to be read."""
+        """Remarks on the result."""
         if self.now is not None:
             return [*summary.remarks(self.now), *self.assessment]
         return list(dict.fromkeys(each.conditions_line() for each in self.comparisons))
@@ -94,7 +94,7 @@ class Overview:
         return found
 
     def confidence(self) -> str:
-        """How far the best of a search can be trusted."""
+        """How much a search's best can be trusted."""
         if self.verdict is not None:
             return self.verdict.sentence()
         metric = self.study.spec.metric

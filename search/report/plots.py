@@ -113,7 +113,7 @@ def metric_of_arms(comparison: Comparison, key: str) -> Plot:
 
 
 def fid_over_nfe(stages: Sequence[Comparison], teacher: FID | None, title: str) -> Plot:
-    """FID over the network evaluations of each stage, a line for each arm, one standard error."""
+    """FID with its standard error over the NFE of each stage, a line for each arm."""
 
     def draw(axes: "Axes") -> None:
         for number, first in enumerate(stages[0].results):
@@ -158,7 +158,7 @@ def study_plots(overview: "Overview") -> list[Plot]:
 
 
 def _axes(now: Summary) -> Sequence[str]:
-    """The coordinates that plots are drawn over: of branch weights the first alone."""
+    """The coordinates that plots are drawn over; of branch weights only the first."""
     axes = now.spec.space.axes
     return axes if now.spec.is_command else axes[:1]
 
@@ -169,7 +169,7 @@ def _nfe(result: ArmResult) -> int:
 
 
 def _of_images(figure: Judged | None) -> str:
-    """A figure's name on an axis, with its number of images, which moves a FID."""
+    """A figure's name on an axis, with its number of images, which a FID depends on."""
     assert figure is not None  # of complete rows
     of = "" if figure.images is None else f", {figure.images} images"
     return plain(figure.metric) + of

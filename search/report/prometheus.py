@@ -32,7 +32,7 @@ Application: TypeAlias = Callable[[dict[str, Any], Callable[..., Any]], Iterable
 
 
 def mount(application: Application, storage: RDBStorage) -> Application:
-    """The same application with ``/metrics`` of the storage's studies."""
+    """The application with ``/metrics`` of the storage's studies added."""
     registry = CollectorRegistry()
     registry.register(Studies(storage.engine))
     metrics: Application = make_wsgi_app(registry)
@@ -130,7 +130,7 @@ def _add_value(
 def _claimed(
     connection: sa.Connection, clock: sa.ColumnElement[float]
 ) -> dict[int, tuple[float, int]]:
-    """Seconds since the oldest claim of a trial that runs, and how many leases are overdue."""
+    """By study: seconds since the oldest claim of a running trial, and overdue leases."""
     late = sa.case((LEASE.c.expires < clock, 1), else_=0)
     rows = connection.execute(
         sa.select(

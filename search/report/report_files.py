@@ -66,7 +66,7 @@ def write_report(study: Study, folder: Path, *, force: bool = False) -> Path:
 
 
 def _other_files(study: str, names: Sequence[str], folder: Path) -> str:
-    """Why a folder is not one with an earlier report of the study; "" if it is, or has none."""
+    """Why a report must not be written to a folder: other files of its names; "" if it may."""
     there = [name for name in names if (folder / name).exists()]
     there += sorted(path.name for path in folder.glob(f"{_SAMPLES}*.png"))
     page = folder / HTML_PAGE
@@ -99,7 +99,7 @@ def _trial_rows(trials: Sequence[Measured]) -> list[tuple[str, ...]]:
 
 
 def _copy_pictures(overview: Overview, folder: Path) -> list[Picture]:
-    """Sample grids that are still there, and the best trial's losses and learned weights."""
+    """Copy the sample grids that exist, and the best trial's losses and learned weights."""
     sources = []
     for title, ledger, number, name in overview.shown():
         its = row_folder(ledger.study.study_name, number)

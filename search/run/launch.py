@@ -35,7 +35,7 @@ def launch(study: Study, source: str, workers: int | None) -> tuple[str, bool]:
 
 
 def run_planned(study: Study, workers: int | None) -> Study:
-    """Run a study's rows, as ``run_rows``, of a search after its pilot and its first points.
+    """Run a study's rows; a search's after its pilot and its first points.
 
     Returns:
         The study as it ran, with the number of images that its pilot has settled.
@@ -55,7 +55,7 @@ def run_planned(study: Study, workers: int | None) -> Study:
 
 
 def _settled(study: Study, workers: int | None, launch: Launch) -> Study:
-    """The study with the number of images that its pilot decides, which runs."""
+    """Run the pilot, and return the study with the number of images that it decides."""
     spec = study.spec
     pilot = plan_pilot(study.url, spec)
     run_rows(pilot, workers)
@@ -120,7 +120,7 @@ def run_rows(study: Study, workers: int | None, launch: Launch | None = None) ->
 
 
 def _next(overview: Overview, source: str) -> list[str]:
-    """Commands for a finished study."""
+    """Lines that suggest commands for a finished study."""
     study, now = overview.study, overview.now
     lines = ["see it in the browser:   bdense-search dashboard"]
     if now is None:

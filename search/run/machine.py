@@ -111,7 +111,7 @@ def ray_folder_problems() -> Iterator[str]:
 
 
 def _refusal(folder: Path) -> str:
-    """Why nothing can be written to a folder, made if it is missing; "" if it can."""
+    """Why a folder cannot be written; "" if it can. The folder may be missing."""
     try:
         there = next(each for each in (folder, *folder.parents) if each.exists())
         with tempfile.TemporaryFile(dir=there):

@@ -93,7 +93,7 @@ def run(
     all_ended = False
 
     def is_lost() -> bool:
-        """Whether the head is gone by itself: a signal to the whole group ends our own too."""
+        """Whether the head died by itself: a signal to the process group ends our own, too."""
         ours = not os.environ.get("RAY_ADDRESS") and early_end.interrupted
         return head is not None and head.lost and not ours
 
@@ -139,7 +139,7 @@ def run(
 
 
 def _last_words(study: Study, head: Head, is_lost: Callable[[], bool]) -> None:
-    """Print the error and forgive the rows, where Ray lets no exception through."""
+    """Print the error and forgive the rows, as Ray lets no exception through."""
     if is_lost():
         said = f"bdense-search: {_head_lost(head)}"
     else:
@@ -165,7 +165,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ray_session(url: str) -> Iterator[Head]:
-    """A Ray cluster: the one of ``RAY_ADDRESS``, else one of this machine's own for the launch.
+    """Use the Ray cluster of ``RAY_ADDRESS``, else start one on this machine for the launch.
 
     Once its head is gone, the block is left as by Ctrl-C.
     """
@@ -201,7 +201,7 @@ def ray_session(url: str) -> Iterator[Head]:
 
 
 def _require_listener(address: str) -> None:
-    """Ray would try for minutes to reach a cluster that is not there."""
+    """Refuse an address that nothing answers at, which Ray would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
         return  # "auto" or "local"
@@ -286,7 +286,7 @@ def gpus_per_trial(resources: ResourcesSpec) -> float:
 def _prepare(
     spec: StudySpec, worker: WorkerConfig, slots: int, tell: Callable[[Preparation], None]
 ) -> None:
-    """Teacher and features in one task; trajectories there too, or in one for each slot's GPU."""
+    """Prepare in one task; what trajectories it leaves are recorded on each slot's GPU."""
     # The GPUs of a trial share its batches; these tasks take one.
     team = spec.resources.team
     gpus = gpus_per_trial(spec.resources) / team
@@ -340,7 +340,7 @@ def _raise_first(errors: Sequence[WorkerError]) -> None:
 
 
 def _run_slots(resources: ResourcesSpec, worker: WorkerConfig, slots: int) -> list[WorkerError]:
-    """Run that many slots until all have ended; the errors of those that could not go on."""
+    """Run that many slots until all have ended; returns the errors of those that failed."""
     lot = uuid.uuid4().hex[:8]
     scratch = Path(tempfile.mkdtemp(prefix="bdense-tune-"))
     marks = Path(worker.runs) / worker.study / "slots"

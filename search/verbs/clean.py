@@ -21,7 +21,7 @@ _MIB = 2**20
 
 
 def clean(options: argparse.Namespace) -> None:
-    """Delete it, and print how much that was."""
+    """Delete the files, and print how much that was."""
     asked = from_options(CleanOptions, options)
     record = open_study(options)
     if asked.keep:

@@ -20,7 +20,7 @@ from search.verbs.options import DeleteOptions
 
 
 def delete(options: argparse.Namespace) -> None:
-    """Say what would go, ask, and delete it."""
+    """Say what would be deleted, ask, and delete it."""
     study = open_study(options)
     confirmation = study.beside(study.name + CONFIRM_SUFFIX)
     # The study itself last: interrupted, the command can be given again.
@@ -64,7 +64,7 @@ def _folder(ledger: Ledger) -> Path:
 
 
 def _delete(ledger: Ledger, store: Store) -> None:
-    """Pictures and files first: without its rows nothing would name them."""
+    """Delete pictures and files first: without the rows nothing would name them."""
     folder = _folder(ledger)
     remove_attached(ledger.storage, ledger.study.get_trials(deepcopy=False), store)
     if folder.is_symlink():

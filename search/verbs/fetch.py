@@ -8,7 +8,7 @@ from search.verbs.options import FileOptions
 
 
 def fetch(options: argparse.Namespace) -> None:
-    """Download it, and name each part."""
+    """Download what is missing, and name each part."""
     spec = read_spec(from_options(FileOptions, options).study)
     if not spec.is_command:  # a program sees to its own downloads
         from search.run.fetching import fetch_all  # with torch

@@ -22,7 +22,7 @@ from search.verbs.options import DryRun, LaunchOptions
 
 
 def launch_study(options: argparse.Namespace) -> None:
-    """Launch it, or print what it would cost."""
+    """Launch the study, or print what it would cost."""
     workers = use_workers(options)
     asked = from_options(LaunchOptions, options)
     url, by_name = storage_url(options), not is_file(asked.study)

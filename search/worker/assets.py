@@ -86,7 +86,7 @@ class Assets:
 
     @property
     def drawing_options(self) -> list[str]:
-        """What ``bdense sample`` needs beside a student."""
+        """Options that ``bdense sample`` needs beside a student."""
         asked = self.spec.evaluation
         pipeline = pipeline_of(self.spec) if self.evaluator.codec is not None else None
         options = {
@@ -107,19 +107,19 @@ class Assets:
 
     @property
     def device(self) -> torch.device:
-        """Where trials run."""
+        """The device of the teacher and the trials."""
         return next(self.teacher.parameters()).device
 
     @property
     def device_name(self) -> str:
-        """The GPU, or the machine's kind and the threads of a trial."""
+        """Name of the GPU, or of the CPU's architecture with the threads of a trial."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
     @property
     def devices(self) -> list[torch.device]:
-        """One for each process that shares a trial's batches."""
+        """A device for each process that shares a trial's batches."""
         if self.device.type != "cuda":
             return [self.device]
         return [torch.device("cuda", index) for index in range(self.spec.resources.team)]
@@ -157,7 +157,7 @@ class Assets:
         )
 
     def inputs(self, seed: int) -> Inputs:
-        """What the method's stages learn from, besides the teacher."""
+        """Everything that the method's stages learn from, besides the teacher."""
         recorded = self.spec.trajectories.mode == "recorded"
         root, dtype = cache_folder() / "trajectories", self.spec.trajectories.dtype
         return Inputs(
@@ -177,7 +177,7 @@ class Assets:
 
 
 def use_device(spec: StudySpec) -> torch.device:
-    """Configure torch as the spec asks; the device that trials run on.
+    """Configure torch as the spec asks, and return the device that trials run on.
 
     Raises:
         InputError: The spec asks for GPUs, and torch can use none.
@@ -281,7 +281,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
 def _encoded(
     dataset: Dataset, spec: StudySpec, pipeline: Path, device: torch.device, report: Report
 ) -> Dataset:
-    """The data set in the teacher's latents, whose captions the study's prompts must be."""
+    """The data set in the teacher's latents; the study's prompts must be its captions."""
     if spec.prompts is not None:
         captions(len(read_prompts(spec.prompts)), dataset)
     count = len(dataset.images)

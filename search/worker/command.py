@@ -57,11 +57,11 @@ _KEPT_BACK = (
 
 
 class ProgramError(BdenseError):
-    """The program failed, or did not write what it has to."""
+    """The program failed, or wrote no usable metric."""
 
 
 class ProgramDiedError(Exception):
-    """The program ended early, and not by the worker; it is tried again from its checkpoint."""
+    """The program died early by itself; it is tried again from its checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +207,7 @@ class _Row:
             yield step, value
 
     def _score(self, outcome: Outcome) -> Score:
-        """What the program wrote.
+        """The score that the program wrote.
 
         Raises:
             ProgramError: It failed, or wrote no metric, or another form.
@@ -274,7 +274,7 @@ class _Row:
 
     @property
     def _named(self) -> Mapping[str, object]:
-        """What words in braces stand for."""
+        """Values of the words in braces."""
         folder = (self.folder / PROGRAM_FOLDER).resolve()
         result = (self.folder / METRIC_FILE).resolve()
         return {**self.weights, "seed": self.task.seed, "folder": folder, "result": result}
@@ -296,7 +296,7 @@ class _Row:
         )
 
     def _environment(self) -> dict[str, str]:
-        """The worker's, and what the program is given; writes the latter to a file too.
+        """The worker's environment with the program's inputs, which are written to a file too.
 
         The guard adds the name of that file.
         """
@@ -325,7 +325,7 @@ class _Row:
 
 
 class _Program:
-    """A program under its guard; the block's end kills it where it still runs."""
+    """A program under its guard; leaving the block kills it if it still runs."""
 
     def __init__(self, order: Order, environment: Mapping[str, str]) -> None:
         self._guard = subprocess.Popen(
@@ -349,7 +349,7 @@ class _Program:
             self._guard.communicate(guard.KILL)
 
     def ended(self, seconds: float) -> Outcome | None:
-        """How the program ended; None where it still runs after so long."""
+        """How the program ended; None if it still runs after that time."""
         if not self._selector.select(seconds):
             return None
         said, _ = self._guard.communicate()
@@ -410,19 +410,19 @@ class _Values:
 
 
 def _signal_of(status: int) -> signal.Signals | None:
-    """What ended a program, or the last command of a shell; None where no signal did."""
+    """The signal that ended a program, or a shell's last command; None if none did."""
     number = -status if status < 0 else status - _SHELL_ADDS
     return signal.Signals(number) if number in set(signal.Signals) else None
 
 
 def _require_file(path: Path) -> None:
-    """Refuse a folder, which cannot be read, and a pipe, which would be waited for."""
+    """Refuse anything but a regular file: reading a pipe would block."""
     if not path.is_file():
         raise ProgramError(f"{path} is not a regular file; write one, and rename it into place")
 
 
 def _as_float(value: float) -> float:
-    """An infinity where a whole number has more digits than a float takes."""
+    """As a float; a whole number beyond its range becomes infinite."""
     try:
         return float(value)
     except OverflowError:

@@ -212,7 +212,7 @@ def _free_bytes(device: str) -> int:
 
 
 def _smaller(spec: StudySpec) -> str:
-    """The way out of too little memory."""
+    """The settings to lower where memory is short."""
     return (
         f"lower method.batch ({spec.resolved.batch} now) or evaluation.batch "
         f"({spec.evaluation.batch} now)"
@@ -304,7 +304,7 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
 
 
 def _one_shot(spec: StudySpec) -> tuple[float, int]:
-    """Length, in trials', and points of a search's one-shot training; zeros without one."""
+    """A one-shot training's length, in those of a trial, and its points; zeros without one."""
     arm = one_shot_arm(spec) if spec.is_search else None
     asked = None if arm is None else OneShotTask.of(arm.params)
     return (0.0, 0) if asked is None else (asked.length, asked.points)
@@ -351,7 +351,7 @@ def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
 
 
 def _page(file: PublicFile | HubCheckpoint) -> str:
-    """Where it is fetched from, a mirror of the Hub perhaps."""
+    """The URL that it is fetched from, perhaps at a mirror of the Hub."""
     return hub_page(file.name) if isinstance(file, HubCheckpoint) else file.url
 
 
@@ -412,7 +412,7 @@ def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
 
 
 def _codec(spec: StudySpec, known: Mapping[str, Any], device: torch.device) -> Codec | None:
-    """The autoencoder of the teacher's folder; its time is left out where the folder is made."""
+    """The autoencoder of the teacher's folder; None, so not timed, where a recipe makes it."""
     checkpoint = spec.teacher.checkpoint
     if checkpoint is None or "codec" not in known or not Path(checkpoint).is_dir():
         return None
@@ -420,7 +420,7 @@ def _codec(spec: StudySpec, known: Mapping[str, Any], device: torch.device) -> C
 
 
 def _first_stage(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> Stage:
-    """The first stage that has branches, on images of noise where it learns from any."""
+    """The first stage with branches; the images that it learns from are noise."""
     method = METHODS[spec.method.name]()
     share = spec.resolved.batch // spec.resources.team
     config = method.Config.read({**spec.method.options, "batch": share}, "method")
@@ -434,7 +434,7 @@ def _first_stage(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, 
 
 
 def _placeholder(teacher: NetworkDenoiser) -> Prompts | None:
-    """A prompt of CLIP's length, whose content costs nothing; None for a teacher without text."""
+    """A blank prompt of CLIP's length, which costs as much as any; None without text."""
     if not teacher.model.text_dim:
         return None
     blank = torch.zeros(1, _PROMPT_TOKENS, teacher.model.text_dim)
@@ -442,7 +442,7 @@ def _placeholder(teacher: NetworkDenoiser) -> Prompts | None:
 
 
 def _update_seconds(stage: Stage, lap: Callable[[], float]) -> tuple[float, float]:
-    """Seconds of the last of ``_UPDATES`` updates: making its batch, and the rest."""
+    """Seconds of the last of ``_UPDATES`` updates: those of its batch, and the rest."""
     timed, seconds = _TimedBatches(stage, lap), 0.0
 
     def on_iteration(done: IterationReport) -> None:
@@ -474,7 +474,7 @@ class _TimedBatches:
 
 
 def _laps(device: torch.device) -> Callable[[], float]:
-    """Seconds since the last call, with the device's work until then."""
+    """A function that returns the seconds since its last call, once the device is idle."""
     last = time.perf_counter()
 
     def lap() -> float:

@@ -105,7 +105,7 @@ def record(
 
 
 def _require_same_teacher(of: Ledger, teacher: NetworkDenoiser) -> None:
-    """A cache or a checkpoint that machines do not share may hold another teacher."""
+    """Refuse another teacher, such as one of a cache that the machines do not share."""
     mine = denoiser_sha256(teacher)
     if of.attribute(TEACHER) is None:
         of.change(TEACHER, lambda stored: stored or mine)  # another may have been first

@@ -94,7 +94,7 @@ class Row:
             return self._run()
 
     def _tracked(self) -> Tracking:
-        """The study's trackers; none where one cannot start: the trial counts, not its curves."""
+        """The study's trackers; none if one cannot start, which must not cost the trial."""
         run = "/".join(self.folder.parts[-2:])
         settings = {"params": dict(self.task.params), "seeds": self.seeds, "arm": self.task.arm}
         try:
@@ -136,7 +136,7 @@ class Row:
     def distilled(
         self, evaluations: Callable[[Stage], Evaluations | None]
     ) -> Iterator[TrainedStage]:
-        """Train the row's students, stage by stage, with these evaluations on the way."""
+        """Train the row's students stage by stage, with the intermediate evaluations of each."""
         assets = self.assets
         return distill(
             assets.method,
@@ -266,5 +266,5 @@ class Row:
 
 
 def _named(plan: StagePlan) -> dict[str, Any]:
-    """A stage in the row's log, where there are several."""
+    """The stage's field in the row's log; none where there is one stage."""
     return {"stage": plan.name} if plan.name else {}

@@ -226,7 +226,7 @@ class _Guard:
 
 
 def _end_group(group: int) -> bool:
-    """Kill what is left of a program's group, and of its descendants; whether there was any."""
+    """Kill the rest of a program's process group and descendants; whether there were any."""
     # Those that have ended were not left behind.
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
@@ -247,7 +247,7 @@ def _end_group(group: int) -> bool:
 
 
 def _end_marked(given: str) -> None:
-    """Kill what an earlier program of the folder left behind as its guard was killed."""
+    """Kill the processes that an earlier program of the folder left when its guard was killed."""
     mark = f"{MARK}={given}".encode()
     while found := [pid for pid in _marked(mark) if pid != os.getpid()]:
         for pid in found:
@@ -265,7 +265,7 @@ def _marked(mark: bytes) -> Iterator[int]:
 
 
 def _cut_half_a_line(path: Path) -> None:
-    """Cut off half a line at a file's end, at which its writer was killed."""
+    """Cut off an unfinished last line, which a killed writer leaves."""
     if path.is_file():
         text = path.read_bytes()
         os.truncate(path, text.rfind(b"\n") + 1)
@@ -280,7 +280,7 @@ def _children() -> list[int]:
 
 
 def _signal_group(group: int, number: signal.Signals) -> bool:
-    """Whether there was anyone to signal."""
+    """Signal a process group; whether it has any process."""
     try:
         os.killpg(group, number)
     except (ProcessLookupError, PermissionError):  # macOS says so of a group of zombies

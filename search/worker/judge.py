@@ -43,7 +43,7 @@ class Judge:
         self._pruner = make_pruner(spec) if prunes else None
 
     def __call__(self, step: int, value: float) -> bool:
-        """Store a value at a step, such as images trained on; whether to end there."""
+        """Store the value at a step, such as images trained on; whether to end the row."""
         self.store(step, value)
         return self._pruner is not None and self._decision(step)
 

@@ -50,7 +50,7 @@ def measure_curve(row: "Row", count: int) -> TrialResult:
 def _measured(
     row: "Row", method: OneShot, last: TrainedStage, points: Sequence[tuple[float, ...]]
 ) -> list[FID]:
-    """The student's FID at each point; each is kept in the row's folder as soon as it is known."""
+    """The student's FID at each point, each stored in the row's folder at once."""
     assets, kept = row.assets, row.folder / CURVE_FILE
     images = assets.spec.evaluation.num_images
     fids = [FID.read(each) for each in json.loads(kept.read_text())] if kept.exists() else []

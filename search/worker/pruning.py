@@ -45,7 +45,7 @@ class IntermediateFIDs:
 
     @property
     def found(self) -> list[IntermediateFID]:
-        """Each so far."""
+        """The intermediate FIDs so far."""
         return [self._found[after] for after in sorted(self._found)]
 
     def note_stage(self, step: int, fid: float, *, is_last: bool = False) -> None:

@@ -78,7 +78,7 @@ def stored_or_made(
 
 
 def provenance(fingerprint: str, seeds: Mapping[str, int], device: str) -> dict[str, Any]:
-    """Conditions, software and machine, as every row stores them."""
+    """Fields of every row's result: conditions, software and machine."""
     return {
         "fingerprint": fingerprint,
         "seeds": dict(seeds),
@@ -90,7 +90,7 @@ def provenance(fingerprint: str, seeds: Mapping[str, int], device: str) -> dict[
 
 @functools.cache
 def package_versions() -> dict[str, str]:
-    """Versions a result depends on; of bdense in a git checkout also the commit."""
+    """Versions that a result depends on; bdense's has the commit in a git checkout."""
     found = {}
     for name in PACKAGES:
         # A worker that only runs programs needs no torch.

@@ -36,7 +36,7 @@ class TracedWeights:
         return getattr(self._given, name)
 
     def note(self, done: IterationReport) -> None:
-        """Remember an iteration, by the weights of its last update."""
+        """Remember an iteration's weights, those of its last update."""
         if self._given.learns:
             assert done.iteration == len(self._past)
             self._past.append(done.weights[-1])
@@ -55,7 +55,7 @@ class TracedWeights:
         return WeightHistory(points, weights)
 
     def state(self) -> dict[str, Tensor]:
-        """What ``restore`` needs, the past included."""
+        """The state for ``restore``, including the past."""
         past = {_PAST: torch.stack(self._past)} if self._past else {}
         return self._given.state() | past
 

@@ -93,7 +93,7 @@ class Worker:
         return self._awaits_curve
 
     def _plan_ahead(self) -> bool:
-        """End a search or plan a replicate, where rows have ended since; whether one was planned.
+        """Once rows have ended, end the search or plan a replicate; whether one was planned.
 
         Rows that are planned already come first.
         """
@@ -156,7 +156,7 @@ class Worker:
         return self._spec.space.excess(params, self._spec.resolved.num_branches)
 
     def _require_same_conditions(self, claimed: Claimed) -> None:
-        """Refuse to measure with other numerics, or by a spec that was replaced since."""
+        """Refuse to measure under another fingerprint than the study's, and release the row."""
         mine, main = self._trainer.fingerprint, self._study.main
         stored = main.attribute(FINGERPRINT)
         if stored != mine:
@@ -169,7 +169,7 @@ class Worker:
 
 
 def pause_after(waited: float) -> float:
-    """Seconds to the next try after waiting so long: about a tenth, within 1 to 5.
+    """Seconds to the next try: about a tenth of the time waited, within 1 to 5.
 
     Hundreds of idle workers may compete for the lock with those that have work.
     """

@@ -140,21 +140,21 @@ class _Row:
     def run(self) -> TrialResult:
         """Start the program and follow it to its end."""
         started, score = time.perf_counter(), None
-        pruned: PrunedError | None = None
+        reason: str | None = None
         (self.folder / PROGRAM_FOLDER).mkdir(parents=True, exist_ok=True)
         try:
             with _Program(self._order(), self._environment()) as program:
                 outcome = self._followed(program)
             score = self._score(outcome)
         except PrunedError as error:
-            pruned = error
+            reason = error.reason
         return TrialResult(
             value=None if score is None else score.value,
             score=score,
             parameters=self.weights,
             arm=self.task.arm,
             variant=dict(self.task.variant),
-            reason=None if pruned is None else pruned.reason,
+            reason=reason,
             timings={"student_seconds": round(time.perf_counter() - started, 3)},
             **provenance(self.trainer.fingerprint, self._seeds, _device()),
         )

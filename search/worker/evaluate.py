@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,7 +108,8 @@ class Row:
         assets, stages = self.assets, self.stages
         fids: dict[str, FID] = {}
         measured: Metrics | None = None
-        pruned: PrunedError | None = None
+        reason: str | None = None
+        pruned_at: float | None = None
         path = self.folder / STUDENT
         intermediate = IntermediateFIDs(self)
         if assets.teacher_fid is not None:
@@ -127,11 +128,12 @@ class Row:
                     intermediate.note_stage(index, fid.value, is_last=index == len(stages))
         except PrunedError as error:
             self.seconds["student_seconds"] += time.perf_counter() - started
-            pruned, measured = error, None
+            reason, pruned_at, measured = error.reason, error.at, None
         self.seconds["student_seconds"] -= intermediate.seconds
         if intermediate.seconds:
             self.seconds["intermediate_seconds"] = intermediate.seconds
-        return self._result(measured, fids, path, intermediate.found, pruned)
+        result = self._result(measured, fids, path, intermediate.found)
+        return replace(result, reason=reason, pruned_at=pruned_at)
 
     def distilled(
         self, evaluations: Callable[[Stage], Evaluations | None]
@@ -228,7 +230,6 @@ class Row:
         fids: dict[str, FID],
         path: Path,
         intermediate: list[IntermediateFID],
-        pruned: PrunedError | None,
     ) -> TrialResult:
         assets, task = self.assets, self.task
         history, weights = None, []
@@ -258,8 +259,6 @@ class Row:
             prompts=[] if last is None else assets.grid_prompts,
             arm=task.arm,
             variant=dict(task.variant),
-            pruned_at=None if pruned is None else pruned.at,
-            reason=None if pruned is None else pruned.reason,
             timings={name: round(value, 3) for name, value in self.seconds.items()},
             **provenance(assets.fingerprint, self.seeds, assets.device_name),
         )

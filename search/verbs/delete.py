@@ -52,7 +52,7 @@ def _agreed(name: str) -> bool:
     """Ask on the terminal.
 
     Raises:
-        InputError: There is nobody to ask.
+        InputError: stdin is not a terminal.
     """
     if not sys.stdin.isatty():
         raise InputError(f"deleting {name} needs a yes: give --yes, or run it in a terminal")

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import platform
@@ -50,6 +51,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object, *, indent: int | None = None) -> None:
+    """Write plain values as JSON, whole or not at all."""
+    with atomic_write(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=indent))
 
 
 def require_plain(path: Path) -> None:

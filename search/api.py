@@ -31,6 +31,7 @@ from search.log import say
 from search.report.document import as_markdown
 from search.report.overview import overview_of
 from search.report.pages import study_page
+from search.report.plots import study_plots
 from search.report.report_files import write_report
 from search.secrets import redact
 from search.spec.file import read_here, require_variants
@@ -78,7 +79,7 @@ def open_study(
     if isinstance(study, str) and not is_file(study):
         if trials is None:
             return OpenStudy(Study.open(url, study))
-        return OpenStudy(planned(url, with_trials(Study.open(url, study).spec, trials)))
+        return OpenStudy(planned(url, stored_spec(url, study, trials)))
     return OpenStudy(planned(url, read_here(study, changes_of(trials))))
 
 
@@ -107,7 +108,7 @@ class OpenStudy:
 
     @property
     def spec(self) -> StudySpec:
-        """As it was opened last; not to be changed."""
+        """The spec as it was opened last; not to be changed."""
         return self.record.spec
 
     @property
@@ -300,7 +301,7 @@ class OpenStudy:
 
     def plots(self) -> "list[Figure]":
         """Figures of matplotlib: the metric over each coordinate, or of each given arm."""
-        return [plot.figure() for plot in overview_of(self.record).plots()]
+        return [plot.figure() for plot in study_plots(overview_of(self.record))]
 
     @checked
     def report(self, out: str | Path, *, force: bool = False) -> Path:
@@ -357,7 +358,7 @@ class OpenStudy:
         return study
 
     def _repr_markdown_(self) -> str:
-        """For notebooks: the study's page, as the dashboard's note has it."""
+        """The study's page for notebooks, as the dashboard's note has it."""
         return as_markdown(self.name, study_page(overview_of(self.record), ()))
 
 
@@ -389,12 +390,16 @@ def changes_of(trials: int | None) -> dict[str, Any]:
     return {} if trials is None else {"plan": {"trials": trials}}
 
 
-def with_trials(spec: StudySpec, trials: int) -> StudySpec:
-    """A stored search's spec with that number of trials.
+def stored_spec(url: str, name: str, trials: int | None) -> StudySpec:
+    """A stored study's spec, of a search with that number of trials.
 
     Raises:
-        InputError: It has given arms.
+        UnknownStudyError: There is no such study.
+        InputError: It has given arms, and ``trials`` are asked for.
     """
+    spec = Study.open(url, name).spec
+    if trials is None:
+        return spec
     if not spec.is_search:
         raise KnobError(
             "trials", f"{trials} is for a search, and {spec.name} has given arms; leave it out"
@@ -403,7 +408,7 @@ def with_trials(spec: StudySpec, trials: int) -> StudySpec:
 
 
 def planned(url: str, spec: StudySpec, *, by_name: bool = False) -> Study:
-    """The study of a resolved spec, planned; of given arms by their name, those that failed again.
+    """Create or join the study of a resolved spec; failed arms given by name are planned again.
 
     Raises:
         InputError: A prior or an arm cannot be used.

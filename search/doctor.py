@@ -7,10 +7,7 @@ touches a trial, a result or a student.
 
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -23,9 +20,10 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from bdense.errors import BdenseError
+from search.child import in_child
 from search.errors import StorageError, UnknownStudyError
 from search.places import cache_folder, runs_folder
-from search.run.ray_folders import ray_folder_problems
+from search.run.machine import ray_folder_problems
 from search.secrets import redact
 from search.spec.study import StudySpec
 from search.storage.engine import (
@@ -57,7 +55,7 @@ Level: TypeAlias = Literal["ok", "warning", "problem", "mended"]
 
 _ERRORS = (BdenseError, *DATABASE_ERRORS, OSError)
 SCARCE_BYTES, FULL_BYTES = 2**30, 64 * 2**20
-APART_SECONDS = 60.0
+CHILD_SECONDS = 60.0  # for torch or Ray, which may hang
 _PRIVILEGES = ("SELECT", "INSERT", "UPDATE", "DELETE")
 _ARTIFACT = "artifacts:"  # how Optuna begins the keys of what it knows of artifacts
 _ASKED_AT_MOST = 50  # artifacts of a bucket, where each is asked for by itself
@@ -85,14 +83,14 @@ class Finding:
     study: str = ""
 
     def line(self) -> str:
-        """For people."""
+        """The finding for people."""
         about = f"{self.study}: " if self.study else ""
         advice = f"; {self.advice}" if self.advice else ""
         by_fix = " (--fix does it)" if self.repair is not None else ""
         return redact(f"{self.level:<8} {about}{self.check}: {self.text}{advice}{by_fix}")
 
     def as_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it."""
+        """The form that ``--json`` prints."""
         return {
             "check": self.check,
             "level": self.level,
@@ -118,11 +116,11 @@ class Subject:
 
     @property
     def folder(self) -> Path:
-        """Of the ledger's rows."""
+        """Folder of the ledger's rows."""
         return self.row(0).parent
 
     def row(self, number: int) -> Path:
-        """Folder of one of them."""
+        """A row's folder."""
         return row_folder(self.name, number).resolve()
 
     def complete(self, key: str) -> dict[int, Any]:
@@ -161,14 +159,14 @@ def disks() -> Findings:
 def gpus() -> Findings:
     """Whether torch works, and which GPUs it sees."""
     try:
-        found = _apart("gpus_here")
-    except RuntimeError as error:
-        yield Finding("problem", f"torch cannot be used: {error}", "reinstall torch")
+        found = in_child(_gpus_here, CHILD_SECONDS, quiet=True)
+    except Exception as error:  # noqa: BLE001  torch's own, whichever it is
+        yield Finding("problem", f"torch cannot be used: {one_line(error)}", "reinstall torch")
     else:
         yield Finding("ok", ", ".join(found) or "torch sees none on this machine")
 
 
-def gpus_here() -> list[str]:
+def _gpus_here() -> list[str]:
     """Name and memory of each GPU that torch sees."""
     import torch
 
@@ -186,45 +184,25 @@ def ray_cluster() -> Findings:
     if not (address := os.environ.get("RAY_ADDRESS")):
         return
     try:
-        found = _apart("nodes_of_ray")
-    except RuntimeError as error:
-        yield Finding("problem", str(error), "correct RAY_ADDRESS, or unset it")
+        found = in_child(_nodes_of_ray, CHILD_SECONDS, quiet=True)
+    except Exception as error:  # noqa: BLE001  Ray's own, whichever it is
+        yield Finding("problem", one_line(error), "correct RAY_ADDRESS, or unset it")
         return
     cpus, own = (sum(each.get(kind, 0) for each in found) for kind in ("CPU", "GPU"))
     text = f"the cluster at {address} has {len(found)} machines, {cpus:g} CPUs and {own:g} GPUs"
     yield Finding("ok", text)
 
 
-def nodes_of_ray() -> list[dict[str, float]]:
+def _nodes_of_ray() -> list[dict[str, float]]:
     """Resources of each machine of the cluster."""
     import ray
 
-    from search.run.runner import quiet, ray_session
+    from search.run.runner import ray_session
     from search.storage.engine import resolve_storage_url
 
-    with quiet(), ray_session(resolve_storage_url(None)):
+    with ray_session(resolve_storage_url(None)):
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [node["Resources"] for node in nodes if node["Alive"]]
-
-
-def _apart(function: str) -> Any:  # noqa: ANN401  what JSON holds
-    """Call a function of this module in a process of its own, as it may hang.
-
-    Raises:
-        RuntimeError: There is no answer; says why.
-    """
-    program = f"import json; from search import doctor; print(json.dumps(doctor.{function}()))"
-    asked = [sys.executable, "-c", program]
-    try:
-        done = subprocess.run(
-            asked, capture_output=True, text=True, timeout=APART_SECONDS, check=True
-        )
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"no answer within {APART_SECONDS:g} seconds") from None
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.strip().splitlines() or [str(error)]
-        raise RuntimeError(re.sub(r"^[\w.]+: ", "", said[-1])) from None
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def unfinished_files() -> Findings:
@@ -302,9 +280,9 @@ def _read_only_by_default(connection: sa.Connection) -> bool:
 # A study, and one of its ledgers.
 
 
-def leases(of: Subject) -> Findings:
-    """Rows whose worker is dead."""
-    for row in of.ledger.running_rows():
+def leases(subject: Subject) -> Findings:
+    """Whether rows are held by dead workers."""
+    for row in subject.ledger.running_rows():
         if not row.adoptable or (row.process is not None and not row.owner):
             continue  # a worker has it, or gave it back
         if row.process is None:
@@ -312,18 +290,20 @@ def leases(of: Subject) -> Findings:
         else:
             ended = "is dead" if row.process.is_seen_dead() else "has not renewed its lease"
             why = f"its worker {row.worker} (attempt {row.attempt}) {ended}"
-            repair = partial(_free, of, row)
+            repair = partial(_free, subject, row)
         yield Finding("warning", f"trial {row.number}: {why}", "a launch takes it over", repair)
 
 
-def conditions(of: Subject) -> Findings:
+def conditions(subject: Subject) -> Findings:
     """Whether rows were measured under the study's conditions, and this machine would, too."""
-    expected = of.study.main.attribute(FINGERPRINT)
-    others = [number for number, each in of.complete("fingerprint").items() if each != expected]
+    expected = subject.study.main.attribute(FINGERPRINT)
+    others = [
+        number for number, each in subject.complete("fingerprint").items() if each != expected
+    ]
     if others:
         text = f"{_numbers(others)} measured under other conditions: their FIDs do not compare"
         yield Finding("problem", text, "launch the study under another name")
-    if of.ledger is of.study.main and (mine := of.spec.fingerprint()) != expected:
+    if subject.ledger is subject.study.main and (mine := subject.spec.fingerprint()) != expected:
         yield Finding(
             "problem",
             f"this bdense measures under other conditions (fingerprint {mine}) than the study "
@@ -332,64 +312,64 @@ def conditions(of: Subject) -> Findings:
         )
 
 
-def foreign(of: Subject) -> Findings:
+def foreign(subject: Subject) -> Findings:
     """Whether another program added rows."""
-    if rows := foreign_rows(of.ledger):
+    if rows := foreign_rows(subject.ledger):
         yield Finding("warning", rows, "add points by: bdense-search enqueue")
 
 
-def versions(of: Subject) -> Findings:
+def versions(subject: Subject) -> Findings:
     """Whether rows were measured by different versions of packages."""
-    for line in of.ledger.differing_versions():
+    for line in subject.ledger.differing_versions():
         yield Finding("warning", line, "the last digits of FIDs may differ")
 
 
-def files(of: Subject) -> Findings:
-    """Whether complete rows have their results, and those that should their students."""
-    students = of.complete("student")
+def files(subject: Subject) -> Findings:
+    """Whether complete rows have result files, and kept ones their student."""
+    students = subject.complete("student")
     if not students:
         return
-    if not of.folder.is_dir():
-        text = f"none of {len(students)} complete rows has files here: there is no {of.folder}"
+    if not (folder := subject.folder).is_dir():
+        text = f"none of {len(students)} complete rows has files here: there is no {folder}"
         advice = "set BDENSE_RUNS to the folder that its workers wrote to, or restore it"
         yield Finding("problem", text, advice)
         return
-    values = of.ledger.complete_values()
-    stored = {number: _value_in(of.row(number) / RESULT) for number in values}
+    values = subject.ledger.complete_values()
+    stored = {number: _value_in(subject.row(number) / RESULT) for number in values}
     restore = "restore the runs folder from a backup; the database has the FIDs"
     if other := [number for number, value in stored.items() if value != values[number]]:
         text = f"{_numbers(other)} without {RESULT}, or with another FID in it"
         yield Finding("problem", text, restore)
     kept = set(values)
-    if of.ledger is of.study.trials:
-        kept = best_numbers(values, of.spec.keep_students)
+    if subject.ledger is subject.study.trials:
+        kept = best_numbers(values, subject.spec.keep_students)
     named = {number: named_file(students[number]) for number in kept if students.get(number)}
     if lost := sorted(number for number, file in named.items() if not file.is_file()):
         yield Finding("problem", f"{_numbers(lost)} without its student's file", restore)
 
 
-def leftovers(of: Subject) -> Findings:
-    """Checkpoints of rows that have ended."""
-    found, asked = [], of.ledger.asked()
-    for number in of.ledger.ended():
-        folder = of.row(number)
-        if (paths := checkpoints(folder)) and _is_own(of, asked[number], folder):
+def leftovers(subject: Subject) -> Findings:
+    """Whether rows that have ended left checkpoints."""
+    found, asked = [], subject.ledger.asked()
+    for number in subject.ledger.ended():
+        folder = subject.row(number)
+        if (paths := checkpoints(folder)) and _is_own(subject, asked[number], folder):
             found += paths
     yield from _leftovers(found)
 
 
-def artifacts(of: Subject) -> Findings:
+def artifacts(subject: Subject) -> Findings:
     """Whether the pictures that rows have in the database are in the artifact store."""
     query = (
         sa.select(TRIALS.c.number, SYSTEM_ATTRIBUTES.c.key)
         .join_from(TRIALS, SYSTEM_ATTRIBUTES, SYSTEM_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id)
         .where(
-            TRIALS.c.study_id == of.ledger.study._study_id,
+            TRIALS.c.study_id == subject.ledger.study._study_id,
             SYSTEM_ATTRIBUTES.c.key.startswith(_ARTIFACT, autoescape=True),
         )
         .order_by(TRIALS.c.number)
     )
-    with of.ledger.storage.engine.connect() as connection:
+    with subject.ledger.storage.engine.connect() as connection:
         known = [
             (row.number, row.key.removeprefix(_ARTIFACT)) for row in connection.execute(query)
         ]
@@ -406,9 +386,9 @@ def artifacts(of: Subject) -> Findings:
         yield Finding("warning", text, "set BDENSE_ARTIFACTS to where they are, or restore them")
 
 
-def _free(of: Subject, row: RunningRow) -> None:
+def _free(subject: Subject, row: RunningRow) -> None:
     """Give a dead worker's row back, unless it was renewed or taken meanwhile."""
-    engine = open_storage(of.study.url).engine
+    engine = open_storage(subject.study.url).engine
     over = LEASE.c.expires < database_clock(engine)
     if row.process is not None and row.process.is_seen_dead():
         over = sa.true()
@@ -428,14 +408,14 @@ def _value_in(path: Path) -> float | None:
         return None
 
 
-def _is_own(of: Subject, params: dict[str, Any], folder: Path) -> bool:
+def _is_own(subject: Subject, params: dict[str, Any], folder: Path) -> bool:
     """Whether a folder is the row's: another database's study may have taken it."""
     try:
         stored = json.loads((folder / IDENTITY).read_bytes())
     except (OSError, ValueError):
         return False
-    fingerprint = of.study.main.attribute(FINGERPRINT)
-    expected = of.study.task(of.ledger, params).identity() | {"fingerprint": fingerprint}
+    fingerprint = subject.study.main.attribute(FINGERPRINT)
+    expected = subject.study.task(subject.ledger, params).identity() | {"fingerprint": fingerprint}
     return bool(stored == json.loads(json.dumps(expected)))
 
 
@@ -527,9 +507,9 @@ def examine_study(url: str, name: str, *, fix: bool) -> Findings:
         yield Finding(level, str(error), check="study", study=name)
         return
     for ledger in study.ledgers:
-        of = Subject(study, spec, ledger)
+        subject = Subject(study, spec, ledger)
         for check, function in STUDY.items():
-            yield from _run(check, partial(function, of), fix=fix, study=of.name)
+            yield from _run(check, partial(function, subject), fix=fix, study=subject.name)
 
 
 def _run(check: str, call: Callable[[], Findings], *, fix: bool, study: str = "") -> Findings:

@@ -31,6 +31,7 @@ from search.analysis.confirmation import confirmation_of, judged_summary, verdic
 from search.analysis.recommendation import recommend
 from search.places import cache_folder
 from search.report.overview import overview_of
+from search.report.plots import study_plots
 from search.storage.ledger import Ledger
 from search.storage.queries import StoredTrial
 from search.study.arms import ArmRow
@@ -92,7 +93,7 @@ class Exported:
             study=study.name,
             number=number,
             label=label,
-            fid=result.fid if nfe is None else result.fids.get(str(nfe)),
+            fid=result.fid_at(nfe),
         )
 
     @property
@@ -101,7 +102,7 @@ class Exported:
         return [path for path in (self.folder, self.pipeline) if path is not None]
 
     def text(self) -> str:
-        """Whose student it is, for people."""
+        """Whose student it is, as text for people."""
         figure = "" if self.fid is None else f": FID {self.fid.value:.3f} at NFE {self.fid.nfe}"
         return f"student of study {self.study}, {self.label}{figure}"
 
@@ -146,7 +147,7 @@ def export_trial(
     path = _student(study, ledger, trial, nfe)
     denoiser, metadata = load_denoiser(path)
     metadata.pop("identity", None)
-    fid = result.fids.get(str(nfe)) if nfe is not None else result.fid
+    fid = result.fid_at(nfe)
     if fid is not None:
         metadata["fid"] = fid.as_dict()
     pictures: dict[str, Picture] = {}
@@ -184,7 +185,7 @@ def export_trial(
 
 
 def _examples(result: TrialResult) -> Sequence[str]:
-    """Prompts for the card: of the result's, which are shortened, those that are whole."""
+    """Prompts for the card: those of the result that were not shortened, else usual ones."""
     whole = [prompt for prompt in result.prompts if not prompt.endswith(CUT)]
     return whole[:2] or EXAMPLE_PROMPTS
 
@@ -215,13 +216,13 @@ def fid_table(study: Study) -> list[dict[str, Any]]:
             found = each.mean()
             table.append(
                 {
-                    "nfe": each.conditions.conditions()["nfe"],
+                    "nfe": each.figure.nfe,
                     **comparison.variant,
                     "arm": each.arm.name,
                     "fid": found.mean,
                     "std_err": found.standard_error,
                     "n": found.n,
-                    **_conditions(each.conditions),
+                    **_conditions(each.figure),
                     "training_seeds": " ".join(map(str, sorted(each.figures))),
                 }
             )
@@ -392,7 +393,7 @@ def _stage(study: Study, nfe: int | None) -> StagePlan:
 def _pictures(study: Study, trial: StoredTrial, nfe: int | None) -> dict[str, Picture]:
     """The figure, and image grids of this student and of the baselines at its stage."""
     stage = _stage(study, nfe)
-    plots = overview_of(study).plots()
+    plots = study_plots(overview_of(study))
     pictures: dict[str, Picture] = {FIGURE: plots[0].save} if plots else {}
     own, arms = ArmRow(**trial.params), study.arms
     searched = [index for index, arm in enumerate(arms) if arm.baseline is None]
@@ -408,7 +409,7 @@ def _pictures(study: Study, trial: StoredTrial, nfe: int | None) -> dict[str, Pi
 
 
 def _add_extractor(folder: Path, fid: FID | None) -> None:
-    """Add the small classifier that a FID was measured with: another machine trains another."""
+    """Add the small classifier of the FID; another machine would train another one."""
     if fid is None or fid.extractor not in RECIPES:
         return
     path = classifier_path(fid.extractor, cache_folder())

@@ -26,29 +26,29 @@ _KEYS = ("study", "trial", "attempt")
 _log = logging.getLogger(__name__)
 
 # Of this thread and of threads that copy its context.
-_about: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
-    "about", default=MappingProxyType({})
+_context: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
+    "context", default=MappingProxyType({})
 )
 
 
-def about(**keys: Any) -> None:  # noqa: ANN401  JSON values
+def set_context(**keys: Any) -> None:  # noqa: ANN401  JSON values
     """Set study, trial or attempt of this thread's records from now on."""
-    _about.set({**_about.get(), **keys})
+    _context.set({**_context.get(), **keys})
 
 
 @contextlib.contextmanager
-def speaking_of(**keys: Any) -> Iterator[None]:  # noqa: ANN401  JSON values
+def log_context(**keys: Any) -> Iterator[None]:  # noqa: ANN401  JSON values
     """Set study, trial or attempt of this thread's records inside the block."""
-    token = _about.set({**_about.get(), **keys})
+    token = _context.set({**_context.get(), **keys})
     try:
         yield
     finally:
-        _about.reset(token)
+        _context.reset(token)
 
 
-def spoken_of() -> dict[str, Any]:
+def current_context() -> dict[str, Any]:
     """Study, trial and attempt of this thread's records."""
-    return dict(_about.get())
+    return dict(_context.get())
 
 
 def is_json() -> bool:
@@ -99,49 +99,6 @@ def say(line: str, stream: TextIO | None = None) -> None:
     stream.flush()
 
 
-class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to the current stderr and notes study, trial and attempt of each record."""
-
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:  # type: ignore[override]
-        """The current stderr."""
-        return sys.stderr
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Let every record pass; called in the thread that logs."""
-        record.about = spoken_of()
-        return super().filter(record)
-
-
-class Text(logging.Formatter):
-    """Text lines and tracebacks without passwords."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The formatted record."""
-        return redact(super().format(record))
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a record: time, level, logger, study, trial, attempt, message, fields."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One line without passwords."""
-        own: Mapping[str, Any] = getattr(record, "about", None) or spoken_of()
-        entry: dict[str, Any] = {
-            "time": timestamp(record.created),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            **{key: own.get(key) for key in _KEYS},
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return json_line(entry, getattr(record, FIELDS, {}))
-
-
 def json_line(entry: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
     """One JSON object without passwords: the entry, and fields that it does not have."""
     rest = {key: value for key, value in fields.items() if key not in entry}
@@ -164,3 +121,46 @@ def _plain(value: Any) -> Any:  # noqa: ANN401  whatever is logged
 def timestamp(seconds: float) -> str:
     """Seconds since 1970 as ISO 8601 in UTC, with milliseconds."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to the current stderr and notes study, trial and attempt of each record."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """The current stderr."""
+        return sys.stderr
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record pass; called in the thread that logs."""
+        record.about = current_context()
+        return super().filter(record)
+
+
+class Text(logging.Formatter):
+    """Text lines and tracebacks without passwords."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The formatted record."""
+        return redact(super().format(record))
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a record: time, level, logger, study, trial, attempt, message, fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line without passwords."""
+        own: Mapping[str, Any] = getattr(record, "about", None) or current_context()
+        entry: dict[str, Any] = {
+            "time": timestamp(record.created),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            **{key: own.get(key) for key in _KEYS},
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json_line(entry, getattr(record, FIELDS, {}))

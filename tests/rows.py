@@ -10,8 +10,10 @@ import torch
 from search.spec.study import StudySpec
 from search.study.arms import Task
 from search.study.results import TrialResult
+from search.study.trial_log import TrialLog
 from search.worker.assets import Assets, load
 from search.worker.evaluate import evaluate
+from search.worker.trainer import Attempt
 from tests.studies import NORMALISED, PROMOTION, STUDY, changed, spec
 
 CPU = torch.device("cpu")
@@ -93,10 +95,18 @@ def run(
     *,
     check: Callable[[], None] = lambda: None,
     report: Callable[[str], None] = lambda _: None,
-    **options: Any,
+    judge: FakeJudge | None = None,
 ) -> TrialResult:
     """Work on a row."""
-    return evaluate(assets, of or task(), folder, check=check, report=report, **options)
+    attempt = Attempt(
+        task=of or task(),
+        folder=folder,
+        check=check,
+        report=report,
+        judge=judge or FakeJudge(prunes=False),
+        log=TrialLog(folder),
+    )
+    return evaluate(assets, attempt)
 
 
 def comparable(result: TrialResult) -> TrialResult:

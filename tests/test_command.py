@@ -21,6 +21,7 @@ from search.analysis.plans import plan_confirmation, plan_given
 from search.analysis.recommendation import noise_of, recommend
 from search.errors import SpecChangedError
 from search.report.overview import overview_of
+from search.report.plots import study_plots
 from search.report.report_files import write_report
 from search.storage.stop_flags import ask_all
 from search.study.arms import arms_study
@@ -115,7 +116,7 @@ def test_outputs_name_the_metric(losses, tmp_path):
     }
     (listed,) = json.loads(command("list", "--json").out)
     assert (listed["metric"], listed["best_value"]) == ("loss", best)
-    plots = [plot.key for plot in overview_of(losses).plots()]
+    plots = [plot.key for plot in study_plots(overview_of(losses))]
     assert plots == ["loss-over-log10-x", "loss-over-y"]
     assert losses.search.study.metric_names == ["loss"]
 

@@ -56,7 +56,7 @@ def test_the_difference_of_three_seeds_by_hand(url, method, stage, lower):
     assert (comparison.plain, comparison.uniform) == (plain, uniform)
     assert ours.values == {seed: fid - lower for seed, fid in FIDS[None].items()}
     assert ours.rows == {1: 2, 2: 5, 3: 8}
-    assert ours.conditions.nfe == (4 if stage else 2)
+    assert ours.figure.nfe == (4 if stage else 2)
     mean = ours.mean()
     assert (mean.mean, mean.n) == (9.0 - lower, 3)
     assert mean.standard_error == pytest.approx(1 / math.sqrt(3))
@@ -129,7 +129,7 @@ def test_settings_of_the_method_are_kept_apart(url):
     for index, (changed, each) in enumerate(zip(changes, comparisons_of(study), strict=True)):
         assert each.variant == changed
         assert each.plain.values == {seed: v + index for seed, v in FIDS["plain"].items()}
-        assert each.plain.conditions.nfe == changed.get("nfe", 2)
+        assert each.plain.figure.nfe == changed.get("nfe", 2)
     titles = [each.title for each in comparisons_of(study)]
     assert titles == ["as the study", "nfe 3", "kimg 5.0"]
 

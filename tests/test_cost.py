@@ -237,7 +237,7 @@ def killed(*_: object) -> None:
 
 
 def test_a_measurement_that_the_system_ends_is_one_without_memory(monkeypatch):
-    monkeypatch.setattr(cost, "_answer", killed)
+    monkeypatch.setattr(cost, "_measure", killed)
     with pytest.raises(
         InputError, match=r"alone runs out of memory .*lower method.batch \(64 now"
     ):

@@ -16,7 +16,7 @@ from bdense.weights.log_linear import normalised_weights
 from search.study.progress_text import share_done
 from search.study.results import TrialResult
 from search.study.retention import CHECKPOINT, RESULT, STUDENT
-from search.study.trial_log import LOG_FILE, TrialLog, read_log
+from search.study.trial_log import LOG_FILE, read_log
 from search.study.trial_note import trial_note
 from search.study.wording import weights_text
 from search.worker.pruning import INTERMEDIATE_FILE
@@ -89,7 +89,7 @@ def test_a_method_of_stages_keeps_each_student_with_its_fid_and_pictures(tmp_pat
         for n in (2, 4)
         for end in (".safetensors", ".md", ".fid.json", "-samples.png")
     }
-    assert names == each | {"result.json", "trial.json"}
+    assert names == each | {"log.jsonl", "result.json", "trial.json"}
 
 
 def test_a_teacher_that_predicts_otherwise_is_converted_in_a_stage_of_its_own(tmp_path):
@@ -242,8 +242,8 @@ def test_a_stop_saves_just_there_and_the_log_tells_of_every_update(tmp_path):
             raise StoppedError("enough")
 
     with pytest.raises(StoppedError):
-        run(assets, folder, check=check, report=texts.append, log=TrialLog(folder))
-    found = run(assets, folder, log=TrialLog(folder))
+        run(assets, folder, check=check, report=texts.append)
+    found = run(assets, folder)
     events, _ = read_log(folder / LOG_FILE)
     assert [(e["event"], e["stage"], e.get("iteration")) for e in events] == [
         *(("training", "00004", i) for i in range(1, 6)),

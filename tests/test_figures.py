@@ -5,7 +5,8 @@ import pytest
 
 from search.analysis.surrogate import Observation, posterior_means
 from search.report.overview import overview_of
-from search.report.plots import Plot, plain
+from search.report.plots import study_plots
+from search.study.plot import Plot, plain
 from search.study.study import Study
 from tests.measured import VALLEY, created, finish, normalised, search
 from tests.studies import LEARNED, PROMOTION, spec
@@ -13,7 +14,7 @@ from tests.studies import LEARNED, PROMOTION, spec
 
 def lines(study: Study) -> dict[str, tuple[list[float], list[float]]]:
     """x and y of each line of its one plot, by its name in the legend; the curve has none."""
-    (plot,) = overview_of(study).plots()
+    (plot,) = study_plots(overview_of(study))
     (axes,) = plot.figure().axes
     drawn = {line.get_label(): line for line in axes.get_lines()}
     return {name: (list(each.get_xdata()), list(each.get_ydata())) for name, each in drawn.items()}
@@ -52,7 +53,7 @@ def test_learned_weights_have_points_and_a_curve_for_each_rule(url):
 
 
 def test_very_different_fids_have_a_logarithmic_axis(url):
-    (plot,) = overview_of(search(url, [*VALLEY, ({"a": 2.9}, 900.0)])).plots()
+    (plot,) = study_plots(overview_of(search(url, [*VALLEY, ({"a": 2.9}, 900.0)])))
     assert plot.figure().axes[0].get_yscale() == "log"
 
 
@@ -60,7 +61,7 @@ def test_arms_have_a_point_for_each_seed_and_their_mean(url):
     arms = normalised(plan={"arms": ["plain", "uniform"], "seeds": [1, 2]}, name="arms")
     study = created(url, arms)
     finish(study, lambda arm, row: 4.0 + 2 * row.seed if arm.baseline == "plain" else 3.0)
-    (plot,) = overview_of(study).plots()
+    (plot,) = study_plots(overview_of(study))
     (axes,) = plot.figure().axes
     each = [list(line.get_ydata()) for line in axes.get_lines() if line.get_marker() == "o"]
     assert [6.0, 8.0] in each
@@ -72,7 +73,7 @@ def test_arms_have_a_point_for_each_seed_and_their_mean(url):
 def test_a_method_of_several_stages_has_a_line_for_each_arm_over_nfe(url):
     study = created(url, spec(PROMOTION, plan={"arms": ["plain", "uniform"], "seeds": [0, 1]}))
     finish(study, lambda arm, row: (20.0 if arm.baseline == "plain" else 10.0) + row.seed)
-    (plot,) = overview_of(study).plots()
+    (plot,) = study_plots(overview_of(study))
     (axes,) = plot.figure().axes
     drawn = [
         (list(line.get_xdata()), list(line.get_ydata()))

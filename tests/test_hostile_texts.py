@@ -20,7 +20,7 @@ from bdense.errors import InputError
 from bdense.metrics.records import FID
 from search.report.dashboard import HOST, _QuietHandler, _Server, dashboard_application
 from search.report.document import Table, as_html
-from search.report.live import show
+from search.report.live import write_note
 from search.report.report_files import write_report
 from search.spec.study import StudySpec
 from search.storage.engine import open_reading
@@ -72,7 +72,7 @@ def scene(request, tmp_path_factory) -> Iterator[Scene]:
         study.main.study.set_user_attr(SPEC, json.dumps(evil))
         study.main.study.set_user_attr(FINGERPRINT, PICTURE)
         study.main.record_change(f"budget{SCRIPT}", PICTURE, LINES)
-        show(study)
+        write_note(study)
         write_report(study, folder / "shown")
         plots = ["fid-over-a.png", "samples-best.png"] if of.is_search else ["fid.png"]
         yield Scene(study, folder, [*plots, *([] if of.is_search else ["samples-0.png"])])

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 from optuna.samplers import RandomSampler
 
-from search.run.ending import Ending
+from search.run.ending import EarlyEnd
 from search.storage.ledger import Claim, Wait
 from search.storage.stop_flags import Launch, ask_all
 from tests.contracts.ledger import LedgerContract
@@ -41,7 +41,7 @@ class TestLedgerOnPostgres(LedgerContract):
         began = []
 
         def interrupted(connection: sa.Connection) -> None:
-            with Ending([ledger], launch, grace=0.5) as ending:
+            with EarlyEnd([ledger], launch, grace=0.5) as ending:
                 ending.rows_run()
                 wait_until(lambda: connection.exec_driver_sql(waiting).scalar_one() > 0)
                 began.append(time.monotonic())

@@ -28,7 +28,6 @@ from search.study.arms import Arm, ArmRow, arms_study
 from search.study.study import Study
 from search.study.wording import align
 from search.worker.assets import load, use_device
-from search.worker.evaluate import evaluate
 from search.worker.worker import Worker
 from tests.measured import (
     command,
@@ -39,6 +38,7 @@ from tests.measured import (
     refused,
     search,
 )
+from tests.rows import run
 from tests.students import digest, keep
 from tests.studies import LEARNED, NORMALISED, PROMOTION, changed, promotion, spec, write
 
@@ -323,13 +323,8 @@ def test_rows_train_as_their_variant_does(searched, tmp_path, monkeypatch, share
     assert ours.user_attrs["fid"]["nfe"] == 3
     assert ours.user_attrs["fid"]["seeds"] == {"training": 2, "evaluation": 2}
     assert (tmp_path / "runs" / ours.user_attrs["student"]).exists()
-    alone = evaluate(
-        load(to, use_device(to)),
-        study.task(study.given, asdict(ArmRow(arm=2, seed=2))),
-        tmp_path / "alone/00000",
-        check=lambda: None,
-        report=lambda _: None,
-    )
+    task = study.task(study.given, asdict(ArmRow(arm=2, seed=2)))
+    alone = run(load(to, use_device(to)), tmp_path / "alone/00000", task)
     assert (alone.value, alone.fid.as_dict()) == (ours.value, ours.user_attrs["fid"])
 
 

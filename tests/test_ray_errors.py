@@ -6,7 +6,7 @@ from ray.exceptions import AuthenticationError
 
 from bdense.errors import InputError
 from search.run import runner
-from search.run.ray_folders import ray_folder_problems, require_ray_folders
+from search.run.machine import ray_folder_problems, require_ray_folders
 from search.run.runner import cannot_use
 
 HEAD, WORKER = (

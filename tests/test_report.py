@@ -217,7 +217,7 @@ def test_both_pages_hold_all_there_is(url, kind, tmp_path):
     for row in overview.table():
         assert " | ".join(map(escaped, row)) in text
         assert [" ".join(cell.split()) for cell in row] in found.rows
-    for line in (overview.headline(), *overview.failures, *remarks(overview)):
+    for line in (headline(study), *failures(study), *remarks(overview)):
         assert line in found.text
     assert found.links == []
     assert [base64.b64decode(each.partition("base64,")[2]) for each in found.pictures] == [

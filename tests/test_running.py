@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,8 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from search.run.ending import Ending
-from search.run.gpus import count_gpus, use_gpus
+from search.run.ending import EarlyEnd
+from search.run.machine import count_gpus, use_gpus
 from search.spec.space import search_space
 from search.storage.engine import resolve_storage_url
 from search.storage.ledger import Claim, Ledger
@@ -230,7 +231,7 @@ def test_before_rows_run_a_stop_ends_the_launch_at_once():
     launch = Launch.begin(study.ledgers)
 
     def preparing() -> None:
-        with Ending(study.ledgers, launch):
+        with EarlyEnd(study.ledgers, launch):
             ask_all(study.ledgers)
             threading.Event().wait(120)
 
@@ -240,7 +241,7 @@ def test_before_rows_run_a_stop_ends_the_launch_at_once():
 
 def running(study: Study, launch: Launch, signals: int, grace: float = 60.0) -> None:
     """Rows run until so many signals end them; each but the last is waited for."""
-    with Ending(study.ledgers, launch, grace=grace) as ending:
+    with EarlyEnd(study.ledgers, launch, grace=grace) as ending:
         ending.rows_run()
         os.kill(os.getpid(), signal.SIGTERM)
         assert ending.interrupted
@@ -269,12 +270,22 @@ def test_workers_that_do_not_end_are_waited_for_no_longer_than_the_grace():
 # GPUs. None is needed: what Ray reads is the environment.
 
 
-def test_chosen_gpus_are_all_that_ray_sees():
-    environment: dict[str, str] = {}
-    use_gpus(None, environment, there=3)
-    assert environment == {}
-    use_gpus([2, 0], environment, there=3)
-    assert environment == {"CUDA_VISIBLE_DEVICES": "2,0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+@pytest.fixture
+def gpus_seen(monkeypatch) -> Callable[[], dict[str, str]]:
+    """What the environment says of GPUs, nothing at first."""
+    names = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "RAY_ADDRESS")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    return lambda: {name: os.environ[name] for name in names if name in os.environ}
+
+
+def test_chosen_gpus_are_all_that_ray_sees(gpus_seen, monkeypatch):
+    monkeypatch.setattr("search.run.machine.count_gpus", lambda: 3)
+    use_gpus(None)
+    assert gpus_seen() == {}
+    use_gpus([2, 0])
+    assert gpus_seen() == {"CUDA_VISIBLE_DEVICES": "2,0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 @pytest.mark.parametrize(
@@ -291,12 +302,16 @@ def test_chosen_gpus_are_all_that_ray_sees():
         ([0], 4, "CUDA_VISIBLE_DEVICES=", "_DEVICES= does .*; unset it"),
     ],
 )
-def test_gpus_that_cannot_be_chosen_are_refused(chosen, there, given, message):
-    environment = dict([given.split("=")] if given else [])
-    before = dict(environment)
+def test_gpus_that_cannot_be_chosen_are_refused(
+    chosen, there, given, message, gpus_seen, monkeypatch
+):
+    monkeypatch.setattr("search.run.machine.count_gpus", lambda: there)
+    if given:
+        monkeypatch.setenv(*given.split("="))
+    before = gpus_seen()
     with pytest.raises(InputError, match=message):
-        use_gpus(chosen, environment, there=there)
-    assert environment == before
+        use_gpus(chosen)
+    assert gpus_seen() == before
 
 
 def test_gpus_are_counted_as_nvidia_smi_lists_them(tmp_path, monkeypatch):

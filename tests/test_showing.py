@@ -13,7 +13,7 @@ from optuna_dashboard import get_note
 from optuna_dashboard._note import get_note_from_system_attrs
 
 from search.report import live
-from search.report.live import Showing, show
+from search.report.live import NoteWriter, write_note
 from search.report.overview import overview_of
 from search.storage.ledger import Ledger
 from search.study.arms import ROW_SPACE
@@ -22,9 +22,10 @@ from search.study.dashboard_note import save_note
 from search.study.folders import LOSS_PLOT, pictures
 from search.study.markdown import escaped
 from search.study.study import Study
+from search.study.summary import failures, headline
 from search.study.trial_log import TrialLog
 from search.study.trial_note import attach_pictures
-from search.worker.loss_curve import draw_losses
+from search.worker.row_plots import draw_losses
 from tests.measured import complete, created, open_once, result
 from tests.reported import PLOTS, remarks, reported, shown, spec_of, take
 
@@ -151,10 +152,10 @@ def test_losses_are_drawn_from_the_log_and_a_diverged_one_left_out(tmp_path):
 @pytest.mark.parametrize("kind", PLOTS)
 def test_a_study_of_any_kind_has_a_note(url, kind):
     study = reported(url, kind)
-    show(study)
+    write_note(study)
     note, overview = get_note(study.main.study), overview_of(study)
     assert note.startswith(f"# {kind}\n")
-    for line in (overview.headline(), *overview.failures, *remarks(overview)):
+    for line in (headline(study), *failures(study), *remarks(overview)):
         assert escaped(line) in note
     for row in overview.table():
         assert " | ".join(map(escaped, row)) in note
@@ -162,7 +163,7 @@ def test_a_study_of_any_kind_has_a_note(url, kind):
 
 def test_a_search_s_note_has_the_grids_that_there_are(study):
     """The best trial has no grid, the baselines have."""
-    show(study)
+    write_note(study)
     note = get_note(study.search.study)
     assert "**Lowest of the trials: FID 12.500**, trial 0, a 1.000" in note
     assert note.index("**Recommended: ") < note.index("**Lowest of the trials: ")
@@ -175,7 +176,7 @@ def test_grids_of_prompted_students_tell_their_prompts(study):
     ledger, claim = study.search, take(study, POINT)
     shown(study, ledger, claim, 11.0, prompts=told)
     assert "First row: a two, a three." in note_of(ledger, claim.trial_id)
-    show(study)
+    write_note(study)
     assert "First row: a two, a three." in get_note(study.search.study)
     shown(study, ledger, take(study, POINT | {"a": 0.7}), 11.0)
     assert "First row" not in note_of(ledger, claim.trial_id + 1)
@@ -188,7 +189,7 @@ def test_of_several_stages_the_note_shows_the_last_ones_grid(study, tmp_path):
     found = result(study, ledger, claim, 11.0)
     attach_pictures(ledger, claim, tmp_path, found)
     ledger.complete(claim, 11.0, found.attrs())
-    show(study)
+    write_note(study)
     stored = get_all_artifact_meta(
         ledger.storage.get_trial(claim.trial_id), storage=ledger.storage
     )
@@ -198,7 +199,7 @@ def test_of_several_stages_the_note_shows_the_last_ones_grid(study, tmp_path):
 
 
 def test_they_are_written_when_rows_have_ended_and_not_too_often(study, monkeypatch):
-    written = Showing(study)
+    written = NoteWriter(study)
     written.refresh()
     first = get_note(study.search.study)
     assert "1 of 4 trials complete" in first
@@ -209,7 +210,7 @@ def test_they_are_written_when_rows_have_ended_and_not_too_often(study, monkeypa
     assert "2 of 4 trials complete" in get_note(study.search.study)
     monkeypatch.setattr(live, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(live, "_SHARE", 0.0)
-    soon = Showing(study)
+    soon = NoteWriter(study)
     soon.refresh()
     versions = study.search.storage.get_study_system_attrs(study.search.study._study_id)
     soon.refresh()  # nothing has ended since
@@ -218,7 +219,7 @@ def test_they_are_written_when_rows_have_ended_and_not_too_often(study, monkeypa
 
 
 def test_the_end_of_a_confirmation_renews_the_search_s_note_too(confirmed):
-    Showing(Study.open(confirmed.url, "digits.confirm")).finish()
+    NoteWriter(Study.open(confirmed.url, "digits.confirm")).finish()
     note = get_note(confirmed.search.study)
     assert "confirmed at 2.56 kimg" in note
     assert "Under fresh seeds" in note
@@ -228,8 +229,8 @@ def test_what_goes_wrong_ends_no_launch(study, caplog):
     """Such as a row that lacks its FID."""
     lacking = optuna.trial.create_trial(value=1.0, user_attrs={"fingerprint": ""})
     study.search.study.add_trial(lacking)
-    Showing(study).refresh()
-    Showing(study).finish()
+    NoteWriter(study).refresh()
+    NoteWriter(study).finish()
     assert "the study's note could not be stored" in caplog.text
 
 

@@ -8,7 +8,8 @@ from PIL import Image
 from bdense.training.loop import IterationReport
 from bdense.weights.weighting import FixedWeights, LearnedWeights
 from search.study.results import WeightHistory
-from search.worker.traced_weights import MAX_POINTS, TracedWeights, draw_history
+from search.worker.row_plots import draw_history
+from search.worker.traced_weights import MAX_POINTS, TracedWeights
 
 
 def noted(count: int) -> TracedWeights:
@@ -49,7 +50,7 @@ def test_the_picture(tmp_path):
     draw_history(noted(50).history(), "uncertainty, strength 1", path)
     with Image.open(path) as picture:
         assert picture.format == "PNG"
-        assert picture.size == (1125, 600)
+        assert picture.size == (1050, 630)
         colours = picture.convert("RGB").getcolors(2**24)
     # Lines are many pixels of one colour that is no grey; their smoothed edges are few of each.
     assert len([colour for count, colour in colours if count > 150 and len(set(colour)) > 1]) >= 4

@@ -38,8 +38,8 @@ class ArmResult:
         return {seed: figure.value for seed, figure in self.figures.items()}
 
     @property
-    def conditions(self) -> Judged:
-        """Of the first seed; ``Comparison.differing`` names where others differ."""
+    def figure(self) -> Judged:
+        """The figure of the first seed, whose conditions are those of all unless they differ."""
         return self.figures[min(self.figures)]
 
     def mean(self) -> Mean:
@@ -104,7 +104,7 @@ class Comparison:
                 f"These {self.metric.plural} were measured under different conditions "
                 f"({', '.join(self.differing)}): no comparison."
             )
-        shared = f"{self.metric.name}: {self.results[0].conditions.in_short()}."
+        shared = f"{self.metric.name}: {self.results[0].figure.in_short()}."
         return (
             f"{shared} Differences are paired by seed, in [] their 95 % t interval; a tie where "
             "it spans 0."
@@ -216,7 +216,7 @@ def replicates_of(study: Study) -> Comparison | None:
 
 def _figure_at(stage: StagePlan, trial: StoredTrial) -> Judged | None:
     result = TrialResult.of(trial.value, trial.user_attrs)
-    return result.fids.get(str(stage.nfe)) if result.fids else result.figure
+    return result.fid_at(stage.nfe) if result.fids else result.figure
 
 
 def teacher_of(study: Study) -> FID | None:

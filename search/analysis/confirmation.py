@@ -102,7 +102,7 @@ class Verdict:
             "mean": found.mean,
             "n": found.n,
             **({} if found.standard_error is None else {"std_err": found.standard_error}),
-            "conditions": result.conditions.conditions(),
+            "conditions": result.figure.conditions(),
             **{
                 name: {"mean": p.mean, "low": p.low, "high": p.high, "tie": p.tie}
                 for name, p in pairs.items()

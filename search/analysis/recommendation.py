@@ -156,7 +156,7 @@ def noise_of(comparison: Comparison) -> Noise:
         latents=math.sqrt(statistics.fmean(e**2 for e in errors)) if errors else None,
         seeds=statistics.stdev(apart) if len(apart) > 1 else None,
         replicates=len(apart),
-        images=one.conditions.conditions().get("images"),
+        images=one.figure.images,
     )
 
 

@@ -96,7 +96,7 @@ def _without_buttons(application: Application) -> Application:
 
 
 def hardened(application: Application) -> Application:
-    """Let nothing run but the dashboard's own page, by headers of every answer."""
+    """Add headers to every response that let only the dashboard's own page run scripts."""
 
     def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
@@ -132,7 +132,7 @@ def addressed_here(application: Application, port: int) -> Application:
 
 
 def safe_headers(path: str, headers: Headers) -> Headers:
-    """An answer's headers with those that keep a browser from running what is in it."""
+    """A response's headers with those that keep a browser from running its content."""
     given = {name.lower(): value for name, value in headers}
     own = given.get(_POLICY.lower())
     kept = [
@@ -161,7 +161,7 @@ class _Shortened(RDBStorage):
 
     @classmethod
     def of(cls, storage: RDBStorage) -> RDBStorage:
-        """The same storage, through the same connections."""
+        """A shortening view of a storage, over its connections."""
         shortened = cls.__new__(cls)
         shortened.__dict__ = storage.__dict__
         return shortened
@@ -172,7 +172,7 @@ class _Shortened(RDBStorage):
         deepcopy: bool = True,
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
-        """As Optuna's, which makes new objects at each call."""
+        """Trials with long attributes shortened, which are copies: Optuna makes new ones."""
         found = super().get_all_trials(study_id, deepcopy, states)
         for trial in found:
             trial.user_attrs = {key: _short(each) for key, each in trial.user_attrs.items()}
@@ -180,7 +180,7 @@ class _Shortened(RDBStorage):
 
 
 def _short(value: Any) -> Any:  # noqa: ANN401  JSON
-    """Mappings and lists as text of at most ``SHORT`` characters; the rest as it is."""
+    """Mappings and lists as text of at most ``SHORT`` characters; other values unchanged."""
     if not isinstance(value, (dict, list)) or len(text := json.dumps(value)) < SHORT:
         return value
     return text[: SHORT - 1] + "\N{HORIZONTAL ELLIPSIS}"
@@ -196,7 +196,7 @@ def dashboard_application(
 
 
 def application() -> Application:
-    """For a WSGI server, read-only, from BDENSE_STORAGE and BDENSE_ARTIFACTS or BDENSE_RUNS.
+    """The read-only dashboard of BDENSE_STORAGE and BDENSE_ARTIFACTS (or BDENSE_RUNS).
 
     gunicorn --workers 1 --threads 8 'search.report.dashboard:application()'
 

@@ -58,7 +58,7 @@ li { overflow-wrap: anywhere; }
 
 
 class Picture(NamedTuple):
-    """Its title, and its address in Markdown: of a report a file in its folder."""
+    """A picture's title, and its address in Markdown; in a report, a file of its folder."""
 
     title: str
     address: str
@@ -90,7 +90,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Bullets:
-    """One item a line."""
+    """A list, one item a line."""
 
     lines: Sequence[str]
 
@@ -150,7 +150,7 @@ def _markdown(block: Block) -> str:
 
 
 def generator(title: str) -> str:
-    """The line by which a page of ours about this study is known."""
+    """The line that marks a page as our report of this study."""
     return f'<meta name="generator" content="bdense: {_tagless(title)}">'
 
 
@@ -207,11 +207,11 @@ def _each(tag: str, texts: Sequence[str]) -> str:
 
 
 def _within(tag: str, inside: str, kind: str = "") -> str:
-    """A tag around HTML, of a class of our own; "" around nothing."""
+    """HTML inside a tag with a class; "" if there is no HTML."""
     attribute = f' class="{kind}"' if kind else ""
     return f"<{tag}{attribute}>{inside}</{tag}>" if inside else ""
 
 
 def _tagless(text: str) -> str:
-    """A text as one line of HTML, also within an attribute's quotes."""
+    """A text escaped as one line of HTML, also for an attribute's quotes."""
     return html.escape(printable(text), quote=True)

@@ -1,4 +1,4 @@
-"""The dashboard's notes of a study, kept up to date while it runs and at its end.
+"""Writes a study's note in the dashboard, while it runs and at its end.
 
 Errors here are logged and never end a launch: notes can be written again.
 """
@@ -23,7 +23,7 @@ LEAST_SECONDS = 20.0
 _SHARE = 20.0
 
 
-class Showing:
+class NoteWriter:
     """Writes a study's note when trials have ended since, and not too often."""
 
     def __init__(self, study: Study) -> None:
@@ -38,11 +38,11 @@ class Showing:
             self._write()
 
     def finish(self) -> None:
-        """Write it as it is at the end, and that of the search that this study confirms."""
+        """Write the final note, and anew the note of the search that this study confirms."""
         self._write()
         if of := self._study.of:
             url = self._study.url
-            log_errors("the search's note", lambda: show(Study.open(url, of)), but=())
+            log_errors("the search's note", lambda: write_note(Study.open(url, of)), but=())
 
     def _write(self) -> None:
         with self._writing:
@@ -54,11 +54,11 @@ class Showing:
     def _write_if_changed(self) -> None:
         ended = [ledger.counts().ended for ledger in self._study.ledgers]
         if ended != self._shown:
-            show(self._study)
+            write_note(self._study)
             self._shown = ended
 
 
-def show(study: Study) -> None:
+def write_note(study: Study) -> None:
     """Write a study's note.
 
     Raises:

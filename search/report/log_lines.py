@@ -14,12 +14,12 @@ _QUIET = ("time", "level", "study", "trial", "attempt", "worker", "event")
 
 
 def has_losses(event: Mapping[str, Any]) -> bool:
-    """Whether it is of a training, with the losses of branches."""
+    """Whether it is a training event with the losses of branches."""
     return event["event"] == "training" and "branch_losses" in event
 
 
 def log_line(event: Mapping[str, Any]) -> str:
-    """One event."""
+    """An event as a line."""
     when = _time(event.get("time"))
     return f"{when:<8}  {event.get('attempt', ''):>7}  {_told(event)}"
 

@@ -1,9 +1,8 @@
 """A study as the dashboard's notes and the report show it, read once from the storage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from optuna.trial import TrialState
 
@@ -18,15 +17,11 @@ from search.analysis.comparison import (
 )
 from search.analysis.confirmation import Verdict, judged_summary
 from search.analysis.recommendation import Recommendation
-from search.report.plots import Plot, study_plots
-from search.spec.file import as_yaml
 from search.storage.ledger import Ledger
-from search.storage.own_study import CHANGES
 from search.study import summary
 from search.study.curve import curve_of
-from search.study.provenance import provenance_of
 from search.study.results import Curve
-from search.study.study import FINGERPRINT, Study
+from search.study.study import Study
 from search.study.summary import Measured, Summary
 from search.study.wording import grid_legend
 
@@ -48,8 +43,6 @@ class Overview:
     perhaps the ``curve`` of its one-shot training, the ``recommended`` arm, and this and its noise
     in words, ``assessment``; given arms and the replicates of a search have ``comparisons``, and
     given arms perhaps the ``teacher``'s FID. ``legend`` says what the sample grids show.
-    ``provenance`` says when, where and by what it was made and what that cost; ``changes`` have
-    ``time``, ``key``, ``old`` and ``new`` of changed settings; ``written`` is in UTC.
     """
 
     study: Study
@@ -62,25 +55,11 @@ class Overview:
     comparisons: Sequence[Comparison]
     teacher: FID | None
     legend: str
-    spec: str
-    fingerprint: str
-    failures: Sequence[str]
-    provenance: Sequence[str]
-    changes: Sequence[Mapping[str, Any]]
-    written: str
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing was measured yet."""
         return not self.comparisons if self.now is None else self.now.best is None
-
-    def headline(self) -> str:
-        """Counts on one line."""
-        return summary.headline(self.study)
-
-    def facts(self) -> str:
-        """What a study of given arms was made of."""
-        return "" if self.study.of is None else f"of: {self.study.of}"
 
     def table(self) -> list[tuple[str, ...]]:
         """The result: a header and lines of cells."""
@@ -89,21 +68,13 @@ class Overview:
         return table_rows(self.comparisons, self.teacher)
 
     def remarks(self) -> list[str]:
-        """How the result is to be read."""
+        """Remarks on the result."""
         if self.now is not None:
             return [*summary.remarks(self.now), *self.assessment]
         return list(dict.fromkeys(each.conditions_line() for each in self.comparisons))
 
-    def plots(self) -> list[Plot]:
-        """Its own plots; none before anything was measured."""
-        if self.is_empty:
-            return []
-        return study_plots(
-            self.trials, self.now, self.comparisons, self.teacher, self.study.name, self.curve
-        )
-
     def shown(self) -> list[ShownRow]:
-        """Of a search its baselines and its best trial; else each arm under the first seed."""
+        """A search's baselines and best trial; else each arm under the first seed."""
         study, now = self.study, self.now
         found = []
         if now is None:
@@ -123,7 +94,7 @@ class Overview:
         return found
 
     def confidence(self) -> str:
-        """How far the best of a search can be trusted."""
+        """How much a search's best can be trusted."""
         if self.verdict is not None:
             return self.verdict.sentence()
         metric = self.study.spec.metric
@@ -137,7 +108,6 @@ class Overview:
 
 def overview_of(study: Study) -> Overview:
     """Read a study."""
-    attributes = study.main.attributes()
     now, found, trials, recommended, told = None, None, [], None, []
     if study.is_search:
         now, found = judged_summary(study)
@@ -161,10 +131,4 @@ def overview_of(study: Study) -> Overview:
         comparisons=comparisons,
         teacher=teacher_of(study),
         legend=next(filter(None, legends), ""),
-        spec=as_yaml(study.spec),
-        fingerprint=str(attributes.get(FINGERPRINT, "")),
-        failures=summary.failures(study),
-        provenance=provenance_of(study),
-        changes=list(attributes.get(CHANGES, [])),
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )

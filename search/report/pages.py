@@ -1,6 +1,7 @@
 """A study as a page, for the dashboard's note and for both files of a report."""
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from search.analysis.comparison import table_rows
@@ -16,8 +17,13 @@ from search.report.document import (
     Text,
 )
 from search.report.overview import Overview
+from search.spec.file import as_yaml
+from search.storage.own_study import CHANGES
 from search.study.curve import curve_line, curve_rows
+from search.study.provenance import provenance_of
 from search.study.results import sample_command
+from search.study.study import FINGERPRINT
+from search.study.summary import failures, headline
 from search.study.wording import weights_text
 
 
@@ -47,20 +53,23 @@ def study_page(
             Table(table_rows([found.comparison]), words=False),
             Text(found.comparison.conditions_line(), quiet=True),
         ]
+    study, written = overview.study, datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    changes: list[Mapping[str, Any]] = study.main.attribute(CHANGES) or []
+    fingerprint = study.main.attribute(FINGERPRINT) or ""
     return [
-        Text(f"{overview.headline()}."),
-        Text(overview.facts()),
+        Text(f"{headline(study)}."),
+        Text("" if study.of is None else f"of: {study.of}"),
         *_best(overview),
         Section("Result", result),
         *_curve(overview),
         Section("Plots", [Pictures(plots, "plots")]),
         Section("Samples, from the same latents", _samples(overview, grids)),
         Section("Trials", [Table(trials)]),
-        Section("Failures", [Bullets(overview.failures)]),
-        Section("Provenance", [Bullets(overview.provenance)]),
-        Section("Changes", [Bullets([_change_text(each) for each in overview.changes])]),
-        Section("Spec", [Text(f"fingerprint {overview.fingerprint}"), Code(overview.spec)]),
-        Text(f"Written by bdense-search, {overview.written}.", quiet=True),
+        Section("Failures", [Bullets(failures(study))]),
+        Section("Provenance", [Bullets(provenance_of(study))]),
+        Section("Changes", [Bullets([_change_text(each) for each in changes])]),
+        Section("Spec", [Text(f"fingerprint {fingerprint}"), Code(as_yaml(study.spec))]),
+        Text(f"Written by bdense-search, {written}.", quiet=True),
     ]
 
 

@@ -1,31 +1,25 @@
-"""A study's own plots, which Optuna's dashboard does not draw.
+"""A study's own plots, which Optuna's dashboard does not draw."""
 
-Anyone with write access to the database chooses names: matplotlib must not read them as maths.
-"""
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bdense.files import atomic_write
 from bdense.metrics.records import FID
 from bdense.weights.space import PLAIN, UNIFORM, Choice
 from search.analysis.comparison import ArmResult, Comparison
 from search.analysis.observations import point_of
 from search.analysis.surrogate import FEWEST, Observation, posterior_means
 from search.spec.command import DEFAULTS
-from search.study.markdown import printable
+from search.study.plot import Plot, plain
 from search.study.results import Curve, Judged
 from search.study.summary import Measured, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-DPI = 150
+    from search.report.overview import Overview
+
 _BEST, _OTHERS = "#b2182b", ("#2166ac", "#4d9221", "#762a83")
 _BASELINES = {
     PLAIN: ("#333333", "-"),
@@ -35,42 +29,10 @@ _BASELINES = {
 _CURVE_POINTS = 200
 # From this ratio of the worst FID to the best one on, an axis is logarithmic.
 _WIDE = 8.0
-_LONGEST = 60  # characters of a title or name: more would leave no room for the plot
-
-
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """One picture: the name of its file, its title, and what draws it on empty axes."""
-
-    key: str
-    title: str
-    draw: "Callable[[Axes], None]"
-
-    def figure(self) -> "Figure":
-        """The picture, 1050 x 630 pixels at ``DPI``."""
-        # Half a second, for reports alone. Figure, not pyplot: no window, no global state.
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-
-        with rc_context({"font.size": 11.5}):
-            figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-            axes = figure.subplots()
-            axes.grid(color="0.9", linewidth=0.6)
-            axes.set_axisbelow(True)
-            self.draw(axes)
-            axes.set_title(plain(self.title))
-            if axes.get_legend_handles_labels()[1]:
-                axes.legend(fontsize="small")
-        return figure
-
-    def save(self, path: Path) -> None:
-        """As a PNG file."""
-        with atomic_write(path) as scratch:
-            self.figure().savefig(scratch, format="png", dpi=DPI)
 
 
 def metric_over(
-    axis: str, trials: Sequence[Measured], now: Summary, one_shot: Curve | None = None
+    axis: str, trials: Sequence[Measured], now: Summary, one_shot: Curve | None
 ) -> Plot:
     """The metric of complete trials over a coordinate, with the surrogate's curve.
 
@@ -144,14 +106,14 @@ def metric_of_arms(comparison: Comparison, key: str) -> Plot:
                 label=mean,
             )
         axes.set_xticks(range(len(results)), [plain(result.arm.name) for result in results])
-        axes.set_ylabel(_of_images(results[0].conditions))
+        axes.set_ylabel(_of_images(results[0].figure))
 
     of = f"of each arm{comparison.title and ', '}{comparison.title}"
     return Plot(key, f"{comparison.metric.name} {of}", draw)
 
 
 def fid_over_nfe(stages: Sequence[Comparison], teacher: FID | None, title: str) -> Plot:
-    """FID over the network evaluations of each stage, a line for each arm, one standard error."""
+    """FID with its standard error over the NFE of each stage, a line for each arm."""
 
     def draw(axes: "Axes") -> None:
         for number, first in enumerate(stages[0].results):
@@ -177,48 +139,37 @@ def fid_over_nfe(stages: Sequence[Comparison], teacher: FID | None, title: str) 
         axes.set_xscale("log", base=2)
         axes.set_xticks(places, [str(place) for place in places])
         axes.set_xlabel("network evaluations (NFE)")
-        axes.set_ylabel(_of_images(stages[0].results[0].conditions))
+        axes.set_ylabel(_of_images(stages[0].results[0].figure))
 
     return Plot("fid", title, draw)
 
 
-def study_plots(
-    trials: Sequence[Measured],
-    now: Summary | None,
-    comparisons: Sequence[Comparison],
-    teacher: FID | None,
-    title: str,
-    one_shot: Curve | None = None,
-) -> list[Plot]:
-    """The plots of a search, or of given arms (``now`` is None); see ``Overview``."""
+def study_plots(overview: "Overview") -> list[Plot]:
+    """A study's own plots; none before anything was measured."""
+    now, comparisons = overview.now, overview.comparisons
+    if overview.is_empty:
+        return []
     if now is not None:
-        return [metric_over(axis, trials, now, one_shot) for axis in _axes(now)] if trials else []
+        return [metric_over(axis, overview.trials, now, overview.curve) for axis in _axes(now)]
     stages = [each for each in comparisons if each.variant == comparisons[0].variant]
     if len({each.stage for each in stages}) > 1:
-        return [fid_over_nfe(stages, teacher, title)]
+        return [fid_over_nfe(stages, overview.teacher, overview.study.name)]
     return [metric_of_arms(each, f"arms-{index}") for index, each in enumerate(comparisons)]
 
 
-def plain(text: str) -> str:
-    """Text for matplotlib, which reads $...$ as mathematics and leaves out what begins with _."""
-    short = printable(text)
-    if len(short) > _LONGEST:
-        short = short[: _LONGEST - 1].rstrip() + "…"
-    return short.replace("$", r"\$").removeprefix("_")
-
-
 def _axes(now: Summary) -> Sequence[str]:
-    """The coordinates that plots are drawn over: of branch weights the first alone."""
+    """The coordinates that plots are drawn over; of branch weights only the first."""
     axes = now.spec.space.axes
     return axes if now.spec.is_command else axes[:1]
 
 
 def _nfe(result: ArmResult) -> int:
-    return int(result.conditions.conditions()["nfe"])
+    assert result.figure.nfe is not None  # a FID
+    return result.figure.nfe
 
 
 def _of_images(figure: Judged | None) -> str:
-    """A figure's name on an axis, with its number of images, which moves a FID."""
+    """A figure's name on an axis, with its number of images, which a FID depends on."""
     assert figure is not None  # of complete rows
-    images = figure.conditions().get("images")
-    return plain(figure.metric) if images is None else f"{figure.metric}, {images} images"
+    of = "" if figure.images is None else f", {figure.images} images"
+    return plain(figure.metric) + of

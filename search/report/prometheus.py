@@ -15,7 +15,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 
-from search.spec.metric import FID_METRIC
+from search.spec.metric import FID_METRIC, Metric
 from search.storage.leases import database_clock
 from search.storage.own_study import BASELINES_SUFFIX
 from search.storage.queries import read_trials, trials_in
@@ -33,7 +33,7 @@ Application: TypeAlias = Callable[[dict[str, Any], Callable[..., Any]], Iterable
 
 
 def mount(application: Application, storage: RDBStorage) -> Application:
-    """The same application with ``/metrics`` of the storage's studies."""
+    """The application with ``/metrics`` of the storage's studies added."""
     registry = CollectorRegistry()
     registry.register(Studies(storage.engine))
     metrics: Application = make_wsgi_app(registry)
@@ -89,10 +89,7 @@ class Studies(Collector):
             are_baselines = name.endswith(BASELINES_SUFFIX)
             metric = metrics.get(name.removesuffix(BASELINES_SUFFIX), FID_METRIC)
             if study.best is not None and ARMS not in study.attributes and not are_baselines:
-                if metric == FID_METRIC:
-                    lowest.add_metric([name], study.best)
-                else:
-                    best_of.add_metric([name, metric.name], study.best)
+                _add_value(lowest, best_of, [name], metric, study.best)
             if are_baselines and ARMS in study.attributes:
                 arms = [Arm(**each).baseline for each in study.attributes[ARMS]]
                 complete = trials_in(TrialState.COMPLETE).where(TRIALS.c.study_id == study.key)
@@ -101,13 +98,9 @@ class Studies(Collector):
                 for row in read_trials(self._engine, complete, ()):
                     first.setdefault(ArmRow(**row.params).arm, row.value or 0.0)
                 for arm, value in first.items():
-                    labels = [name.removesuffix(BASELINES_SUFFIX), str(arms[arm])]
-                    if arms[arm] is None:
-                        continue
-                    if metric == FID_METRIC:
-                        baselines.add_metric(labels, value)
-                    else:
-                        defaults.add_metric([*labels, metric.name], value)
+                    if (baseline := arms[arm]) is not None:
+                        labels = [name.removesuffix(BASELINES_SUFFIX), baseline]
+                        _add_value(baselines, defaults, labels, metric, value)
             if study.key in claimed:
                 oldest, late = claimed[study.key]
                 lease.add_metric([name], oldest)
@@ -121,10 +114,24 @@ def _gauge(name: str, help_: str, *labels: str) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, help_, labels=["study", *labels])
 
 
+def _add_value(
+    fids: GaugeMetricFamily,
+    values: GaugeMetricFamily,
+    labels: list[str],
+    metric: Metric,
+    value: float,
+) -> None:
+    """Add a FID to its gauge, or a program's metric to the one that has its name as a label."""
+    if metric == FID_METRIC:
+        fids.add_metric(labels, value)
+    else:
+        values.add_metric([*labels, metric.name], value)
+
+
 def _claimed(
     connection: sa.Connection, clock: sa.ColumnElement[float]
 ) -> dict[int, tuple[float, int]]:
-    """Seconds since the oldest claim of a trial that runs, and how many leases are overdue."""
+    """By study: seconds since the oldest claim of a running trial, and overdue leases."""
     late = sa.case((LEASE.c.expires < clock, 1), else_=0)
     rows = connection.execute(
         sa.select(

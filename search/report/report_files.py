@@ -13,9 +13,10 @@ from bdense.files import atomic_write, require_output
 from search.report.document import Picture, as_html, as_markdown, generator
 from search.report.overview import Overview, overview_of
 from search.report.pages import study_page
+from search.report.plots import study_plots
 from search.study.folders import GRID, LOSS_PLOT, WEIGHTS_PLOT, pictures, row_folder
 from search.study.study import Study
-from search.study.summary import Measured, cell
+from search.study.summary import Measured, cell, headline
 from search.study.wording import TIMINGS, weights_text
 
 PAGE, HTML_PAGE = "report.md", "report.html"
@@ -40,10 +41,9 @@ def write_report(study: Study, folder: Path, *, force: bool = False) -> Path:
     overview = overview_of(study)
     if overview.is_empty:
         raise InputError(
-            f"{overview.headline()}: there is nothing to report yet; run bdense-search launch "
-            "first"
+            f"{headline(study)}: there is nothing to report yet; run bdense-search launch first"
         )
-    shown = overview.plots()
+    shown = study_plots(overview)
     names = [PAGE, HTML_PAGE, *(f"{plot.key}.png" for plot in shown)]
     other = functools.partial(_other_files, study.name, names)
     require_output(folder, problem=other, force=force, folder=True)
@@ -65,7 +65,7 @@ def write_report(study: Study, folder: Path, *, force: bool = False) -> Path:
 
 
 def _other_files(study: str, names: Sequence[str], folder: Path) -> str:
-    """Why a folder is not one with an earlier report of the study; "" if it is, or has none."""
+    """Why a report must not be written to a folder: other files of its names; "" if it may."""
     there = [name for name in names if (folder / name).exists()]
     there += sorted(path.name for path in folder.glob(f"{_SAMPLES}*.png"))
     page = folder / HTML_PAGE
@@ -98,7 +98,7 @@ def _trial_rows(trials: Sequence[Measured]) -> list[tuple[str, ...]]:
 
 
 def _copy_pictures(overview: Overview, folder: Path) -> list[Picture]:
-    """Sample grids that are still there, and the best trial's losses and learned weights."""
+    """Copy the sample grids that exist, and the best trial's losses and learned weights."""
     sources = []
     for title, ledger, number, name in overview.shown():
         its = row_folder(ledger.study.study_name, number)

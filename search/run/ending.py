@@ -21,7 +21,7 @@ POLL_SECONDS = 1.0
 GRACE_SECONDS = 60.0
 
 
-class Ending:
+class EarlyEnd:
     """Ends a launch so that its workers save and give their trials back.
 
     Entered by the main thread. Before rows run, Ctrl-C, SIGTERM or a stop request end the block

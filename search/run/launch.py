@@ -3,8 +3,8 @@
 from search.analysis.pilot import images_of, plan_pilot
 from search.analysis.priors import plan_first_points
 from search.analysis.stop_rule import look_ahead
-from search.log import say, speaking_of
-from search.report.live import Showing
+from search.log import log_context, say
+from search.report.live import NoteWriter
 from search.report.overview import Overview, overview_of
 from search.run.progress import Display, snapshot_of
 from search.run.runner import run
@@ -30,12 +30,12 @@ def launch(study: Study, source: str, workers: int | None) -> tuple[str, bool]:
     study = run_planned(study, workers)
     overview = overview_of(study)
     result = [*align(overview.table()), *overview.remarks()] if not overview.is_empty else []
-    lines = [overview.headline(), *failures(study), *result, "", *_next(overview, source)]
+    lines = [headline(study), *failures(study), *result, "", *_next(overview, source)]
     return "\n".join(lines), not overview.is_empty
 
 
 def run_planned(study: Study, workers: int | None) -> Study:
-    """Run a study's rows, as ``run_rows``, of a search after its pilot and its first points.
+    """Run a study's rows; a search's after its pilot and its first points.
 
     Returns:
         The study as it ran, with the number of images that its pilot has settled.
@@ -55,7 +55,7 @@ def run_planned(study: Study, workers: int | None) -> Study:
 
 
 def _settled(study: Study, workers: int | None, launch: Launch) -> Study:
-    """The study with the number of images that its pilot decides, which runs."""
+    """Run the pilot, and return the study with the number of images that it decides."""
     spec = study.spec
     pilot = plan_pilot(study.url, spec)
     run_rows(pilot, workers)
@@ -77,7 +77,7 @@ def run_rows(study: Study, workers: int | None, launch: Launch | None = None) ->
         workers: Rows at once; None lets the cluster decide.
         launch: The launch that they belong to; None begins one.
     """
-    showing = Showing(study)
+    note = NoteWriter(study)
     if not study.left():
         kind = "study " if study.is_search else ""
         say(f"{kind}{study.name} is complete; nothing is left to do")
@@ -91,15 +91,15 @@ def run_rows(study: Study, workers: int | None, launch: Launch | None = None) ->
                 "which goes on beside this one, or by workers that died in the last "
                 f"{study.main.ttl:g} s"
             )
-        showing.refresh()  # the preparations may take minutes
+        note.refresh()  # the preparations may take minutes
         display = Display(lambda: snapshot_of(study))
 
         def on_running() -> None:
             display.running()
-            showing.refresh()
+            note.refresh()
 
         try:
-            with speaking_of(study=study.name):
+            with log_context(study=study.name):
                 run(
                     study,
                     launch or Launch.begin(study.ledgers),
@@ -116,11 +116,11 @@ def run_rows(study: Study, workers: int | None, launch: Launch | None = None) ->
             f"{line}; small differences may come from that alone (bdense-search doctor "
             f"{study.name})"
         )
-    showing.finish()
+    note.finish()
 
 
 def _next(overview: Overview, source: str) -> list[str]:
-    """Commands for a finished study."""
+    """Lines that suggest commands for a finished study."""
     study, now = overview.study, overview.now
     lines = ["see it in the browser:   bdense-search dashboard"]
     if now is None:

@@ -66,7 +66,7 @@ def snapshot_of(study: Study) -> Snapshot:
 
 
 def _given(study: Study) -> str:
-    """What a search's given arms are."""
+    """The name of a search's given arms."""
     return "baselines and replicates" if study.spec.search.race else "baselines"
 
 

@@ -29,9 +29,9 @@ from bdense.knobs import KnobError
 from search.errors import INTERRUPTED, ClusterLostError, WorkersFailedError
 from search.log import LOG, say
 from search.places import cache_folder, runs_folder
-from search.run.ending import Ending
+from search.run.ending import EarlyEnd
 from search.run.head import Head, leave_ray
-from search.run.ray_folders import ray_scratch
+from search.run.machine import ray_scratch
 from search.spec.sections import ResourcesSpec
 from search.spec.study import StudySpec
 from search.storage.engine import one_line, without_password
@@ -90,32 +90,31 @@ def run(
         artifacts=artifacts_place(),
     )
     head: Head | None = None
-    ending = Ending(study.ledgers, launch, at_once=lambda: head is not None and head.lost)
+    early_end = EarlyEnd(study.ledgers, launch, at_once=lambda: head is not None and head.lost)
     all_ended = False
 
     def is_lost() -> bool:
-        """Whether the head is gone by itself: a signal to the whole group ends our own too."""
-        ours = not os.environ.get("RAY_ADDRESS") and ending.interrupted
+        """Whether the head died by itself: a signal to the process group ends our own, too."""
+        ours = not os.environ.get("RAY_ADDRESS") and early_end.interrupted
         return head is not None and head.lost and not ours
 
     try:
         with (
             quiet(),
             ray_session(study.url) as head,
-            ending,
+            early_end,
         ):
-            if head is not None:
-                head.last_words = functools.partial(_last_words, study, head, is_lost)
+            head.last_words = functools.partial(_last_words, study, head, is_lost)
             _await_machines()
             slots = _slots(spec.resources, workers)
             _prepare(spec, worker, slots, on_preparing)
-            ending.rows_run()
+            early_end.rows_run()
             with _every_second(on_running):
                 # No more slots than rows are left: others would find nothing to do.
                 needed = min(slots, max(study.left(), 1))
                 errors = _run_slots(spec.resources, worker, needed)
                 all_ended = True
-        if ending.interrupted:
+        if early_end.interrupted:
             raise KeyboardInterrupt  # as if there had been no workers to wait for
     except KeyboardInterrupt:
         if not all_ended:  # else they gave their rows back; those that run are another launch's
@@ -128,7 +127,7 @@ def run(
     except ray.exceptions.RayError as error:
         if head is not None and is_lost():
             raise _head_lost(head) from error
-        if ending.interrupted:
+        if early_end.interrupted:
             study.forgive_running()
             raise KeyboardInterrupt from None
         raise WorkersFailedError(f"a worker of Ray failed: {error}") from error
@@ -141,7 +140,7 @@ def run(
 
 
 def _last_words(study: Study, head: Head, is_lost: Callable[[], bool]) -> None:
-    """Print the error and forgive the rows, where Ray lets no exception through."""
+    """Print the error and forgive the rows, as Ray lets no exception through."""
     if is_lost():
         said = f"bdense-search: {_head_lost(head)}"
     else:
@@ -167,7 +166,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ray_session(url: str) -> Iterator[Head]:
-    """A Ray cluster: the one of ``RAY_ADDRESS``, else one of this machine's own for the launch.
+    """Use the Ray cluster of ``RAY_ADDRESS``, else start one on this machine for the launch.
 
     Once its head is gone, the block is left as by Ctrl-C.
     """
@@ -203,7 +202,7 @@ def ray_session(url: str) -> Iterator[Head]:
 
 
 def _require_listener(address: str) -> None:
-    """Ray would try for minutes to reach a cluster that is not there."""
+    """Refuse an address that nothing answers at, which Ray would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
         return  # "auto" or "local"
@@ -288,7 +287,7 @@ def gpus_per_trial(resources: ResourcesSpec) -> float:
 def _prepare(
     spec: StudySpec, worker: WorkerConfig, slots: int, tell: Callable[[Preparation], None]
 ) -> None:
-    """Teacher and features in one task; trajectories there too, or in one for each slot's GPU."""
+    """Prepare in one task; what trajectories it leaves are recorded on each slot's GPU."""
     # The GPUs of a trial share its batches; these tasks take one.
     team = spec.resources.team
     gpus = gpus_per_trial(spec.resources) / team
@@ -342,7 +341,7 @@ def _raise_first(errors: Sequence[WorkerError]) -> None:
 
 
 def _run_slots(resources: ResourcesSpec, worker: WorkerConfig, slots: int) -> list[WorkerError]:
-    """Run that many slots until all have ended; the errors of those that could not go on."""
+    """Run that many slots until all have ended; returns the errors of those that failed."""
     lot = uuid.uuid4().hex[:8]
     scratch = Path(tempfile.mkdtemp(prefix="bdense-tune-"))
     marks = Path(worker.runs) / worker.study / "slots"

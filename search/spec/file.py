@@ -3,14 +3,11 @@
 import dataclasses
 import functools
 import json
-import multiprocessing
 import re
-import signal
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -19,13 +16,12 @@ from bdense.errors import InputError, did_you_mean
 from bdense.files import split_column
 from bdense.models.diffusers_files import is_hub_id
 from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, REFERENCES
+from search.child import in_child
 from search.errors import SpecError
 from search.spec.contents import flatten
 from search.spec.legacy import translated
 from search.spec.program import command_variant, resolve_command
 from search.spec.study import StudySpec, spelt_plan
-
-T = TypeVar("T")
 
 _MOST_VALUES = 10_000
 
@@ -42,7 +38,7 @@ def read_spec(path: Path, changes: dict[str, Any] | None = None) -> StudySpec:
     Raises:
         SpecError: The file cannot be read, or keys or values are wrong; a line for each key.
     """
-    return apart(functools.partial(_read, Path(path), changes or {}))
+    return in_child(functools.partial(_read, Path(path), changes or {}))
 
 
 def read_here(
@@ -81,16 +77,7 @@ def require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> Non
 def require_variants_apart(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
     """As ``require_variants``, in a child process."""
     if any(variants):
-        apart(functools.partial(require_variants, spec, variants))
-
-
-def apart(call: Callable[[], T]) -> T:
-    """Call in a process of its own, and free the memory of what it imports."""
-    spawn = multiprocessing.get_context("spawn")
-    # Ctrl-C reaches the whole group; only the launcher reports it.
-    quiet = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=quiet) as child:
-        return child.submit(call).result()
+        in_child(functools.partial(require_variants, spec, variants))
 
 
 def _read(path: Path, changes: dict[str, Any]) -> StudySpec:
@@ -303,11 +290,11 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
         reference = absolute("evaluation.reference", evaluation.reference, REFERENCES)
         evaluation = dataclasses.replace(evaluation, reference=reference)
 
-    def absolute_model(key: str, source: str, names: Collection[str] = ()) -> str:
+    def absolute_model(key: str, source: str) -> str:
         """A hub id stays one where there is no such folder."""
         if is_hub_id(source) and not (base / source).exists():
             return source
-        return absolute(key, source, names, folder=True)
+        return absolute(key, source, folder=True)
 
     def absolute_prompts(key: str, source: str | None) -> str | None:
         if source is None or source in PROMPT_SETS:

@@ -4,7 +4,7 @@ Any number of processes share a study's budget through the database. ``Ledger.cl
 the trial of a dead worker before it starts a new one. Only the holder of a trial's lease may
 finish it, and its first result stays.
 
-Uses Optuna's semi-private calls, as ``search.storage.pruner_decisions`` does: a ``Trial`` made
+Uses Optuna's semi-private calls, as ``search.worker.judge`` does: a ``Trial`` made
 from its key, ``_suggest``, ``_storage`` and ``_trial_id``. The ledger's contract suite covers
 them, and pyproject.toml pins Optuna's minor version.
 """

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from optuna.distributions import BaseDistribution, IntDistribution
 
@@ -23,14 +23,33 @@ ROW_SPACE: Mapping[str, BaseDistribution] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OneShotTask:
+    """A search's one-shot training.
+
+    Attributes:
+        length: Of the training, in those of a trial.
+        points: Number of points of the space at which the student is measured.
+        box: Lowest and highest value of each coordinate, in which they lie.
+    """
+
+    length: float
+    points: int
+    box: dict[str, list[float]]
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any]) -> Self | None:
+        """From an arm's parameters; None of other arms."""
+        return cls(**params[ONE_SHOT]) if ONE_SHOT in params else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
     """One set of branch weights, or a search's one-shot training for all of them.
 
     Attributes:
         name: For people; equal arms may have different ones.
         params: ``baseline`` (plain, uniform or defaults), or those of a weight space, such as a
-            and b; or ``one_shot``, the training's ``length``, the ``points`` and the ``box`` they
-            lie in.
+            and b; or ``one_shot``, the fields of a ``OneShotTask``.
         trial: Number of the search's trial it comes from, if any.
     """
 
@@ -62,8 +81,8 @@ def one_shot_arm(spec: StudySpec) -> Arm | None:
     space = spec.weight_space
     box = {name: [e.low, e.high] for name, e in zip(space.axes, space.box, strict=True)}
     points = asked.points or (13 if len(box) == 1 else 16 * len(box))
-    params = {"length": asked.length, "points": points, "box": box}
-    return Arm(name=ONE_SHOT_PLAN, params={ONE_SHOT: params})
+    task = OneShotTask(length=asked.length, points=points, box=box)
+    return Arm(name=ONE_SHOT_PLAN, params={ONE_SHOT: asdict(task)})
 
 
 def arms_study(spec: StudySpec, name: str) -> StudySpec:

@@ -29,6 +29,14 @@ class Judged(Protocol):
     def value(self) -> float: ...
 
     @property
+    def nfe(self) -> int | None:
+        """Network evaluations of an image; None of a program's."""
+
+    @property
+    def images(self) -> int | None:
+        """Number of images; None of a program's."""
+
+    @property
     def noise(self) -> float | None:
         """Standard error of the value from the draw of the latents."""
 
@@ -67,6 +75,8 @@ class Score:
     seeds: dict[str, int]
     others: dict[str, float] = field(default_factory=dict)
 
+    nfe: ClassVar[None] = None
+    images: ClassVar[None] = None
     noise: ClassVar[None] = None
 
     @classmethod
@@ -266,10 +276,9 @@ class TrialResult:
         """What it is judged by; None where it was pruned, and of a one-shot training."""
         return self.fid or self.score
 
-    @property
-    def key(self) -> str:
-        """What its value is called in logs: ``StudySpec.metric.key``."""
-        return "fid" if self.score is None else "value"
+    def fid_at(self, nfe: int | None) -> FID | None:
+        """The FID of the stage of that NFE; None is the last."""
+        return self.fid if nfe is None else self.fids.get(str(nfe))
 
     def attrs(self) -> dict[str, Any]:
         """The attributes of its row; what is empty is left out."""

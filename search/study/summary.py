@@ -242,9 +242,9 @@ def remarks(now: Summary) -> list[str]:
     return lines
 
 
-def headline(study: Study, rows: str = "") -> str:
+def headline(study: Study) -> str:
     """Counts on one line."""
-    what = rows or ("trials" if study.is_search else "rows")
+    what = "trials" if study.is_search else "rows"
     name = f"study {study.name}" if study.is_search else study.name
     return f"{name}: {counts_line(study.counts(), what)}"
 

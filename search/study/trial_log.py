@@ -11,9 +11,9 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
-from search.log import FIELDS, json_line, spoken_of, timestamp
+from search.log import FIELDS, current_context, json_line, timestamp
 
 LOG_FILE = "log.jsonl"
 TRAINING_LINES = 100  # at most, of one training; resuming may repeat a few
@@ -22,19 +22,9 @@ _DIGITS = 6
 _log = logging.getLogger(__name__)
 
 
-class Note(Protocol):
-    """A function that logs an event."""
-
-    def __call__(self, event: str, /, *, level: int = ..., **fields: object) -> None: ...
-
-
 def worker_name() -> str:
     """This process among all that work on a study's rows: host:pid."""
     return f"{platform.node()}:{os.getpid()}"
-
-
-def unnoted(event: str, /, *, level: int = logging.INFO, **fields: object) -> None:
-    """Logs nothing."""
 
 
 class TrialLog:
@@ -54,7 +44,7 @@ class TrialLog:
         entry = {
             "time": timestamp(time.time()),
             "level": logging.getLevelName(level).lower(),
-            **spoken_of(),
+            **current_context(),
             "worker": worker_name(),
             "event": event,
         }

@@ -98,7 +98,7 @@ def log_errors(
     *,
     but: tuple[type[Exception], ...] = (LeaseLostError, StorageError),
 ) -> None:
-    """Call; log every error instead of raising it, except those of ``but``."""
+    """Call to store something that can be done without: log every error ``but`` these."""
     try:
         call()
     except but:

@@ -22,9 +22,9 @@ from optuna.trial import FrozenTrial, TrialState
 from bdense.errors import InputError
 from bdense.files import atomic_write
 from bdense.weights.space import BASELINE, PLAIN, UNIFORM
+from search.child import in_child
 from search.errors import StorageError
 from search.spec.contents import fingerprint_of
-from search.spec.file import apart
 from search.spec.legacy import translated
 from search.spec.study import StudySpec
 from search.storage.engine import exclusive, retrying
@@ -106,7 +106,7 @@ def upgrade_studies(url: str) -> Iterator[str]:
             f"{', '.join(outdated)} are of an older form, and reading it needs torch; run this "
             "command where torch is installed and the runs folder is"
         )
-    specs = apart(
+    specs = in_child(
         functools.partial(_translated_all, {name: each[SPEC] for name, each in outdated.items()})
     )
     refused = []

@@ -20,7 +20,7 @@ _MIB = 2**20
 
 
 def clean(asked: CleanOptions) -> None:
-    """Delete it, and print how much that was."""
+    """Delete the files, and print how much that was."""
     record = open_study(asked)
     if asked.keep:
         _keep(record, asked.keep)

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from search.api import is_file
 from search.errors import SpecError
-from search.run.gpus import use_gpus
-from search.run.ray_folders import require_ray_folders
+from search.run.machine import require_ray_folders, use_gpus
 from search.spec.file import read_spec, read_tree
 from search.storage.engine import resolve_storage_url
 from search.study.study import Study

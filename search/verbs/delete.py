@@ -18,7 +18,7 @@ from search.verbs.options import DeleteOptions
 
 
 def delete(asked: DeleteOptions) -> None:
-    """Say what would go, ask, and delete it."""
+    """Say what would be deleted, ask, and delete it."""
     study = open_study(asked)
     confirmation = confirmation_of(study)
     # The study itself last: interrupted, the command can be given again.
@@ -50,7 +50,7 @@ def _agreed(name: str) -> bool:
     """Ask on the terminal.
 
     Raises:
-        InputError: There is nobody to ask.
+        InputError: stdin is not a terminal.
     """
     if not sys.stdin.isatty():
         raise InputError(f"deleting {name} needs a yes: give --yes, or run it in a terminal")
@@ -62,7 +62,7 @@ def _folder(ledger: Ledger) -> Path:
 
 
 def _delete(ledger: Ledger, store: Store) -> None:
-    """Pictures and files first: without its rows nothing would name them."""
+    """Delete pictures and files first: without the rows nothing would name them."""
     folder = _folder(ledger)
     remove_attached(ledger.storage, ledger.study.get_trials(deepcopy=False), store)
     if folder.is_symlink():

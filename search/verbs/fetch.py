@@ -5,7 +5,7 @@ from search.verbs.options import FileOptions
 
 
 def fetch(asked: FileOptions) -> None:
-    """Download it, and name each part."""
+    """Download what is missing, and name each part."""
     spec = read_spec(asked.study)
     if not spec.is_command:  # a program sees to its own downloads
         from search.run.fetching import fetch_all  # with torch

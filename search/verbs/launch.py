@@ -7,7 +7,7 @@ from pathlib import Path
 from bdense.errors import BdenseError
 from search.analysis.comparison import settings_text
 from search.analysis.pilot import pilot_spec, with_known_images
-from search.api import changes_of, is_file, planned, with_trials
+from search.api import changes_of, is_file, planned, stored_spec
 from search.errors import StorageError, UnknownStudyError
 from search.run.launch import launch
 from search.spec.command import command_line
@@ -20,13 +20,11 @@ from search.verbs.options import DryRun, LaunchOptions, Workers
 
 
 def launch_study(asked: LaunchOptions, run: Workers, dry: DryRun) -> None:
-    """Launch it, or print what it would cost."""
+    """Launch the study, or print what it would cost."""
     workers = use_workers(run, dry)
     url, by_name = storage_url(asked), not is_file(asked.study)
     if by_name:
-        spec = Study.open(url, asked.study).spec
-        if asked.trials is not None:
-            spec = with_trials(spec, asked.trials)
+        spec = stored_spec(url, asked.study, asked.trials)
     else:
         spec = read_spec(Path(asked.study), changes_of(asked.trials))
     if dry.dry_run:

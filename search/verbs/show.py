@@ -165,7 +165,7 @@ def export(asked: ExportOptions) -> None:
 
 
 def _tell_recommended(study: Study, asked: ExportOptions) -> None:
-    """Say so where a search's best trial was written, and a baseline is recommended."""
+    """Remark that the best trial was written where a baseline is recommended."""
     is_chosen = (asked.trial, asked.baseline) != (None, None)
     if is_chosen or not study.is_search or verdict_of(study) is not None:
         return
@@ -176,7 +176,7 @@ def _tell_recommended(study: Study, asked: ExportOptions) -> None:
 
 @contextlib.contextmanager
 def _pushable_later(asked: ExportOptions) -> Iterator[None]:
-    """Add to an error how a model that was written before is pushed."""
+    """Add to an error how to push a model that was written before."""
     try:
         yield
     except InputError as error:

@@ -25,7 +25,7 @@ POLL_SECONDS = 0.5
 
 
 def stop(asked: StopOptions) -> None:
-    """Ask for it, and with --wait see it happen."""
+    """Ask the workers to stop, and with --wait wait until they have."""
     record = open_study(asked)
     ledgers = ledgers_with_pilot(record)
     ask_all(ledgers)
@@ -60,7 +60,7 @@ def enqueue(asked: EnqueueOptions, parameters: Knobs) -> None:
 
 
 def _planned(study: Study, given: Mapping[str, Any]) -> list[str]:
-    """Plan a point before any suggested one; lines that say what happens to it."""
+    """Plan a point before any suggested one; returns lines that say what happens to it."""
     spec, trials = study.spec, study.search
     params = require_point(spec.space, given, spec.resolved.num_branches)
     text = ", ".join(f"{k} {v:g}" if isinstance(v, float) else str(v) for k, v in params.items())

@@ -22,7 +22,7 @@ from bdense.diffusion.conditions import Conditions, captions
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import GRID_COLUMNS
 from bdense.errors import InputError
-from bdense.files import atomic_write, file_lock
+from bdense.files import file_lock, write_json
 from bdense.methods.method import Inputs, Method, MethodConfig, Recordings, require_shape
 from bdense.methods.one_shot import Coordinates, OneShot
 from bdense.methods.recordings import TrajectoryStore
@@ -39,7 +39,7 @@ from search.places import cache_folder
 from search.spec.contents import fingerprint_of
 from search.spec.resolve import execution, method_of, variant
 from search.spec.study import StudySpec
-from search.study.arms import ONE_SHOT, Task
+from search.study.arms import OneShotTask, Task
 from search.worker.evaluator import Evaluator, clip_scorer_of, reference_of
 from search.worker.teachers import (
     described_shape,
@@ -85,7 +85,7 @@ class Assets:
 
     @property
     def drawing_options(self) -> list[str]:
-        """What ``bdense sample`` needs beside a student."""
+        """Options that ``bdense sample`` needs beside a student."""
         asked = self.spec.evaluation
         pipeline = pipeline_of(self.spec) if self.evaluator.codec is not None else None
         options = {
@@ -97,7 +97,7 @@ class Assets:
 
     @property
     def grid_prompts(self) -> list[str]:
-        """Of the first row of a sample grid; none where images have no prompts."""
+        """Prompts of a sample grid's first row; none where images have no prompts."""
         file = self.spec.evaluation.prompts or self.spec.prompts
         if file is None or self.conditions is None:
             return []
@@ -106,19 +106,19 @@ class Assets:
 
     @property
     def device(self) -> torch.device:
-        """Where trials run."""
+        """The device of the teacher and the trials."""
         return next(self.teacher.parameters()).device
 
     @property
     def device_name(self) -> str:
-        """The GPU, or the machine's kind and the threads of a trial."""
+        """Name of the GPU, or of the CPU's architecture with the threads of a trial."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
     @property
     def devices(self) -> list[torch.device]:
-        """One for each process that shares a trial's batches."""
+        """A device for each process that shares a trial's batches."""
         if self.device.type != "cuda":
             return [self.device]
         return [torch.device("cuda", index) for index in range(self.spec.resources.team)]
@@ -136,30 +136,27 @@ class Assets:
             config=self.method.Config.read(spec.method.options, "method"),
             evaluator=replace(self.evaluator, latents=task.latents),
         )
-        asked = task.params.get(ONE_SHOT)
+        asked = OneShotTask.of(task.params)
         return found if asked is None else found.one_shot(asked)
 
-    def one_shot(self, asked: Mapping[str, Any]) -> "Assets":
-        """For the study's one-shot training: method, length, and latents of its own.
-
-        Args:
-            asked: What the arm's ``one_shot`` holds, see ``search.study.arms.one_shot_arm``.
+    def one_shot(self, asked: OneShotTask) -> "Assets":
+        """The assets of the one-shot training: its own method, length and latents.
 
         Raises:
             InputError: The method has no one-shot student.
         """
-        box = tuple(Uniform(low, high) for low, high in asked["box"].values())
+        box = tuple(Uniform(low, high) for low, high in asked.box.values())
         coordinates = Coordinates(self.spec.weight_space, self.spec.resolved.num_branches, box)
         latents = derive_seed(self.evaluator.latents, Stream.ONE_SHOT) % 2**31
         return replace(
             self,
             method=OneShot(self.method, coordinates),
-            config=self.config.told(asked["length"]),
+            config=self.config.told(asked.length),
             evaluator=replace(self.evaluator, latents=latents),
         )
 
     def inputs(self, seed: int) -> Inputs:
-        """What the method's stages learn from, besides the teacher."""
+        """Everything that the method's stages learn from, besides the teacher."""
         recorded = self.spec.trajectories.mode == "recorded"
         root, dtype = cache_folder() / "trajectories", self.spec.trajectories.dtype
         return Inputs(
@@ -179,7 +176,7 @@ class Assets:
 
 
 def use_device(spec: StudySpec) -> torch.device:
-    """Configure torch as the spec asks; the device that trials run on.
+    """Configure torch as the spec asks, and return the device that trials run on.
 
     Raises:
         InputError: The spec asks for GPUs, and torch can use none.
@@ -282,7 +279,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
 def _encoded(
     dataset: Dataset, spec: StudySpec, pipeline: Path, device: torch.device, report: Report
 ) -> Dataset:
-    """The data set in the teacher's latents, whose captions the study's prompts must be."""
+    """The data set in the teacher's latents; the study's prompts must be its captions."""
     if spec.prompts is not None:
         captions(len(read_prompts(spec.prompts)), dataset)
     count = len(dataset.images)
@@ -332,6 +329,5 @@ def _teacher_fid(assets: Assets, report: Report) -> FID | None:
                 check=lambda: None,
                 grid_path=path.with_suffix(".png"),
             )
-            with atomic_write(path) as scratch:
-                scratch.write_text(json.dumps(found.fid.as_dict()))
+            write_json(path, found.fid.as_dict())
         return FID.read(json.loads(path.read_text()))

@@ -15,16 +15,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from bdense.errors import BdenseError, NonFiniteError
-from bdense.files import atomic_write
+from bdense.files import write_json
+from bdense.knobs import is_number
 from search.errors import LeaseLostError, SpecChangedError, UnpreparedError
-from search.spec.command import CommandConfig, require_runnable
+from search.spec.command import require_runnable
 from search.spec.contents import fingerprint_of
 from search.spec.program import command_variant
 from search.spec.study import StudySpec
@@ -32,12 +32,11 @@ from search.study.arms import Task
 from search.study.folders import PROGRAM_FOLDER
 from search.study.results import Score, TrialResult
 from search.study.study import Study
-from search.study.trial_log import Note, TrialLog
 from search.worker import guard
 from search.worker.guard import Order, Outcome
-from search.worker.judge import Judge, PrunedError
-from search.worker.result import once, provenance
-from search.worker.trainer import Preparation, Report
+from search.worker.judge import PrunedError
+from search.worker.result import provenance, stored_or_made
+from search.worker.trainer import Attempt, Preparation, Report
 
 # Files of a row's folder.
 GIVEN_FILE, METRIC_FILE, VALUES_FILE = "given.json", "metric.json", "values.jsonl"
@@ -59,11 +58,11 @@ _KEPT_BACK = (
 
 
 class ProgramError(BdenseError):
-    """The program failed, or did not write what it has to."""
+    """The program failed, or wrote no usable metric."""
 
 
 class ProgramDiedError(Exception):
-    """The program ended early, and not by the worker; it is tried again from its checkpoint."""
+    """The program died early by itself; it is tried again from its checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +74,7 @@ class Command:
 
     @property
     def fingerprint(self) -> str:
-        """Of the files that the worker found as it started."""
+        """Fingerprint of the files that the worker found as it started."""
         return fingerprint_of(self.conditions)
 
     @classmethod
@@ -91,26 +90,16 @@ class Command:
     def ready(self, task: Task) -> None:
         pass
 
-    def run(
-        self,
-        task: Task,
-        folder: Path,
-        *,
-        check: Callable[[], None],
-        report: Callable[[str], None],
-        judge: Judge,
-        log: TrialLog | None = None,
-    ) -> TrialResult:
-        def work(note: Note) -> TrialResult:
-            config = command_variant(self.spec, task.variant).program
-            row = _Row(self, config, task, folder, check, report, judge, note)
+    def run(self, attempt: Attempt) -> TrialResult:
+        def make() -> TrialResult:
+            row = _Row(self, attempt)
             self._require_same_files()
             try:
                 return row.run()
             finally:  # also where it failed: the change may be why
                 self._require_same_files()
 
-        return once(folder, task, self.fingerprint, log, work)
+        return stored_or_made(attempt, self.fingerprint, make)
 
     def _require_same_files(self) -> None:
         """Refuse to measure a program that was edited since the worker started.
@@ -140,51 +129,48 @@ class _Row:
     """One run of the program."""
 
     trainer: Command
-    config: CommandConfig
-    task: Task
-    folder: Path
-    check: Callable[[], None]
-    report: Callable[[str], None]
-    judge: Judge
-    note: Note
+    attempt: Attempt
 
     def __post_init__(self) -> None:
+        spec, attempt = self.trainer.spec, self.attempt
+        self.task, self.folder, self.log = attempt.task, attempt.folder, attempt.log
+        self.config = command_variant(spec, self.task.variant).program
         self.values = _Values(self.folder / VALUES_FILE)
-        self.weights = self.trainer.spec.named_space.values(self.task.params)
-        self.last = ""
+        self.weights = spec.named_space.values(self.task.params)
 
     def run(self) -> TrialResult:
         """Start the program and follow it to its end."""
         started, score = time.perf_counter(), None
-        pruned: dict[str, Any] = {}
+        reason: str | None = None
         (self.folder / PROGRAM_FOLDER).mkdir(parents=True, exist_ok=True)
         try:
             with _Program(self._order(), self._environment()) as program:
                 outcome = self._followed(program)
             score = self._score(outcome)
-        except PrunedError:
-            pruned = {"reason": f"{self.trainer.spec.search.pruner}: {self.last}"}
+        except PrunedError as error:
+            reason = error.reason
         return TrialResult(
             value=None if score is None else score.value,
             score=score,
             parameters=self.weights,
             arm=self.task.arm,
             variant=dict(self.task.variant),
+            reason=reason,
             timings={"student_seconds": round(time.perf_counter() - started, 3)},
             **provenance(self.trainer.fingerprint, self._seeds, _device()),
-            **pruned,
         )
 
     def _followed(self, program: "_Program") -> Outcome:
-        """Until the program has ended; asked to end it saves first, unless the row is lost."""
-        self.note("started", program=self.config.words(self._named))
-        self.report("running")
+        """Follow the program to its end. On a stop it saves first, unless the lease is lost."""
+        self.log("started", program=self.config.words(self._named))
+        self.attempt.report("running")
         try:
             while (outcome := program.ended(POLL_SECONDS)) is None:
                 for step, value in self._new_values():
-                    if self.judge(step, value):
-                        raise PrunedError
-                self.check()
+                    if self.attempt.judge(step, value):
+                        pruner, metric = self.trainer.spec.search.pruner, self.config.metric
+                        raise PrunedError(f"{pruner}: {metric} {value:.4g} at step {step}")
+                self.attempt.check()
         except (LeaseLostError, ProgramDiedError):
             # Another worker's program may need the folder at any moment, or this one is gone.
             raise
@@ -193,7 +179,7 @@ class _Row:
             raise
         # It has been trained to its end: nothing is left to prune.
         for step, value in self._new_values():
-            self.judge.store(step, value)
+            self.attempt.judge.store(step, value)
         return outcome
 
     def _end(self, program: "_Program") -> None:
@@ -201,7 +187,7 @@ class _Row:
         program.ask()
         while (outcome := program.ended(POLL_SECONDS)) is None:
             try:
-                self.check()
+                self.attempt.check()
             except LeaseLostError:
                 raise
             except Exception:  # noqa: BLE001  why it is ended
@@ -210,20 +196,19 @@ class _Row:
         if outcome.hindered:
             return
         if outcome.killed:
-            self.note("killed", why=f"it ignored {named} for {self.config.grace_seconds:g} s")
+            self.log("killed", why=f"it ignored {named} for {self.config.grace_seconds:g} s")
         else:
-            self.note("checkpoint", after=named, status=outcome.status)
+            self.log("checkpoint", after=named, status=outcome.status)
 
     def _new_values(self) -> Iterator[tuple[int, float]]:
         for step, value in self.values.new():
-            self.last = f"{self.config.metric} {value:.4g} at step {step}"
-            self.report(f"step {step}, {self.config.metric} {value:.4g}")
+            self.attempt.report(f"step {step}, {self.config.metric} {value:.4g}")
             if not math.isfinite(value):
                 raise NonFiniteError(f"{self.config.metric} is {value} at step {step}")
             yield step, value
 
     def _score(self, outcome: Outcome) -> Score:
-        """What the program wrote.
+        """The score that the program wrote.
 
         Raises:
             ProgramError: It failed, or wrote no metric, or another form.
@@ -233,7 +218,7 @@ class _Row:
         """
         said = _last_lines(outcome.last_words)
         if outcome.children:
-            self.note("children", why="the program left children behind, which were killed")
+            self.log("children", why="the program left children behind, which were killed")
         name = " ".join(self.config.run[:2])
         if outcome.hindered == "lock":
             raise UnpreparedError(f"{said}; put the runs on a file system that has locks")
@@ -271,7 +256,7 @@ class _Row:
                 found = json.loads(file.read(_MOST_METRIC_BYTES))
         except (OSError, ValueError, RecursionError) as error:
             raise ProgramError(f"{path} is not JSON ({error}); write a mapping") from error
-        if not isinstance(found, dict) or not _is_number(found.get(metric)):
+        if not isinstance(found, dict) or not is_number(found.get(metric)):
             shown = json.dumps(found)[:100]
             raise ProgramError(f"{path} must be a mapping with a number {metric!r}, got {shown}")
         value = _as_float(found.pop(metric))
@@ -280,7 +265,7 @@ class _Row:
         others = {
             str(name): number
             for name, each in found.items()
-            if _is_number(each) and math.isfinite(number := _as_float(each))
+            if is_number(each) and math.isfinite(number := _as_float(each))
         }
         return Score(value=value, metric=metric, seeds=self._seeds, others=others)
 
@@ -290,7 +275,7 @@ class _Row:
 
     @property
     def _named(self) -> Mapping[str, object]:
-        """What words in braces stand for."""
+        """Values of the words in braces."""
         folder = (self.folder / PROGRAM_FOLDER).resolve()
         result = (self.folder / METRIC_FILE).resolve()
         return {**self.weights, "seed": self.task.seed, "folder": folder, "result": result}
@@ -312,7 +297,7 @@ class _Row:
         )
 
     def _environment(self) -> dict[str, str]:
-        """The worker's, and what the program is given; writes the latter to a file too.
+        """The worker's environment with the program's inputs, which are written to a file too.
 
         The guard adds the name of that file.
         """
@@ -327,8 +312,7 @@ class _Row:
             "result": str(place / METRIC_FILE),
             "values": str(place / VALUES_FILE),
         }
-        with atomic_write(place / GIVEN_FILE) as scratch:
-            scratch.write_text(json.dumps(given, indent=1))
+        write_json(place / GIVEN_FILE, given, indent=1)
         kept_back = (*_KEPT_BACK, guard.MARK)
         kept = {name: value for name, value in os.environ.items() if name not in kept_back}
         return kept | {
@@ -342,7 +326,7 @@ class _Row:
 
 
 class _Program:
-    """A program under its guard; the block's end kills it where it still runs."""
+    """A program under its guard; leaving the block kills it if it still runs."""
 
     def __init__(self, order: Order, environment: Mapping[str, str]) -> None:
         self._guard = subprocess.Popen(
@@ -360,18 +344,13 @@ class _Program:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._selector.close()
         if not self._is_over:
             self._guard.communicate(guard.KILL)
 
     def ended(self, seconds: float) -> Outcome | None:
-        """How the program ended; None where it still runs after so long."""
+        """How the program ended; None if it still runs after that time."""
         if not self._selector.select(seconds):
             return None
         said, _ = self._guard.communicate()
@@ -420,7 +399,7 @@ class _Values:
             step, value = found["step"], found["value"]
         except (ValueError, KeyError, TypeError, RecursionError):
             step = value = None
-        if type(step) is not int or step < 0 or not _is_number(value):
+        if type(step) is not int or step < 0 or not is_number(value):
             raise self._wrong_form(line)
         return step, _as_float(value)
 
@@ -432,27 +411,23 @@ class _Values:
 
 
 def _signal_of(status: int) -> signal.Signals | None:
-    """What ended a program, or the last command of a shell; None where no signal did."""
+    """The signal that ended a program, or a shell's last command; None if none did."""
     number = -status if status < 0 else status - _SHELL_ADDS
     return signal.Signals(number) if number in set(signal.Signals) else None
 
 
 def _require_file(path: Path) -> None:
-    """Refuse a folder, which cannot be read, and a pipe, which would be waited for."""
+    """Refuse anything but a regular file: reading a pipe would block."""
     if not path.is_file():
         raise ProgramError(f"{path} is not a regular file; write one, and rename it into place")
 
 
 def _as_float(value: float) -> float:
-    """An infinity where a whole number has more digits than a float takes."""
+    """As a float; a whole number beyond its range becomes infinite."""
     try:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _last_lines(text: str) -> str:

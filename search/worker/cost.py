@@ -5,15 +5,14 @@ They run in a process of their own, on networks of random weights, which cost as
 
 import contextlib
 import dataclasses
+import functools
 import json
-import multiprocessing
 import platform
 import resource
 import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +27,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.guidance import calls
 from bdense.diffusion.sampling import draw_images
 from bdense.errors import InputError, StoppedError, is_out_of_memory
-from bdense.files import atomic_write
+from bdense.files import write_json
 from bdense.methods import METHODS
 from bdense.methods.method import Inputs, Recordings, Stage
 from bdense.metrics.classifiers import RECIPES
@@ -47,12 +46,13 @@ from bdense.models.zoo import (
 from bdense.training.loop import IterationReport, train
 from bdense.weights.log_linear import uniform_weights
 from bdense.weights.weighting import FixedWeights
+from search.child import ChildError, in_child
 from search.errors import UnpreparedError
 from search.places import cache_folder
 from search.spec.contents import fingerprint_of
 from search.spec.resolve import describe_teacher, execution, meta_teacher, method_of
 from search.spec.study import StudySpec, as_plain
-from search.study.arms import ONE_SHOT, one_shot_arm
+from search.study.arms import OneShotTask, one_shot_arm
 from search.study.wording import duration
 from search.worker.assets import use_device
 from search.worker.result import package_versions
@@ -105,27 +105,19 @@ def measure(
     Raises:
         InputError: This machine lacks what the spec asks for, or runs out of memory.
     """
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe(duplex=False)
-    asked = (theirs, spec, free_memory(), download)
-    child = spawn.Process(target=_answer, args=asked, daemon=True)
-    child.start()
-    theirs.close()
     try:
-        answer: TrialCost | Exception | None = ours.recv() if ours.poll(patience) else None
-    except EOFError:
-        child.join()
-        if child.exitcode != -signal.SIGKILL:
-            raise RuntimeError("the measurement of a trial's cost failed, as above") from None
-        answer = MemoryError("the system ended the process")
-    finally:
-        child.kill()
-        child.join()
-    if isinstance(answer, MemoryError):
-        raise InputError(f"one trial alone runs out of memory ({answer}); {_smaller(spec)}")
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+        return in_child(functools.partial(_measure, spec, free_memory(), download), patience)
+    except ChildError as error:
+        if error.status is None:
+            return None
+        if error.status != -signal.SIGKILL:
+            raise
+        why = "the system ended the process"
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        why = str(error).partition("\n")[0]
+    raise InputError(f"one trial alone runs out of memory ({why}); {_smaller(spec)}")
 
 
 def require_room(spec: StudySpec, together: int) -> TrialCost:
@@ -157,9 +149,7 @@ def require_room(spec: StudySpec, together: int) -> TrialCost:
             f"{_gib(found.free_bytes)} free; {fewer}{_smaller(spec)}"
         )
     if known is None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(kept) as scratch:
-            scratch.write_text(json.dumps(dataclasses.asdict(found)))
+        write_json(kept, dataclasses.asdict(found))
     return found
 
 
@@ -209,7 +199,7 @@ def _kept_cost(spec: StudySpec) -> Path:
 
 
 def _read_cost(kept: Path) -> TrialCost | None:
-    """The cost, with what is free now; None where none is kept, or of another form."""
+    """The cached cost with today's free memory; None where there is none of this form."""
     try:
         found = TrialCost(**json.loads(kept.read_text()))
     except (FileNotFoundError, ValueError, TypeError):
@@ -222,7 +212,7 @@ def _free_bytes(device: str) -> int:
 
 
 def _smaller(spec: StudySpec) -> str:
-    """The way out of too little memory."""
+    """The settings to lower where memory is short."""
     return (
         f"lower method.batch ({spec.resolved.batch} now) or evaluation.batch "
         f"({spec.evaluation.batch} now)"
@@ -312,12 +302,10 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
 
 
 def _one_shot(spec: StudySpec) -> tuple[float, int]:
-    """Length, in trials', and points of a search's one-shot training; zeros without one."""
+    """A one-shot training's length, in those of a trial, and its points; zeros without one."""
     arm = one_shot_arm(spec) if spec.is_search else None
-    if arm is None:
-        return 0.0, 0
-    asked = arm.params[ONE_SHOT]
-    return asked["length"], asked["points"]
+    asked = None if arm is None else OneShotTask.of(arm.params)
+    return (0.0, 0) if asked is None else (asked.length, asked.points)
 
 
 def _stored_bytes(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> int:
@@ -360,7 +348,7 @@ def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
 
 
 def _page(file: PublicFile | HubCheckpoint) -> str:
-    """Where it is fetched from, a mirror of the Hub perhaps."""
+    """The URL that it is fetched from, perhaps at a mirror of the Hub."""
     return hub_page(file.name) if isinstance(file, HubCheckpoint) else file.url
 
 
@@ -369,17 +357,6 @@ def _gib(size: float) -> str:
 
 
 # In the child.
-
-
-def _answer(to: Connection, spec: StudySpec, free: int, download: bool) -> None:
-    try:
-        to.send(_measure(spec, free, download))
-    except InputError as error:
-        to.send(error)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        to.send(MemoryError(str(error).partition("\n")[0]))
 
 
 def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
@@ -432,7 +409,7 @@ def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
 
 
 def _codec(spec: StudySpec, known: Mapping[str, Any], device: torch.device) -> Codec | None:
-    """The autoencoder of the teacher's folder; its time is left out where the folder is made."""
+    """The autoencoder of the teacher's folder; None, so not timed, where a recipe makes it."""
     checkpoint = spec.teacher.checkpoint
     if checkpoint is None or "codec" not in known or not Path(checkpoint).is_dir():
         return None
@@ -440,7 +417,7 @@ def _codec(spec: StudySpec, known: Mapping[str, Any], device: torch.device) -> C
 
 
 def _first_stage(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> Stage:
-    """The first stage that has branches, on images of noise where it learns from any."""
+    """The first stage with branches; the images that it learns from are noise."""
     method = METHODS[spec.method.name]()
     share = spec.resolved.batch // spec.resources.team
     config = method.Config.read({**spec.method.options, "batch": share}, "method")
@@ -454,7 +431,7 @@ def _first_stage(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, 
 
 
 def _placeholder(teacher: NetworkDenoiser) -> Prompts | None:
-    """A prompt of CLIP's length, whose content costs nothing; None for a teacher without text."""
+    """A blank prompt of CLIP's length, which costs as much as any; None without text."""
     if not teacher.model.text_dim:
         return None
     blank = torch.zeros(1, _PROMPT_TOKENS, teacher.model.text_dim)
@@ -462,7 +439,7 @@ def _placeholder(teacher: NetworkDenoiser) -> Prompts | None:
 
 
 def _update_seconds(stage: Stage, lap: Callable[[], float]) -> tuple[float, float]:
-    """Seconds of the last of ``_UPDATES`` updates: making its batch, and the rest."""
+    """Seconds of the last of ``_UPDATES`` updates: those of its batch, and the rest."""
     timed, seconds = _TimedBatches(stage, lap), 0.0
 
     def on_iteration(done: IterationReport) -> None:
@@ -494,7 +471,7 @@ class _TimedBatches:
 
 
 def _laps(device: torch.device) -> Callable[[], float]:
-    """Seconds since the last call, with the device's work until then."""
+    """A function that returns the seconds since its last call, once the device is idle."""
     last = time.perf_counter()
 
     def lap() -> float:

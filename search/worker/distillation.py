@@ -3,9 +3,8 @@
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 from bdense.diffusion.denoiser import NetworkDenoiser
@@ -17,12 +16,10 @@ from search.storage.ledger import Ledger
 from search.study.arms import Task
 from search.study.results import TrialResult
 from search.study.study import GPU_BYTES, TEACHER, TRAJECTORIES, Study
-from search.study.trial_log import TrialLog
 from search.worker.assets import Assets, load, use_device
 from search.worker.cost import require_gpu, require_room
 from search.worker.evaluate import evaluate
-from search.worker.judge import Judge
-from search.worker.trainer import Preparation, Report, Step
+from search.worker.trainer import Attempt, Preparation, Report, Step
 
 RECORDING_SECONDS = 10.0
 
@@ -79,19 +76,8 @@ class Distillation:
         if folder not in (main.attribute(TRAJECTORIES) or []):
             main.change(TRAJECTORIES, lambda known: sorted({*(known or []), folder}))
 
-    def run(
-        self,
-        task: Task,
-        folder: Path,
-        *,
-        check: Callable[[], None],
-        report: Callable[[str], None],
-        judge: Judge,
-        log: TrialLog | None = None,
-    ) -> TrialResult:
-        return evaluate(
-            self.assets, task, folder, check=check, report=report, judge=judge, log=log
-        )
+    def run(self, attempt: Attempt) -> TrialResult:
+        return evaluate(self.assets, attempt)
 
 
 def record(
@@ -118,7 +104,7 @@ def record(
 
 
 def _require_same_teacher(of: Ledger, teacher: NetworkDenoiser) -> None:
-    """A cache or a checkpoint that machines do not share may hold another teacher."""
+    """Refuse another teacher, such as one of a cache that the machines do not share."""
     mine = denoiser_sha256(teacher)
     if of.attribute(TEACHER) is None:
         of.change(TEACHER, lambda stored: stored or mine)  # another may have been first

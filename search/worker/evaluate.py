@@ -8,13 +8,13 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bdense.diffusion.sampling import SETUP
 from bdense.errors import InputError
-from bdense.files import atomic_write
+from bdense.files import write_json
 from bdense.methods.distill import TrainedStage, distill
 from bdense.methods.method import Stage, StagePlan
 from bdense.metrics.records import FID, Metrics
@@ -24,78 +24,63 @@ from bdense.training.loop import Evaluations, IterationReport
 from bdense.training.tracking import Tracking
 from bdense.weights import space_of
 from bdense.weights.space import BASELINE, UNIFORM
-from search.study.arms import ONE_SHOT, Task
+from bdense.weights.weighting import BranchWeighting
+from search.study.arms import OneShotTask
 from search.study.folders import WEIGHTS_PLOT, grid_name
 from search.study.progress_text import evaluating, in_stage, training
 from search.study.results import IntermediateFID, TrialResult
 from search.study.retention import CHECKPOINT, STUDENT, student_files
-from search.study.trial_log import Note, TrialLog, is_noted, shortened
+from search.study.trial_log import is_noted, shortened
 from search.worker.assets import Assets
-from search.worker.judge import Judge, PrunedError
-from search.worker.one_shot import trace
+from search.worker.judge import PrunedError
+from search.worker.one_shot import measure_curve
 from search.worker.pruning import IntermediateFIDs
-from search.worker.result import below_runs, once, provenance
-from search.worker.traced_weights import TracedWeights, draw_history
+from search.worker.result import below_runs, provenance, stored_or_made
+from search.worker.row_plots import draw_history
+from search.worker.traced_weights import TracedWeights
+from search.worker.trainer import Attempt
 
 _log = logging.getLogger(__name__)
 
 
-def evaluate(
-    assets: Assets,
-    task: Task,
-    folder: Path,
-    *,
-    check: Callable[[], None],
-    report: Callable[[str], None],
-    judge: Judge | None = None,
-    log: TrialLog | None = None,
-) -> TrialResult:
+def evaluate(assets: Assets, attempt: Attempt) -> TrialResult:
     """Train a row's students and measure each.
 
     Args:
         assets: What the study's rows share.
-        task: The row's weights, seed and latents.
-        folder: Where checkpoints, students and the result go.
-        check: Called every update and for every batch of images drawn or measured; an error of
-            its ends the work.
-        report: Called with a short text on the progress.
-        judge: Gets the intermediate FIDs and may end the trial; None for no such FIDs.
-        log: The row's log.
+        attempt: At the row. Its ``check`` is called every update and for every batch of images
+            drawn or measured, its judge gets the intermediate FIDs.
 
     Returns:
-        The result; read from the folder if an earlier worker wrote it.
+        The result; read from the folder if an earlier attempt wrote it.
     """
-    asked = task.params.get(ONE_SHOT)
+    one_shot = OneShotTask.of(attempt.task.params)
 
-    def work(note: Note) -> TrialResult:
-        row = Row(assets.of(task), task, folder, check, report, judge, note)
-        return row.run() if asked is None else trace(row, asked["points"])
+    def make() -> TrialResult:
+        row = Row(assets.of(attempt.task), attempt)
+        return row.run() if one_shot is None else measure_curve(row, one_shot.points)
 
-    result = once(folder, task, assets.fingerprint, log, work)
-    if asked is not None:
-        for path in student_files(folder):  # of rounds, kept to resume from
+    result = stored_or_made(attempt, assets.fingerprint, make)
+    if one_shot is not None:
+        for path in student_files(attempt.folder):  # of rounds, kept to resume from
             path.unlink()
     return result
 
 
 @dataclass(eq=False)
 class Row:
-    """One row while a worker trains and measures it; see ``evaluate``."""
+    """One row while a worker trains and measures it."""
 
     assets: Assets
-    task: Task
-    folder: Path
-    check: Callable[[], None]
-    report: Callable[[str], None]
-    judge: Judge | None
-    note: Note
+    attempt: Attempt
     weighting: TracedWeights | None = None
     tracking: Tracking = field(default_factory=Tracking)
 
     def __post_init__(self) -> None:
-        spec = self.assets.spec
+        spec, attempt = self.assets.spec, self.attempt
+        self.task, self.folder, self.log = attempt.task, attempt.folder, attempt.log
         # A one-shot training's images have weights of their own, which these do not change.
-        is_one_shot = ONE_SHOT in self.task.params
+        is_one_shot = OneShotTask.of(self.task.params) is not None
         self.params = {BASELINE: UNIFORM} if is_one_shot else self.task.params
         self.space = space_of(self.params, spec.weight_space if spec.is_search else None)
         self.branches = spec.resolved.num_branches
@@ -109,7 +94,7 @@ class Row:
             return self._run()
 
     def _tracked(self) -> Tracking:
-        """The study's trackers; none where one cannot start: the trial counts, not its curves."""
+        """The study's trackers; none if one cannot start, which must not cost the trial."""
         run = "/".join(self.folder.parts[-2:])
         settings = {"params": dict(self.task.params), "seeds": self.seeds, "arm": self.task.arm}
         try:
@@ -123,17 +108,10 @@ class Row:
         assets, stages = self.assets, self.stages
         fids: dict[str, FID] = {}
         measured: Metrics | None = None
-        pruned: dict[str, Any] = {}
+        reason: str | None = None
+        pruned_at: float | None = None
         path = self.folder / STUDENT
-        intermediate = IntermediateFIDs(
-            assets,
-            self.folder,
-            self.judge,
-            seed=self.task.seed,
-            check=self.check,
-            report=self.report,
-            tracking=self.tracking,
-        )
+        intermediate = IntermediateFIDs(self)
         if assets.teacher_fid is not None:
             intermediate.note_stage(0, assets.teacher_fid.value)
         started = time.perf_counter()
@@ -148,18 +126,19 @@ class Row:
                 self.seconds["evaluation_seconds"] += started - trained
                 if len(stages) > 1:
                     intermediate.note_stage(index, fid.value, is_last=index == len(stages))
-        except PrunedError:
+        except PrunedError as error:
             self.seconds["student_seconds"] += time.perf_counter() - started
-            pruned = intermediate.ended()
+            reason, pruned_at, measured = error.reason, error.at, None
         self.seconds["student_seconds"] -= intermediate.seconds
         if intermediate.seconds:
             self.seconds["intermediate_seconds"] = intermediate.seconds
-        return self._result(None if pruned else measured, fids, path, intermediate.found, pruned)
+        result = self._result(measured, fids, path, intermediate.found)
+        return replace(result, reason=reason, pruned_at=pruned_at)
 
     def distilled(
         self, evaluations: Callable[[Stage], Evaluations | None]
     ) -> Iterator[TrainedStage]:
-        """Train the row's students, stage by stage, with these evaluations on the way."""
+        """Train the row's students stage by stage, with the intermediate evaluations of each."""
         assets = self.assets
         return distill(
             assets.method,
@@ -186,17 +165,16 @@ class Row:
             evaluations=evaluations,
         )
 
-    def _new_weighting(self) -> TracedWeights:
+    def _new_weighting(self) -> BranchWeighting:
         """The row's weighting, at the start of a stage."""
-        given = self.space.weighting(self.params, self.branches)
-        self.weighting = TracedWeights(given)
-        return self.weighting
+        self.weighting = TracedWeights(self.space.weighting(self.params, self.branches))
+        return cast("BranchWeighting", self.weighting)
 
     def _on_iteration(self, plan: StagePlan, done: IterationReport) -> None:
         if self.weighting is not None and plan.branched:
             self.weighting.note(done)
         if is_noted(done.iteration, done.iterations):
-            self.note(
+            self.log(
                 "training",
                 **_named(plan),
                 iteration=done.iteration + 1,
@@ -208,15 +186,15 @@ class Row:
             )
         self.tracking.iteration(plan.name, done)
         self.tell(plan, training(done.iteration + 1, done.iterations, done.loss))
-        self.check()  # last: a checkpoint for a stop holds this iteration too
+        self.attempt.check()  # last: a checkpoint for a stop holds this iteration too
 
     def _on_save(self, plan: StagePlan, done: int) -> None:
-        self.note("checkpoint", **_named(plan), iteration=done)
+        self.log("checkpoint", **_named(plan), iteration=done)
 
     def tell(self, plan: StagePlan, text: str) -> None:
         """Report the progress of a stage."""
         place, stages = self.stages.index(plan) + 1, len(self.stages)
-        self.report(text if stages == 1 else in_stage(place, stages, text))
+        self.attempt.report(text if stages == 1 else in_stage(place, stages, text))
 
     def _measured(self, stage: TrainedStage, path: Path) -> Metrics:
         """A stage's metrics, kept in a file where the method has several stages."""
@@ -225,19 +203,18 @@ class Row:
         kept = path.with_suffix(".fid.json")
         if stage.plan.name and kept.exists():
             return Metrics.read(json.loads(kept.read_text()))
-        self.note("evaluating", **named, images=count)
+        self.log("evaluating", **named, images=count)
         measured = self.assets.evaluator.measure(
             stage.student,
             stage.sampler,
             training_seed=self.task.seed,
             on_image=lambda done: self.tell(stage.plan, evaluating(done, count)),
-            check=self.check,
+            check=self.attempt.check,
             grid_path=self.folder / grid_name(stage.plan.name),
         )
         if stage.plan.name:
-            with atomic_write(kept) as scratch:
-                scratch.write_text(json.dumps(measured.as_dict()))
-            self.note("stage", **named, fid=measured.fid.value)
+            write_json(kept, measured.as_dict())
+            self.log("stage", **named, fid=measured.fid.value)
         setup = self.assets.evaluator.setup(stage.student).as_dict()
         self.tracking.evaluation(stage.plan.name, {"fid": measured.fid.value})
         metadata = {**stage.metadata, "fid": measured.fid.as_dict(), SETUP: setup}
@@ -253,7 +230,6 @@ class Row:
         fids: dict[str, FID],
         path: Path,
         intermediate: list[IntermediateFID],
-        pruned: dict[str, Any],
     ) -> TrialResult:
         assets, task = self.assets, self.task
         history, weights = None, []
@@ -285,10 +261,9 @@ class Row:
             variant=dict(task.variant),
             timings={name: round(value, 3) for name, value in self.seconds.items()},
             **provenance(assets.fingerprint, self.seeds, assets.device_name),
-            **pruned,
         )
 
 
 def _named(plan: StagePlan) -> dict[str, Any]:
-    """A stage in the row's log, where there are several."""
+    """The stage's field in the row's log; none where there is one stage."""
     return {"stage": plan.name} if plan.name else {}

@@ -110,12 +110,12 @@ class Evaluator:
         )
 
     def guided(self, sampler: Sampler) -> Sampler:
-        """The sampler at the study's guidance, where it has one of its own when sampling."""
+        """The sampler, at ``evaluation.guidance`` where that is set."""
         scale = self.spec.guidance
         return sampler if scale is None else replace(sampler, guidance=scale)
 
     def setup(self, denoiser: NetworkDenoiser) -> Setup:
-        """What a model's FID is measured with, in this process."""
+        """The setup that a model's FID is measured with, in this process."""
         found = Setup.of(denoiser, self.reference, self.spec.batch, NUMERICS)
         return replace(found, guidance=self.spec.guidance)
 

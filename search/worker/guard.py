@@ -92,7 +92,7 @@ class Outcome:
 
 
 class _Kept:
-    """A file with the last of an output: half of what is kept, and the half before it."""
+    """A log file of bounded size: its current half, and the half before it."""
 
     def __init__(self, path: str, most_bytes: int) -> None:
         self._path, self._half = Path(path), max(most_bytes // 2, 1)
@@ -180,7 +180,7 @@ class _Guard:
         return False
 
     def _follow(self, program: subprocess.Popen[bytes]) -> bool:
-        """Until the program has ended; whether it was killed."""
+        """Follow the program to its end; whether it was killed."""
         killed = False
         while program.poll() is None:
             if self._asked and self._deadline is None:
@@ -213,7 +213,7 @@ class _Guard:
         return data
 
     def _drain(self) -> None:
-        """What is left in the pipes; something that escaped may hold them open."""
+        """Read what is left in the pipes, which an escaped child may hold open."""
         deadline = time.monotonic() + _DRAIN_SECONDS
         while time.monotonic() < deadline:
             left = [key for key in self._selector.get_map().values() if key.data != "orders"]
@@ -226,7 +226,7 @@ class _Guard:
 
 
 def _end_group(group: int) -> bool:
-    """Kill what is left of a program's group, and of its descendants; whether there was any."""
+    """Kill the rest of a program's process group and descendants; whether there were any."""
     # Those that have ended were not left behind.
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
@@ -247,7 +247,7 @@ def _end_group(group: int) -> bool:
 
 
 def _end_marked(given: str) -> None:
-    """Kill what an earlier program of the folder left behind as its guard was killed."""
+    """Kill the processes that an earlier program of the folder left when its guard was killed."""
     mark = f"{MARK}={given}".encode()
     while found := [pid for pid in _marked(mark) if pid != os.getpid()]:
         for pid in found:
@@ -257,7 +257,7 @@ def _end_marked(given: str) -> None:
 
 
 def _marked(mark: bytes) -> Iterator[int]:
-    """Processes with a mark in their environment, of which those that have ended have none."""
+    """Pids whose environment has the mark; a zombie has no environment."""
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # another user's, or gone
             if mark in environment.read_bytes().split(b"\0"):
@@ -265,7 +265,7 @@ def _marked(mark: bytes) -> Iterator[int]:
 
 
 def _cut_half_a_line(path: Path) -> None:
-    """Cut off half a line at a file's end, at which its writer was killed."""
+    """Cut off an unfinished last line, which a killed writer leaves."""
     if path.is_file():
         text = path.read_bytes()
         os.truncate(path, text.rfind(b"\n") + 1)
@@ -280,7 +280,7 @@ def _children() -> list[int]:
 
 
 def _signal_group(group: int, number: signal.Signals) -> bool:
-    """Whether there was anyone to signal."""
+    """Signal a process group; whether it has any process."""
     try:
         os.killpg(group, number)
     except (ProcessLookupError, PermissionError):  # macOS says so of a group of zombies

@@ -9,22 +9,22 @@ from typing import Any
 
 from bdense.errors import BdenseError, NonFiniteError, StoppedError, is_out_of_memory
 from search.errors import LeaseLostError, SpecChangedError, StorageError, UnpreparedError
-from search.log import speaking_of
+from search.log import log_context
 from search.secrets import redact
-from search.storage.disk import disk_error, is_full_disk
 from search.storage.ledger import Claim, FailureReason, Holding, Ledger
 from search.study.folders import row_folder
 from search.study.results import TrialResult
 from search.study.retention import drop_checkpoints
 from search.study.trial_log import TrialLog
 from search.study.trial_note import attach_pictures, log_errors
-from search.worker.loss_curve import draw_losses
+from search.worker.disk import disk_error, is_full_disk
 from search.worker.result import package_versions
+from search.worker.row_plots import draw_losses
 
 _log = logging.getLogger(__name__)
 
 
-def bring_to_an_end(
+def work_on_row(
     ledger: Ledger,
     claim: Claim,
     work: Callable[[Holding, Path, TrialLog], TrialResult],
@@ -49,26 +49,8 @@ def bring_to_an_end(
         SpecChangedError: What is measured was edited meanwhile; the trial was given back.
     """
     study = ledger.study.study_name
-    with speaking_of(study=study, trial=claim.number, attempt=claim.attempt):
-        log = TrialLog(row_folder(study, claim.number))
-        before = {"from_attempt": claim.attempt - 1} if claim.adopted else {}
-        log("adopted" if before else "claimed", params=dict(claim.params), **before)
-        try:
-            _bring(ledger, claim, work, log, fingerprint=fingerprint, asked=asked)
-        finally:
-            log.open()  # in case it ended before the folder was taken
-
-
-def _bring(
-    ledger: Ledger,
-    claim: Claim,
-    work: Callable[[Holding, Path, TrialLog], TrialResult],
-    log: TrialLog,
-    *,
-    fingerprint: str,
-    asked: float,
-) -> None:
-    folder = row_folder(ledger.study.study_name, claim.number)
+    folder = row_folder(study, claim.number)
+    log = TrialLog(folder)
 
     def fail(reason: FailureReason, detail: str) -> None:
         attrs: dict[str, Any] = {"fingerprint": fingerprint, "versions": package_versions()}
@@ -76,58 +58,63 @@ def _bring(
         log("failed", level=logging.WARNING, reason=reason, error=redact(detail))
         drop_checkpoints(folder)
 
-    try:
-        with ledger.holding(claim) as holding:
-            result = work(holding, folder, log)
-        service = {"service_seconds": _service_seconds(asked, result)}
-        result = replace(result, timings={**result.timings, **service})
-        # Before the end: a finished trial accepts no pictures.
-        with ledger.holding(claim):
-            log_errors(f"loss curve of trial {claim.number}", lambda: draw_losses(folder))
-            attach_pictures(ledger, claim, folder, result)
-        attrs = result.attrs() | {"tries": claim.tries}
-        if result.value is None:
-            ledger.prune(claim, attrs)
-            log("pruned", reason=result.reason)
-        else:
-            ledger.complete(claim, result.value, attrs)
-            named: dict[str, Any] = {result.key: result.value}
-            log("complete", **named)
-    except StoppedError:
-        ledger.release(claim, interrupted=True)
-        log("released", why="stopped")
-        raise
-    except (LeaseLostError, StorageError) as error:
-        # Not the trial's fault; its result is in its folder for the next worker.
-        log("lost", level=logging.WARNING, error=str(error))
-        raise
-    except (UnpreparedError, SpecChangedError) as error:
-        ledger.release(claim, interrupted=True)
-        log("released", level=logging.WARNING, why=redact(str(error)))
-        raise
-    except NonFiniteError as error:
-        fail("diverged", str(error))
-    except BdenseError as error:
-        fail("error", str(error))
-    except Exception as error:
-        if is_out_of_memory(error):
-            # It would fail the same way anywhere, and the memory is free again.
-            what = "\n".join(str(error).splitlines()[:1])
-            fail("out of memory", f"{what}; use a smaller batch or give trials more memory")
-            return
-        if (refusal := disk_error(error)) is not None:
-            # Not the trial's fault; every row here would meet the same.
+    with log_context(study=study, trial=claim.number, attempt=claim.attempt):
+        before = {"from_attempt": claim.attempt - 1} if claim.adopted else {}
+        log("adopted" if before else "claimed", params=dict(claim.params), **before)
+        try:
+            with ledger.holding(claim) as holding:
+                result = work(holding, folder, log)
+            service = {"service_seconds": _service_seconds(asked, result)}
+            result = replace(result, timings={**result.timings, **service})
+            # Before the end: a finished trial accepts no pictures.
+            with ledger.holding(claim):
+                log_errors(f"loss curve of trial {claim.number}", lambda: draw_losses(folder))
+                attach_pictures(ledger, claim, folder, result)
+            attrs = result.attrs() | {"tries": claim.tries}
+            if result.value is None:
+                ledger.prune(claim, attrs)
+                log("pruned", reason=result.reason)
+            else:
+                ledger.complete(claim, result.value, attrs)
+                named: dict[str, Any] = {"value" if result.score else "fid": result.value}
+                log("complete", **named)
+        except StoppedError:
             ledger.release(claim, interrupted=True)
-            why = "disk full" if is_full_disk(error) else "no access"
-            log("released", level=logging.WARNING, why=why)
-            raise refusal from error
-        _log.exception("trial %d, attempt %d", claim.number, claim.attempt)
-        if claim.tries < ledger.max_attempts:
-            ledger.release(claim)
-            why = redact(f"{type(error).__name__}: {error}")
-            log("released", level=logging.WARNING, why=why)
-        else:
-            fail("error", f"{type(error).__name__}: {error}")
+            log("released", why="stopped")
+            raise
+        except (LeaseLostError, StorageError) as error:
+            # Not the trial's fault; its result is in its folder for the next worker.
+            log("lost", level=logging.WARNING, error=str(error))
+            raise
+        except (UnpreparedError, SpecChangedError) as error:
+            ledger.release(claim, interrupted=True)
+            log("released", level=logging.WARNING, why=redact(str(error)))
+            raise
+        except NonFiniteError as error:
+            fail("diverged", str(error))
+        except BdenseError as error:
+            fail("error", str(error))
+        except Exception as error:
+            if is_out_of_memory(error):
+                # It would fail the same way anywhere, and the memory is free again.
+                what = "\n".join(str(error).splitlines()[:1])
+                fail("out of memory", f"{what}; use a smaller batch or give trials more memory")
+                return
+            if (refusal := disk_error(error)) is not None:
+                # Not the trial's fault; every row here would meet the same.
+                ledger.release(claim, interrupted=True)
+                why = "disk full" if is_full_disk(error) else "no access"
+                log("released", level=logging.WARNING, why=why)
+                raise refusal from error
+            _log.exception("trial %d, attempt %d", claim.number, claim.attempt)
+            if claim.tries < ledger.max_attempts:
+                ledger.release(claim)
+                why = redact(f"{type(error).__name__}: {error}")
+                log("released", level=logging.WARNING, why=why)
+            else:
+                fail("error", f"{type(error).__name__}: {error}")
+        finally:
+            log.open()  # in case it ended before the folder was taken
 
 
 def _service_seconds(asked: float, result: TrialResult) -> float:

@@ -5,11 +5,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bdense.files import atomic_write
+from bdense.files import write_json
 from bdense.methods.distill import TrainedStage
 from bdense.methods.one_shot import Coordinates, OneShot
 from bdense.metrics.records import FID
-from search.analysis.paired import mean_of
 from search.study.progress_text import evaluating
 from search.study.results import Curve, CurvePoint, TrialResult
 from search.worker.result import provenance
@@ -20,15 +19,16 @@ if TYPE_CHECKING:
 CURVE_FILE = "curve.json"
 
 
-def trace(row: "Row", count: int) -> TrialResult:
+def measure_curve(row: "Row", count: int) -> TrialResult:
     """Train the row's one student, and measure it at ``count`` points of the space."""
     assets, started = row.assets, time.perf_counter()
-    assert isinstance(assets.method, OneShot)
+    method = assets.method
+    assert isinstance(method, OneShot)
     *_, last = row.distilled(lambda _: None)
     trained = time.perf_counter()
-    points = [tuple(point) for point in assets.method.coordinates.spread(count).tolist()]
-    fids = _measured(row, last, points)
-    curve = _curve(assets.method.coordinates, points, fids)
+    points = [tuple(point) for point in method.coordinates.spread(count).tolist()]
+    fids = _measured(row, method, last, points)
+    curve = _curve(method.coordinates, points, fids)
     seconds = {
         "student_seconds": trained - started,
         "evaluation_seconds": time.perf_counter() - trained,
@@ -47,13 +47,14 @@ def trace(row: "Row", count: int) -> TrialResult:
     )
 
 
-def _measured(row: "Row", last: TrainedStage, points: Sequence[tuple[float, ...]]) -> list[FID]:
-    """The student's FID at each point; each is kept in the row's folder as soon as it is known."""
+def _measured(
+    row: "Row", method: OneShot, last: TrainedStage, points: Sequence[tuple[float, ...]]
+) -> list[FID]:
+    """The student's FID at each point, each stored in the row's folder at once."""
     assets, kept = row.assets, row.folder / CURVE_FILE
-    assert isinstance(assets.method, OneShot)
     images = assets.spec.evaluation.num_images
     fids = [FID.read(each) for each in json.loads(kept.read_text())] if kept.exists() else []
-    row.note("evaluating", points=len(points), images=images)
+    row.log("evaluating", points=len(points), images=images)
     for point in points[len(fids) :]:
         before = len(fids) * images
 
@@ -61,16 +62,15 @@ def _measured(row: "Row", last: TrainedStage, points: Sequence[tuple[float, ...]
             row.tell(last.plan, evaluating(before + done, len(points) * images))
 
         measured = assets.evaluator.measure(
-            assets.method.student_at(last.student, point),
+            method.student_at(last.student, point),
             last.sampler,
             training_seed=row.task.seed,
             on_image=on_image,
-            check=row.check,
+            check=row.attempt.check,
             images=images,
         )
         fids.append(measured.fid)
-        with atomic_write(kept) as scratch:
-            scratch.write_text(json.dumps([each.as_dict() for each in fids]))
+        write_json(kept, [each.as_dict() for each in fids])
     return fids
 
 
@@ -86,17 +86,9 @@ def _curve(
                 params=space.at(point),
                 coordinates=list(point),
                 fid=fid.value,
-                error=_error(fid, lowest),
+                error=fid.noise_of_difference(lowest),
             )
             for point, fid in zip(points, fids, strict=True)
         ],
         conditions=lowest.conditions(),
     )
-
-
-def _error(fid: FID, lowest: FID) -> float | None:
-    """Standard error of the difference over the latents, from the effects of groups of images."""
-    if len(fid.effects) < 2:
-        return None
-    differences = [a - b for a, b in zip(fid.effects, lowest.effects, strict=True)]
-    return mean_of(differences).standard_error

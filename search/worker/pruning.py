@@ -7,69 +7,45 @@ takes the trial over reports the same one.
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler
 from bdense.errors import NonFiniteError
-from bdense.files import atomic_write
+from bdense.files import write_json
 from bdense.methods.method import Stage
 from bdense.training.loop import Evaluations
-from bdense.training.tracking import Tracking
 from search.study.folders import GRID
 from search.study.progress_text import measuring
 from search.study.results import IntermediateFID
 from search.study.retention import INTERMEDIATE_FILE
-from search.worker.assets import Assets
-from search.worker.judge import Judge, PrunedError
+from search.worker.judge import PrunedError
+
+if TYPE_CHECKING:
+    from search.worker.evaluate import Row
 
 
 class IntermediateFIDs:
-    """Measures one row's student while it trains, or after each stage, and asks the judge.
+    """Measures one row's student while it trains, or after each stage, and asks the judge."""
 
-    Args:
-        assets: Of the row.
-        folder: The row's.
-        judge: Gets each FID; None for no intermediate FIDs.
-        seed: The row's training seed.
-        check: Called for every batch of images drawn or measured; an error of its ends the work.
-        report: Called with a short text on the progress.
-        tracking: Gets each FID that is measured now.
-    """
-
-    def __init__(
-        self,
-        assets: Assets,
-        folder: Path,
-        judge: Judge | None,
-        *,
-        seed: int,
-        check: Callable[[], None],
-        report: Callable[[str], None],
-        tracking: Tracking,
-    ) -> None:
-        self._tracking = tracking
-        self._assets, self._judge, self._seed = assets, judge, seed
-        self._path, self._grid = folder / INTERMEDIATE_FILE, folder / GRID
-        self._check, self._report = check, report
+    def __init__(self, row: "Row") -> None:
+        self._row, self._assets = row, row.assets
+        self._path = row.folder / INTERMEDIATE_FILE
         self._after = self._asked_for()
-        self._found = self._before()
-        self._last = ""
+        self._found = self._stored()
         self.seconds = 0.0
 
     def of(self, stage: Stage) -> Evaluations | None:
-        """Those of a stage, for ``distill``; None where the plan has none."""
+        """The evaluations that ``distill`` runs in this stage, or None."""
         if not self._after:
             return None
         return Evaluations(tuple(self._after), partial(self._evaluate, stage))
 
     @property
     def found(self) -> list[IntermediateFID]:
-        """Each so far."""
+        """The intermediate FIDs so far."""
         return [self._found[after] for after in sorted(self._found)]
 
     def note_stage(self, step: int, fid: float, *, is_last: bool = False) -> None:
@@ -78,23 +54,18 @@ class IntermediateFIDs:
         Raises:
             PrunedError: The judge ends the row there, which is not its last stage.
         """
-        if self._judge is None:
-            return
-        self._last = f"FID {fid:.3f} after stage {step}"
-        if self._judge(step, fid) and not is_last and step > 0:
-            raise PrunedError
+        if self._row.attempt.judge(step, fid) and not is_last and step > 0:
+            raise self._pruned(f"FID {fid:.3f} after stage {step}")
 
-    def ended(self) -> dict[str, Any]:
-        """Where and why the row was pruned, as its result holds it."""
+    def _pruned(self, why: str) -> PrunedError:
         pruner = self._assets.spec.search.pruner
         name = "pruner" if pruner is None else pruner.name
-        at = {"pruned_at": self.found[-1].fraction} if self._found else {}
-        return {**at, "reason": f"{name}: {self._last}"}
+        return PrunedError(f"{name}: {why}", self.found[-1].fraction if self._found else None)
 
     def _asked_for(self) -> dict[int, float]:
         """Updates after which a student is measured, and their fractions."""
         spec = self._assets.spec
-        if self._judge is None or not self._judge.prunes:
+        if not self._row.attempt.judge.prunes:
             return {}
         total = spec.resolved.stages[0].num_updates
         return {round(fraction * total): fraction for fraction in spec.search.at}
@@ -102,8 +73,8 @@ class IntermediateFIDs:
     def _images(self) -> int:
         return self._assets.spec.search.images or self._assets.spec.evaluation.num_images
 
-    def _before(self) -> dict[int, IntermediateFID]:
-        """Those of a worker before, as far as they are still asked for."""
+    def _stored(self) -> dict[int, IntermediateFID]:
+        """What an earlier attempt stored and the plan still wants."""
         if not self._path.exists():
             return {}
         stored = map(IntermediateFID.read, json.loads(self._path.read_text()))
@@ -121,34 +92,31 @@ class IntermediateFIDs:
             # A stage may train its sampler: as it is now.
             self._found[after] = self._measured(stage.sampler, after, student)
             value = self._found[after].fid.value
-            self._tracking.evaluation("", {"intermediate_fid": value})
-            with atomic_write(self._path) as scratch:
-                scratch.write_text(json.dumps([each.as_dict() for each in self.found]))
+            self._row.tracking.evaluation("", {"intermediate_fid": value})
+            write_json(self._path, [each.as_dict() for each in self.found])
         each = self._found[after]
-        self._last = (
-            f"FID {each.fid.value:.3f} of {each.fid.images} images at {each.fraction:g} of the "
-            "budget"
-        )
-        assert self._judge is not None
-        ends = self._judge(each.trained_images, each.fid.value)
+        ends = self._row.attempt.judge(each.trained_images, each.fid.value)
         self.seconds += time.perf_counter() - started
         if ends:
             # An earlier run may have got further.
             self._found = {at: each for at, each in self._found.items() if at <= after}
-            raise PrunedError
+            raise self._pruned(
+                f"FID {each.fid.value:.3f} of {each.fid.images} images at {each.fraction:g} of "
+                "the budget"
+            )
 
     def _measured(self, sampler: Sampler, after: int, student: NetworkDenoiser) -> IntermediateFID:
-        assets, images = self._assets, self._images()
+        assets, attempt, images = self._assets, self._row.attempt, self._images()
         total = assets.spec.resolved.stages[0].num_updates
         fid = assets.evaluator.measure(
             student,
             sampler,
             images=images,
-            training_seed=self._seed,
-            on_image=lambda done: self._report(measuring(after, total, done, images)),
-            check=self._check,
+            training_seed=attempt.task.seed,
+            on_image=lambda done: attempt.report(measuring(after, total, done, images)),
+            check=attempt.check,
             # The only picture of a student that is pruned here; later ones replace it.
-            grid_path=self._grid,
+            grid_path=attempt.folder / GRID,
         ).fid
         if not math.isfinite(fid.value):
             raise NonFiniteError(

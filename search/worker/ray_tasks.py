@@ -21,15 +21,14 @@ from search.errors import (
     StorageRefusedError,
     WorkersFailedError,
 )
-from search.log import LOG, about, start_logging
+from search.log import LOG, set_context, start_logging
 from search.secrets import redact
-from search.storage.disk import disk_error
 from search.storage.engine import resolve_storage_url, without_password
 from search.storage.stop_flags import NO_LAUNCH, Launch
 from search.study.artifacts import PLACE as ARTIFACTS
 from search.study.study import Study
-from search.worker import trainer_of
-from search.worker.trainer import Preparation, Step
+from search.worker.disk import disk_error
+from search.worker.trainer import Preparation, Step, trainer_of
 
 if TYPE_CHECKING:
     from search.worker.worker import Worker
@@ -62,13 +61,13 @@ class WorkerConfig:
     launch: Launch = NO_LAUNCH
     log: str = ""
 
-    def settle(self) -> None:
+    def apply(self) -> None:
         """Make this process use the launcher's folders, and log as it does."""
         os.environ["BDENSE_RUNS"], os.environ["BDENSE_CACHE"] = self.runs, self.cache
         os.environ[ARTIFACTS] = self.artifacts
         os.environ[LOG] = self.log
         start_logging()
-        about(study=self.study)
+        set_context(study=self.study)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +115,7 @@ def prepare_task(worker: WorkerConfig, together: int) -> Iterator[Preparation | 
 
     def work() -> None:
         try:
-            worker.settle()
+            worker.apply()
             study = Study.open(worker_storage(worker.storage), worker.study)
             for message in trainer_of(study.spec).prepare(study, together, report):
                 messages.put(message)
@@ -138,7 +137,7 @@ def record_task(
     from search.worker.distillation import record
 
     try:
-        worker.settle()
+        worker.apply()
         study = Study.open(worker_storage(worker.storage), worker.study)
         spec = study.spec
         yield from record(study, load(spec, use_device(spec)), part, parts)
@@ -158,7 +157,7 @@ def slot(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     worker, mark = config["worker"], Path(config["mark"])
     try:
-        worker.settle()
+        worker.apply()
         if _count_start(mark) > MAX_STARTS:
             raise WorkersFailedError(
                 f"a worker died {MAX_STARTS} times in a row without taking a trial, as it started "

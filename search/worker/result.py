@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import bdense
-from bdense.files import atomic_write
-from search.study.arms import Task
+from bdense.files import atomic_write, write_json
 from search.study.results import TrialResult
 from search.study.retention import IDENTITY, RESULT, drop_checkpoints
-from search.study.trial_log import LOG_FILE, Note, TrialLog, unnoted, worker_name
+from search.study.trial_log import LOG_FILE, worker_name
+from search.worker.trainer import Attempt
 
 _log = logging.getLogger(__name__)
 
@@ -56,34 +56,29 @@ def read_result(folder: Path, identity: Mapping[str, Any]) -> TrialResult | None
 def write_result(folder: Path, identity: Mapping[str, Any], result: TrialResult) -> None:
     """Write a row's result to its folder and delete its checkpoint."""
     stored = {"value": result.value, "attrs": result.attrs(), "identity": identity}
-    with atomic_write(folder / RESULT) as scratch:
-        scratch.write_text(json.dumps(stored))
+    write_json(folder / RESULT, stored)
     drop_checkpoints(folder)
 
 
-def once(
-    folder: Path,
-    task: Task,
-    fingerprint: str,
-    log: TrialLog | None,
-    work: Callable[[Note], TrialResult],
+def stored_or_made(
+    attempt: Attempt, fingerprint: str, make: Callable[[], TrialResult]
 ) -> TrialResult:
-    """A row's result: what an earlier worker wrote for this very row, else what ``work`` makes.
+    """A row's result: what an earlier attempt wrote for this very row, else what ``make`` returns.
 
     It is written to the row's folder before it is returned.
     """
-    identity = task.identity() | {"fingerprint": fingerprint}
+    folder, identity = attempt.folder, attempt.task.identity() | {"fingerprint": fingerprint}
     take_folder(folder, identity)
-    note: Note = unnoted if log is None else log.open()
+    attempt.log.open()
     if (done := read_result(folder, identity)) is not None:
         return done
-    result = work(note)
+    result = make()
     write_result(folder, identity, result)
     return result
 
 
 def provenance(fingerprint: str, seeds: Mapping[str, int], device: str) -> dict[str, Any]:
-    """Conditions, software and machine, as every row stores them."""
+    """Fields of every row's result: conditions, software and machine."""
     return {
         "fingerprint": fingerprint,
         "seeds": dict(seeds),
@@ -95,7 +90,7 @@ def provenance(fingerprint: str, seeds: Mapping[str, int], device: str) -> dict[
 
 @functools.cache
 def package_versions() -> dict[str, str]:
-    """Versions a result depends on; of bdense in a git checkout also the commit."""
+    """Versions that a result depends on; bdense's has the commit in a git checkout."""
     found = {}
     for name in PACKAGES:
         # A worker that only runs programs needs no torch.

@@ -98,7 +98,7 @@ def _train_and_cache(
 
 
 def teacher_name(spec: StudySpec) -> str:
-    """For cards, where the teacher's own file does not say."""
+    """A name for cards, where the teacher's own file does not say."""
     name = spec.teacher.checkpoint or spec.teacher.recipe
     return f"trained on {spec.data}" if name is None else Path(name).name
 

@@ -43,6 +43,27 @@ class Preparation:
     remark: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One worker's attempt at a row.
+
+    Attributes:
+        task: The row's weights and seeds.
+        folder: Where checkpoints, models and the result go.
+        check: Called every now and then; an error of its ends the work, after a checkpoint.
+        report: Called with a short text on the progress.
+        judge: Gets intermediate values and may end the row.
+        log: The row's log.
+    """
+
+    task: Task
+    folder: Path
+    check: Callable[[], None]
+    report: Callable[[str], None]
+    judge: Judge
+    log: TrialLog
+
+
 class Trainer(Protocol):
     """What trains and measures the rows of one study, in one worker."""
 
@@ -71,7 +92,7 @@ class Trainer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Of the conditions under which this process measures."""
+        """Fingerprint of the conditions under which this process measures."""
         ...
 
     def ready(self, task: Task) -> None:
@@ -82,25 +103,8 @@ class Trainer(Protocol):
         """
         ...
 
-    def run(
-        self,
-        task: Task,
-        folder: Path,
-        *,
-        check: Callable[[], None],
-        report: Callable[[str], None],
-        judge: Judge,
-        log: TrialLog | None = None,
-    ) -> TrialResult:
-        """Train and measure a row, or go on where an earlier worker's checkpoint ends.
-
-        Args:
-            task: The row's weights and seeds.
-            folder: Where checkpoints, models and the result go.
-            check: Called every now and then; an error of its ends the work, after a checkpoint.
-            report: Called with a short text on the progress.
-            judge: Gets intermediate values and may end the row.
-            log: The row's log.
+    def run(self, attempt: Attempt) -> TrialResult:
+        """Train and measure a row, or go on where an earlier attempt's checkpoint ends.
 
         Returns:
             The result; read from the folder if an earlier worker wrote it.
@@ -110,3 +114,14 @@ class Trainer(Protocol):
             BdenseError: It failed, and would fail again.
         """
         ...
+
+
+def trainer_of(spec: StudySpec) -> type[Trainer]:
+    """What trains a study's rows; only what distils imports torch."""
+    if spec.is_command:
+        from search.worker.command import Command
+
+        return Command
+    from search.worker.distillation import Distillation
+
+    return Distillation

@@ -21,9 +21,9 @@ from search.study.retention import keep_best_students
 from search.study.study import FINGERPRINT, Study
 from search.study.summary import copy_baselines
 from search.study.trial_log import TrialLog
-from search.worker import trainer_of
 from search.worker.judge import Judge
-from search.worker.lifecycle import bring_to_an_end
+from search.worker.lifecycle import work_on_row
+from search.worker.trainer import Attempt, trainer_of
 
 POLL_SECONDS, LONGEST_POLL_SECONDS = 1.0, 5.0
 # Not the global generator, which seeded draws come from.
@@ -93,7 +93,7 @@ class Worker:
         return self._awaits_curve
 
     def _plan_ahead(self) -> bool:
-        """End a search or plan a replicate, where rows have ended since; whether one was planned.
+        """Once rows have ended, end the search or plan a replicate; whether one was planned.
 
         Rows that are planned already come first.
         """
@@ -131,18 +131,20 @@ class Worker:
             # While the lease is held: it may take longer than one lasts.
             self._trainer.ready(task)
             result = self._trainer.run(
-                task,
-                folder,
-                check=holding.check,
-                report=holding.report,
-                judge=judge,
-                log=log,
+                Attempt(
+                    task=task,
+                    folder=folder,
+                    check=holding.check,
+                    report=holding.report,
+                    judge=judge,
+                    log=log,
+                )
             )
             if is_trial:
                 result.seeds["sampler"] = sampler_seed(self._spec, claim.number)
             return result
 
-        bring_to_an_end(
+        work_on_row(
             ledger, claim, work, fingerprint=self._trainer.fingerprint, asked=claimed.asked
         )
         if is_trial:
@@ -154,7 +156,7 @@ class Worker:
         return self._spec.space.excess(params, self._spec.resolved.num_branches)
 
     def _require_same_conditions(self, claimed: Claimed) -> None:
-        """Refuse to measure with other numerics, or by a spec that was replaced since."""
+        """Refuse to measure under another fingerprint than the study's, and release the row."""
         mine, main = self._trainer.fingerprint, self._study.main
         stored = main.attribute(FINGERPRINT)
         if stored != mine:
@@ -167,7 +169,7 @@ class Worker:
 
 
 def pause_after(waited: float) -> float:
-    """Seconds to the next try after waiting so long: about a tenth, within 1 to 5.
+    """Seconds to the next try: about a tenth of the time waited, within 1 to 5.
 
     Hundreds of idle workers may compete for the lock with those that have work.
     """

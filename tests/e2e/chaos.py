@@ -411,20 +411,16 @@ def _measure(study: Path, folder: Path, points: Sequence[float]) -> None:
     from search.spec.file import read_spec
     from search.study.arms import Task
     from search.worker.assets import load, use_device
-    from search.worker.evaluate import evaluate
+    from tests.rows import run
 
     spec = read_spec(study)
     assets, seeds = load(spec, use_device(spec)), spec.seeds
     found = []
     for a in points:
         task = Task(params={"a": a}, seed=seeds.training, latents=seeds.evaluation)
-        result = evaluate(assets, task, folder / repr(a), check=_nothing, report=_nothing)
+        result = run(assets, folder / repr(a), task)
         found.append((a, result.value))
     sys.stdout.write(json.dumps(found))
-
-
-def _nothing(*_: object) -> None:
-    """Asked every iteration, and has nothing to say."""
 
 
 if __name__ == "__main__":

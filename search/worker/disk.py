@@ -1,4 +1,4 @@
-"""Errors of a full disk or missing permissions, whichever file was written."""
+"""Errors of a full disk, and of files that a worker may not use."""
 
 import errno
 import platform

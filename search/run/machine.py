@@ -1,10 +1,11 @@
-"""The GPUs of this machine that a launch may use, counted without torch."""
+"""What a launch asks of this machine: GPUs, counted without torch, and folders for Ray."""
 
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import MutableMapping, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bdense.errors import InputError
@@ -12,6 +13,7 @@ from bdense.errors import InputError
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 _SECONDS = 30
+_TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 def count_gpus() -> int:
@@ -28,18 +30,11 @@ def count_gpus() -> int:
     return len(list(_DRIVER.iterdir())) if _DRIVER.is_dir() else 0
 
 
-def use_gpus(
-    chosen: Sequence[int] | None,
-    environment: MutableMapping[str, str] = os.environ,
-    *,
-    there: int | None = None,
-) -> None:
-    """Restrict a local Ray to these GPUs; call before it starts.
+def use_gpus(chosen: Sequence[int] | None) -> None:
+    """Restrict a local Ray to these GPUs, by this process's environment; call before it starts.
 
     Args:
         chosen: nvidia-smi's numbers; None changes nothing.
-        environment: Ray's environment.
-        there: GPUs of this machine; None counts them.
 
     Raises:
         InputError: There are no such GPUs, this process may not use them, or Ray is not local.
@@ -47,7 +42,7 @@ def use_gpus(
     if chosen is None:
         return
     asked = f"--gpus {','.join(map(str, chosen))}"
-    if address := environment.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
         raise InputError(
             f"{asked}: the workers are those of the cluster at RAY_ADDRESS={address}, whose "
             "machines were given their GPUs when they joined it (ray start --num-gpus, "
@@ -55,7 +50,7 @@ def use_gpus(
         )
     if len(set(chosen)) < len(chosen):
         raise InputError(f"{asked} names a GPU twice; name each once")
-    there = count_gpus() if there is None else there
+    there = count_gpus()
     if missing := [number for number in chosen if not 0 <= number < there]:
         has = {0: "no GPU", 1: "1 GPU: 0"}.get(there, f"{there} GPUs: 0 to {there - 1}")
         be = "is" if len(missing) == 1 else "are"
@@ -64,7 +59,7 @@ def use_gpus(
             f"{asked}: this machine has {has}, and {', '.join(map(str, missing))} {be} not there; "
             f"{remedy}"
         )
-    given = environment.get(VISIBLE)
+    given = os.environ.get(VISIBLE)
     if given is not None:
         allowed = {part.strip() for part in given.split(",")}
         if not all(part.isdigit() for part in allowed):
@@ -77,6 +72,49 @@ def use_gpus(
                 f"{asked}: {VISIBLE}={given} lets this process use others; choose from them, or "
                 "unset it"
             )
-    environment[VISIBLE] = ",".join(map(str, chosen))
+    os.environ[VISIBLE] = ",".join(map(str, chosen))
     # CUDA orders GPUs by speed, nvidia-smi by bus.
-    environment[ORDER] = "PCI_BUS_ID"
+    os.environ[ORDER] = "PCI_BUS_ID"
+
+
+def require_ray_folders() -> None:
+    """Refuse to launch where Ray could not start.
+
+    Raises:
+        InputError: A folder cannot be written; names the variable that sets it.
+    """
+    for problem in ray_folder_problems():
+        raise InputError(problem)
+
+
+def ray_scratch() -> Path:
+    """Folder of Ray's temporary files and logs."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+
+
+def ray_folder_problems() -> Iterator[str]:
+    """A line for each folder that Ray needs here and cannot write, with the way out."""
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    scratch = ray_scratch()
+    if why := _refusal(scratch):
+        yield f"Ray cannot write its temporary files to {scratch} ({why}); set RAY_TMPDIR"
+    home = Path.home()
+    needs_none = os.environ.get("RAY_AUTH_MODE", "token") != "token"
+    needs_none |= any(map(os.environ.get, _TOKENS))
+    needs_none |= os.access(home / ".ray/auth_token", os.R_OK)
+    if not needs_none and (why := _refusal(home / ".ray")):
+        yield (
+            f"Ray cannot write its token to HOME={home} ({why}); set HOME to a folder that can "
+            "be written"
+        )
+
+
+def _refusal(folder: Path) -> str:
+    """Why a folder cannot be written; "" if it can. The folder may be missing."""
+    try:
+        there = next(each for each in (folder, *folder.parents) if each.exists())
+        with tempfile.TemporaryFile(dir=there):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)

@@ -95,12 +95,6 @@ def on_noise(teacher: NetworkDenoiser, steps: int = 2, **changes: Any) -> OnNois
     )
 
 
-def levels_of(stage: OnNoise, batch: ImageBatch) -> Tensor:
-    """[K + 1, B], written out."""
-    grid, k = COSINE.grid(stage.steps * stage.substeps), stage.substeps
-    return torch.stack([grid[k * batch.interval + j] for j in range(k + 1)])
-
-
 class TestProgressive(MethodContract):
     method = Progressive
     knobs = {"steps": 8, "until": 2, "updates": 5, "batch": 4, "lr": 1e-3}  # noqa: RUF012

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import resource
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,3 +57,19 @@ def small_disk(place: Path, kib: int) -> Iterator[Disk]:
         yield Disk(place)
     finally:
         subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writing more than so many bytes to a file is an error, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def names(folder: Path) -> list[str]:
+    """Of what lies in a folder."""
+    return sorted(path.name for path in folder.iterdir())

@@ -90,3 +90,10 @@ def read_or_refused(of: object) -> Iterator[None]:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, handler)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < _KIB, of
+
+
+# What stands where a file should be, and what is said of it.
+LEFT_BY_DOWNLOADS = [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
+    (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "a page of HTML"),
+]

@@ -1,5 +1,6 @@
 """Tiny networks whose every layer matters."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,29 @@ def tiny_denoiser(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return awake(build_denoiser(description)).eval()
+
+
+# Options of diffusers' networks.
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 2,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+TEXT_UNET = UNET | {
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "attention_head_dim": 4,
+    "cross_attention_dim": 6,
+}
+
+
+def untrained(make: Callable[[], nn.Module]) -> nn.Module:
+    """What is made, in eval mode and always the same, and in which nothing is (nearly) zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return awake(make()).eval()
 
 
 @torch.no_grad()

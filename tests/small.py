@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from bdense.data.datasets import Dataset
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid
 from bdense.diffusion.schedules import Schedule
@@ -35,6 +36,15 @@ def small_teacher(*, dropout: float = 0.0, seed: int = 0, channels: int = 1) -> 
                 if parameter.dim() == 4 and parameter.abs().max() < 1e-3:
                     parameter.mul_(1e5)
     return teacher
+
+
+def noise_images(
+    count: int = 12, *, channels: int = 1, classes: int = 0, name: str = "its-sha256"
+) -> Dataset:
+    """8 x 8 bytes at random, known by ``name``; in so many classes, if any."""
+    draw = torch.Generator().manual_seed(3)
+    pixels = torch.randint(256, (count, channels, 8, 8), generator=draw, dtype=torch.uint8)
+    return Dataset("noise", pixels, name, torch.arange(count) % classes if classes else None)
 
 
 def small_trajectories(

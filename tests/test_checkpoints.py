@@ -31,7 +31,7 @@ from bdense.models.store import (
     save_tensors,
 )
 from tests.disks import small_disk
-from tests.fuzz import damaged_tree, read_or_refused
+from tests.fuzz import LEFT_BY_DOWNLOADS, damaged_tree, read_or_refused
 from tests.small import same_weights, small_teacher
 
 
@@ -81,6 +81,15 @@ def test_a_missing_file_is_named(tmp_path):
             load_denoiser(tmp_path / name)
     with pytest.raises(CheckpointError, match="there is no checkpoint at"):
         load_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pkl"])
+@pytest.mark.parametrize(("content", "said"), LEFT_BY_DOWNLOADS)
+def test_what_a_download_leaves_is_named(tmp_path, suffix, content, said):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=said):
+        load_denoiser(path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])

@@ -13,12 +13,13 @@ from bdense.cli import make_parser
 from bdense.diffusion.ddpm import DDPMSchedule
 from bdense.diffusion.preconditioning import native_schedule
 from bdense.diffusion.sampling import draw_images, samplers_from
+from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.vp import CosineSchedule
 from bdense.knobs import from_options
 from bdense.methods.progressive import PDConfig, pd_sampler
 from bdense.models.store import denoiser_sha256, load_denoiser
 from bdense.weights.weighting import FixedWeights
-from tests.commands import DIGITS, SHORT, SHORT_CONFIG, TINY, distilled, done, drawn, refused
+from tests.commands import DIGITS, SHORT, TINY, distilled, done, drawn, refused
 from tests.commands import bdense as command
 
 PD = ("--method", "progressive")
@@ -66,18 +67,11 @@ def chain(folder, teacher) -> Path:
     return out
 
 
-def by_library(
-    path: Path,
-    folder: Path,
-    *,
-    weights: FixedWeights | None = None,
-    num_branches: int = 2,
-    **config: object,
-) -> list[str]:
+def by_library(path: Path, folder: Path, until: int = 2) -> list[str]:
     """Hashes of the students of 8 -> 4 -> 2, with uniform weights."""
-    given = weights or FixedWeights(torch.ones(num_branches, dtype=torch.float64))
-    knobs = {"steps": 8, "until": 2, **CONFIG, **config}
-    return distilled("progressive", path, lambda: given, folder=folder, **knobs)
+    knobs = {"steps": 8, "until": until, **CONFIG}
+    weights = FixedWeights(torch.ones(2))
+    return distilled("progressive", path, lambda: weights, folder=folder, **knobs)
 
 
 def hashes(folder: Path, *steps: int) -> list[str]:
@@ -196,10 +190,10 @@ def test_a_teacher_of_noise_is_converted_first(ddpm, tmp_path):
     change = ("--prediction-type", "v_prediction", "--clip-samples", "--flip")
     lines = done("distill", ddpm, *STEPS, *ROUND, *change, "--out", out).splitlines()
     assert [line.split(":")[0] for line in lines] == ["8 steps", "4 steps", "2 steps"]
-    knobs = {"prediction_type": "v_prediction", "clip_samples": True, "flip": True}
-    assert hashes(out, 8, 4, 2) == by_library(ddpm, tmp_path / "x", **knobs)
     student, metadata = load_denoiser(out / "00002.safetensors")
     assert (student.precond.prediction_type, student.label_dim) == ("v_prediction", 10)
+    knobs = {"prediction_type": "v_prediction", "clip_samples": True, "flip": True}
+    assert metadata["training"] | knobs == metadata["training"]
     (sampler,) = samplers_from(metadata)
     schedule = DDPMSchedule(num_train_timesteps=64, beta_start=0.1 / 64, beta_end=20 / 64)
     assert sampler == pd_sampler(schedule, 2, clip=True)
@@ -213,8 +207,8 @@ def test_a_teacher_without_a_process_is_given_levels(edm, tmp_path):
     made = ("distill", edm, *STEPS, *ROUND, "--out", out)
     assert "schedule native needs" in refused(command(*made))
     done(*made, "--schedule", "polynomial", "--rho", 5)
-    wanted = by_library(edm, tmp_path / "x", schedule="polynomial", rho=5.0)
-    assert hashes(out, 4, 2) == wanted
+    (sampler,) = samplers_from(load_denoiser(out / "00002.safetensors")[1])
+    assert sampler.schedule == Schedule(kind="polynomial", rho=5.0)
 
 
 def test_a_student_is_distilled_further_on_its_own_levels(chain, teacher, tmp_path):
@@ -267,14 +261,12 @@ def test_a_student_draws_as_it_was_distilled_to(chain, tmp_path):
 
 
 def test_a_teacher_of_a_process_is_distilled_with_sfd(teacher, ddpm, tmp_path):
-    out, plain = tmp_path / "s.safetensors", FixedWeights(torch.ones(1))
-    for path, given, config in (
-        (teacher, (), {}),
-        (ddpm, ("--sigma-min", 0.05), {"sigma_min": 0.05}),
-    ):
+    out = tmp_path / "s.safetensors"
+    for path, given in ((teacher, ()), (ddpm, ("--sigma-min", 0.05))):
         done("distill", path, *SHORT, "--plain", *given, "--force", "--out", out)
-        wanted = distilled("sfd", path, lambda: plain, **config, **SHORT_CONFIG)
-        assert [denoiser_sha256(load_denoiser(out)[0])] == wanted
+        student, metadata = load_denoiser(out)
+        assert student.precond == load_denoiser(path)[0].precond
+        assert [each.nfe for each in samplers_from(metadata)] == [2]
 
 
 # ---- mistakes ----

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import re
-import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from bdense.data.datasets import Dataset
 from bdense.diffusion.branches import export_branch
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import samplers_from
@@ -28,16 +26,12 @@ from bdense.models.store import load_denoiser, save_denoiser
 from bdense.training.loop import train
 from bdense.weights.weighting import FixedWeights, LearnedWeights
 from tests.contracts.methods import ALL
+from tests.disks import largest_file, names
 from tests.pd_nets import small_conv
-from tests.small import same_weights
+from tests.small import noise_images, same_weights
 
 TWO = torch.tensor([0.25, 0.75], dtype=torch.float64)
-
-
-def images(name: str = "its-sha256") -> Dataset:
-    draw = torch.Generator().manual_seed(3)
-    pixels = torch.randint(256, (12, 1, 8, 8), generator=draw, dtype=torch.uint8)
-    return Dataset("noise", pixels, name)
+OTHER = Inputs(dataset=noise_images(name="x"), seed=5)
 
 
 def conv(precond: str = "cosine", **options: Any) -> NetworkDenoiser:
@@ -65,7 +59,7 @@ def run(
         teacher or conv(),
         config(until, **knobs),
         lambda: FixedWeights(weights),
-        inputs or Inputs(dataset=images(), seed=5),
+        inputs or Inputs(dataset=noise_images(), seed=5),
         folder=folder,
         **{"checkpoint_seconds": 0} | (options or {}),
     )
@@ -80,17 +74,13 @@ def noting(seen: list[tuple[int, int]]) -> dict[str, Any]:
     return {"on_iteration": lambda plan, done: seen.append((plan.nfe, done.iteration))}
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 # ---- rounds ----
 
 
 def test_each_student_is_the_next_stages_teacher(tmp_path):
     """As stages by hand."""
     method, teacher = Progressive(), conv()
-    inputs = Inputs(dataset=images(), seed=5)
+    inputs = Inputs(dataset=noise_images(), seed=5)
     rounds = list(run(tmp_path))
     for steps, done in zip((4, 2), rounds, strict=True):
         stage = method.stage(done.plan, teacher, config(), inputs)
@@ -123,7 +113,7 @@ def test_each_stage_has_weights_of_its_own(tmp_path):
             conv(),
             config(),
             weighting,
-            Inputs(dataset=images(), seed=5),
+            Inputs(dataset=noise_images(), seed=5),
             folder=tmp_path,
         )
     )
@@ -187,17 +177,6 @@ def test_a_run_that_goes_on_further_keeps_its_rounds(tmp_path):
     assert same_weights(rounds[-1].student, whole.student)
 
 
-@contextlib.contextmanager
-def small_files(largest: int) -> Iterator[None]:
-    """Let no file of this process grow beyond that many bytes: writing more is an error."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_disk_that_is_full_at_a_rounds_end_leaves_the_last_good_round(tmp_path):
     """A real write error; then there is room again, and the same call carries on."""
     *_, whole = run(tmp_path / "whole")
@@ -207,7 +186,7 @@ def test_a_disk_that_is_full_at_a_rounds_end_leaves_the_last_good_round(tmp_path
         def fill(plan, done):
             if (plan.nfe, done.iteration) == (2, 2):
                 # A card would have room, but no weights.
-                full.enter_context(small_files(2048))
+                full.enter_context(largest_file(2048))
 
         rounds = run(folder, options={"on_iteration": fill})
         first = next(rounds)
@@ -254,7 +233,7 @@ def test_a_round_that_diverges_leaves_those_before_it(tmp_path):
         ({"weights": TWO.flip(0)}, "weights"),
         ({"lr": 2e-3, "lr_schedule": "constant"}, "anneal, lr"),
         ({"teacher": conv(precond_options={"logsnr_max": 15.0})}, "schedule, teacher"),
-        ({"inputs": Inputs(dataset=images("x"), seed=5), "flip": True}, r"batches\.data, bat.*"),
+        ({"inputs": OTHER, "flip": True}, r"batches\.data, bat.*"),
         ({"steps": 16}, "first"),
         ({"clip_samples": True}, "clip_samples"),
         ({"teacher": conv().execute(Execution(precision="bfloat16"))}, "precision"),
@@ -305,7 +284,7 @@ def test_stages_of_one_nfe_are_refused(tmp_path):
         def plan(self, config, teacher=None):
             return tuple(replace(plan, nfe=2) for plan in super().plan(config, teacher))
 
-    inputs = Inputs(dataset=images())
+    inputs = Inputs(dataset=noise_images())
     with pytest.raises(InputError, match=r"progressive plans stages of \[2, 2\] NFE"):
         distill(Twice(), conv(), config(), lambda: FixedWeights(TWO), inputs, folder=tmp_path)
 
@@ -321,7 +300,7 @@ def test_an_eps_teacher_is_converted_before_its_steps_are_halved(tmp_path, predi
     teacher = conv()
     teacher.precond = replace(teacher.precond, prediction_type="epsilon", **bounds)
     usual: dict[str, Any] = {"updates": 60, "batch": 8, "lr": 3e-2, "prediction_type": prediction}
-    inputs = Inputs(dataset=images(), seed=5)
+    inputs = Inputs(dataset=noise_images(), seed=5)
 
     def convert(folder: Path, seen: list[tuple[int, int]]) -> list[TrainedStage]:
         slow = noting(seen) | {"checkpoint_seconds": 60}

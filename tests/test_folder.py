@@ -1,12 +1,9 @@
 """Model folders: written whole or not at all, and what is read from them."""
 
-import contextlib
 import json
 import os
 import re
-import resource
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +23,7 @@ from bdense.models.folder import export_folder
 from bdense.models.store import denoiser_sha256, load_model
 from tests.commands import bdense as command
 from tests.commands import done, refused
+from tests.disks import largest_file, names
 from tests.small import same_weights, small_teacher
 
 SAMPLER = Sampler(
@@ -43,10 +41,6 @@ STUDENT = {
     "sampler": SAMPLER.describe(),
 }
 EVERY_FILE = ["README.md", "config.json", "model.safetensors", "samples.png"]
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def block(card: str, language: str) -> str:
@@ -152,17 +146,11 @@ def test_fids_are_a_table_with_their_shared_conditions_below():
         {"steps": 8, "arm": "B-DENSE", "fid": 3.01749, "std_err": None, "n": 1, **shared},
     ]
     card = folder_card("x", small_teacher(), STUDENT | {"fid_table": rows})
-    expected = [
-        "## FID",
-        "",
-        "| steps | arm | FID | standard error | n |",
-        "|---|---|---|---|---|",
-        "| 8 | plain PD | 3.2 | 0.12 | 3 |",
-        "| 8 | B-DENSE | 3.017 | - | 1 |",
-        "",
-        "All with images 50000, extractor inception, extractor sha256 abababababababab.",
-    ]
-    assert card.endswith("\n\n" + "\n".join(expected) + "\n")
+    *_, header, _, plain, ours, _, below = card.splitlines()
+    assert header == "| steps | arm | FID | standard error | n |"
+    assert plain == "| 8 | plain PD | 3.2 | 0.12 | 3 |"
+    assert ours == "| 8 | B-DENSE | 3.017 | - | 1 |"
+    assert "images 50000, extractor inception, extractor sha256 abababababababab" in below
     assert "FID |" not in folder_card("x", small_teacher(), STUDENT | {"fid_table": []})
 
 
@@ -173,14 +161,9 @@ def test_a_condition_that_differs_is_a_column_and_an_empty_column_is_left_out():
         {"nfe": 1, "fid": 7.0},
     ]
     card = folder_card("x", small_teacher(), STUDENT | {"fid_table": rows})
-    expected = [
-        "| NFE | FID | training images | why |",
-        "|---|---|---|---|",
-        "| 2 | 5 | 1000 | a\\|b |",
-        "| 1 | - | 500 | a\\|b |",
-        "| 1 | 7 | - | - |",
-    ]
-    assert card.endswith("\n\n" + "\n".join(expected) + "\n")
+    header, _, *rest = card.splitlines()[-5:]
+    assert header == "| NFE | FID | training images | why |"
+    assert rest == ["| 2 | 5 | 1000 | a\\|b |", "| 1 | - | 500 | a\\|b |", "| 1 | 7 | - | - |"]
 
 
 @pytest.mark.parametrize("method", METHODS.values())
@@ -200,23 +183,12 @@ def test_the_python_of_a_student_for_several_nfe_lists_them(tmp_path):
 # ---- whole or not at all ----
 
 
-@contextlib.contextmanager
-def files_no_larger_than(count: int) -> Iterator[None]:
-    """As a full disk: writing more fails."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (count, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 # The weights take 200 kB: one disk is too small for them, the other for the picture after them.
 @pytest.mark.parametrize("count", [100_000, 300_000])
 def test_a_full_disk_leaves_nothing(tmp_path, count):
     pictures = {"plot.png": lambda path: path.write_bytes(bytes(count + 1))}
     # pytest's own files stay below it.
-    with files_no_larger_than(count), pytest.raises(Exception, match=r"(?i)file too large"):
+    with largest_file(count), pytest.raises(Exception, match=r"(?i)file too large"):
         export_folder(tmp_path / "student", small_teacher(), STUDENT, pictures=pictures)
     assert names(tmp_path) == []
 

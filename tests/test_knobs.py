@@ -1,6 +1,8 @@
 """One declaration of each setting: the class, files, options, errors and documentation."""
 
 import argparse
+import importlib
+import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,11 @@ from bdense.knobs import (
     knobs_of,
     reference,
 )
+from bdense.registry import Registry
+from tests.goldens import ROOT
+from tests.study_reference import page
+
+STUDY = ROOT / "docs/study.md"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,3 +280,55 @@ def test_the_reference_is_a_row_for_each_knob():
     assert "| `afs` | true or false | true | first step for nothing |" in rows
     single = len(knobs_of(Config)) - 1 + len(knobs_of(Levels))
     assert len(rows) == single
+
+
+# ---- the reference page of the study file ----
+
+
+def test_the_tables_are_those_of_the_code():
+    """To renew the page: BDENSE_WRITE_DOCS=1 pytest tests/test_knobs.py."""
+    text, line, tables = STUDY.read_text().partition("\n---\n\n")
+    if os.environ.get("BDENSE_WRITE_DOCS"):
+        tables = page()
+        STUDY.write_text(text + line + tables)
+    assert tables == page()
+
+
+# ---- members by name ----
+
+
+SHAPES: Registry[type] = Registry("shape", "bdense.shapes", {"fraction": "fractions:Fraction"})
+
+
+def test_a_member_is_imported_when_asked_for():
+    from fractions import Fraction
+
+    assert SHAPES["fraction"] is Fraction
+    assert (list(SHAPES), "fraction" in SHAPES, "circle" in SHAPES) == (["fraction"], True, False)
+
+
+def test_an_unknown_name_lists_those_there_are():
+    with pytest.raises(InputError, match="no shape is called 'fractoin'; there are fraction; did"):
+        SHAPES["fractoin"]
+
+
+@pytest.fixture
+def added(tmp_path, monkeypatch):
+    """A package that brings two shapes, one of which cannot be imported."""
+    (tmp_path / "shapes_of_others.py").write_text("class Circle: ...\n")
+    info = tmp_path / "shapes_of_others-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shapes-of-others\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[bdense.shapes]\ncircle = shapes_of_others:Circle\nsquare = shapes_of_others:Square\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+
+
+@pytest.mark.usefixtures("added")
+def test_another_package_adds_members():
+    assert list(SHAPES) == ["fraction", "circle", "square"]
+    assert SHAPES["circle"].__name__ == "Circle"
+    with pytest.raises(InputError, match="'square' of the package shapes-of-others cannot be lo"):
+        SHAPES["square"]

@@ -29,6 +29,7 @@ from tests.contracts.methods import ALL, ONE
 from tests.goldens import tensors
 from tests.latent_goldens import LATENT
 from tests.small import same_weights
+from tests.written_out import plain_round
 
 pytest.importorskip("diffusers", reason="needs the diffusers extra")
 pytestmark = [
@@ -41,6 +42,9 @@ CD = {"steps": 3, "substeps": 2, "kimg": 0.008, "batch": 4, "lr": 1e-3, "sigma_m
 # Of teacher and student.
 SCALES = [(1.0, 1.0), (4.0, 1.0), (4.0, 4.0)]
 TEACHERS = ["dit-a", "unet-a-epsilon"]
+BOTH_GUIDED = pytest.mark.parametrize(
+    ("name", "scales"), [*zip(TEACHERS, SCALES[1:], strict=True)]
+)
 
 
 def latents(count: int = 14) -> EncodedDataset:
@@ -87,36 +91,6 @@ def four(values: torch.Tensor) -> torch.Tensor:
     return values.view(-1, 1, 1, 1)
 
 
-def plain_round(stage: PDStage, scales: tuple[float, float]) -> NetworkDenoiser:
-    """A round of K = 2 with one branch, written out."""
-    student, null = copy.deepcopy(stage.teacher), null_of(stage.teacher, stage.conditions)
-    ask = guided(stage.teacher, scales[0], null)
-    optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, fused=True)
-    grid = stage.levels.grid(2 * stage.steps)
-    for j in range(stage.num_updates):
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - j / stage.num_updates)
-        batch = stage.batch(j, ALL)
-        told = batch.condition.arguments()
-        t_0, t_1, t_2 = (grid[2 * batch.interval + k] for k in range(3))
-        x = batch.clean + four(t_0) * batch.noise
-        with torch.no_grad():
-            D_0 = ask(x, t_0, **told)
-            D_1 = ask(D_0 + four(t_1 / t_0) * (x - D_0), t_1, **told)
-        scale = 1 - t_2 / t_0
-        target = four((t_2 / t_1 - t_2 / t_0) / scale) * D_0 + four((1 - t_2 / t_1) / scale) * D_1
-        predicted = guided(student, scales[1], null)(x, t_0, **told)
-        error = (predicted - target).square().mean(dim=(1, 2, 3))
-        optimizer.zero_grad()
-        ((t_0**-2).clamp(min=1) * error).mean().backward()
-        norm = torch.stack([p.grad.norm() for p in student.parameters() if p.grad is not None])
-        if (total := norm.norm().item()) > 1:
-            for parameter in student.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(1 / total)
-        optimizer.step()
-    return student
-
-
 def plain_consistency(stage: ConsistencyStage, scales: tuple[float, float]) -> NetworkDenoiser:
     """Consistency distillation by Euler steps with one branch, K = 2, written out."""
     student, null = copy.deepcopy(stage.teacher), null_of(stage.teacher, stage.conditions)
@@ -144,8 +118,7 @@ def plain_consistency(stage: ConsistencyStage, scales: tuple[float, float]) -> N
     return student
 
 
-@pytest.mark.parametrize("scales", SCALES)
-@pytest.mark.parametrize("name", TEACHERS)
+@BOTH_GUIDED
 def test_a_plain_round_is_progressive_distillation_under_guidance(name, scales):
     teacher, prompts = teacher_of(name)
     stage = Round(
@@ -160,14 +133,14 @@ def test_a_plain_round_is_progressive_distillation_under_guidance(name, scales):
         guidance=scales[0],
         conditions=prompts,
     )
-    student, written = train(stage, FixedWeights(ONE)), plain_round(stage, scales)
+    student = train(stage, FixedWeights(ONE))
+    written, _ = plain_round(stage, scales, null_of(teacher, prompts))
     assert not same_weights(student, teacher)
     for found, expected in zip(student.parameters(), written.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("scales", SCALES)
-@pytest.mark.parametrize("name", TEACHERS)
+@BOTH_GUIDED
 def test_one_branch_is_consistency_distillation_under_guidance(name, scales):
     teacher, prompts = teacher_of(name)
     highest = {"sigma_max": teacher.precond.sigma_max}

@@ -45,8 +45,9 @@ def test_a_study_of_then_is_the_study_of_that_name_today(path):
     now["method"].pop("tail", None)  # the last iterate was taken
     if tree.get("precision") is None:
         now.pop("precision", None)  # all computed in float32
-    then = resolve(parse(tree, source=path.name))
-    assert then == resolve(parse(now, source=path.name))
+    if tree != now:
+        then = resolve(parse(tree, source=path.name))
+        assert then == resolve(parse(now, source=path.name))
 
 
 def test_all_of_them_are_there():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bdense.data.datasets import Dataset, to_float
+from bdense.data.datasets import Dataset, load_dataset, to_float
 from bdense.diffusion.sampling import to_uint8
 from bdense.errors import BdenseError, InputError, NonFiniteError, ShapeError
 from bdense.metrics.extractors import load_extractor
@@ -403,3 +403,18 @@ def test_every_metric_carries_its_conditions():
         "kid": {"mean": 0.1, "std": 0.02, **KID_SETTINGS, **CONDITIONS},
         "prc": {"precision": 0.7, "recall": 0.6, "neighbours": 5, **CONDITIONS},
     }
+
+
+def test_a_set_is_at_no_distance_below_0_from_itself():
+    features = 1e6 * torch.rand(200, 32, generator=torch.Generator().manual_seed(0))
+    found = statistics_of(features)
+    assert 0 <= frechet_distance(found, found) < 1e-9 * np.trace(found.sigma)
+
+
+def test_the_library_refuses_images_of_another_shape(digits_extractor, shared_cache):
+    extractor = digits_extractor
+    reference = dataset_reference(load_dataset("digits"), extractor, cache=shared_cache)
+    for shape in ((3, 8, 8), (1, 7, 7)):
+        images = torch.zeros(4, *shape, dtype=torch.uint8)
+        with pytest.raises(ShapeError, match="cannot be compared with digits, whose images are 1"):
+            measure_images(images, extractor, reference, nfe=1, seeds={})

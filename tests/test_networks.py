@@ -14,7 +14,7 @@ from bdense.networks.dit import DiT
 from bdense.networks.song_unet import SongUNet, SongUNetConfig
 from tests.contracts.networks import NetworkContract
 from tests.example_package import PatchNetwork
-from tests.networks import TINY, awake, image, one_hot, tiny_denoiser
+from tests.networks import TEXT_UNET, TINY, UNET, image, one_hot, tiny_denoiser, untrained
 from tests.plugins import example_package
 
 __all__ = ["example_package"]
@@ -129,40 +129,20 @@ class TestDiffusersNetworks(NetworkContract):
     @pytest.fixture(params=[None, 3])
     def network(self, request):
         pytest.importorskip("diffusers")
-        unet = {
-            "sample_size": 8,
-            "in_channels": 2,
-            "block_out_channels": [8, 16],
+        blocks = {
             "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
             "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "num_class_embeds": request.param,
         }
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return awake(DiffusersUNet(unet)).eval()
+        options = UNET | blocks | {"num_class_embeds": request.param}
+        return untrained(lambda: DiffusersUNet(options))
 
 
 class TestDiffusersTextNetworks(NetworkContract):
     @pytest.fixture(params=["linear", "convolution"])
     def network(self, request):
         pytest.importorskip("diffusers")
-        unet = {
-            "sample_size": 8,
-            "in_channels": 2,
-            "block_out_channels": [8, 16],
-            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "attention_head_dim": 4,
-            "cross_attention_dim": 6,
-            "use_linear_projection": request.param == "linear",
-        }
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return awake(DiffusersTextUNet(unet)).eval()
+        options = TEXT_UNET | {"use_linear_projection": request.param == "linear"}
+        return untrained(lambda: DiffusersTextUNet(options))
 
     def test_prompts_matter_each_to_its_own_image(self, network, x):
         text = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(3))
@@ -190,9 +170,7 @@ class TestDiT(NetworkContract):
             "num_embeds_ada_norm": 4,
             "norm_num_groups": 4,
         }
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return awake(DiT(transformer, outputs=request.param)).eval()
+        return untrained(lambda: DiT(transformer, outputs=request.param))
 
     def test_classes_are_not_dropped_in_training(self, network, x):
         """diffusers' own drops them at random, in each block another, by the global generator."""

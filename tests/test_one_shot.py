@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from bdense.data.datasets import Dataset
 from bdense.diffusion.branches import export_branch, widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import draw_images
@@ -26,7 +25,7 @@ from bdense.weights.weighting import FixedWeights
 from tests.contracts.methods import ALL, TWO_CPUS, KilledError, assert_no_waits
 from tests.networks import image, tiny_denoiser
 from tests.pd_nets import small_conv
-from tests.small import same_weights, small_teacher
+from tests.small import noise_images, same_weights, small_teacher
 
 SPACES = (
     NormalisedSpace(),
@@ -52,9 +51,7 @@ EACH_METHOD = pytest.mark.parametrize("name", ["sfd", "progressive"])
 
 
 def inputs(seed: int = 5) -> Inputs:
-    draw = torch.Generator().manual_seed(3)
-    pixels = torch.randint(256, (12, 1, 8, 8), generator=draw, dtype=torch.uint8)
-    return Inputs(dataset=Dataset("noise", pixels, "sha", None), seed=seed)
+    return Inputs(dataset=noise_images(name="sha"), seed=seed)
 
 
 def method_of(name: str, space: WeightSpace = SPACES[0]) -> OneShot:

@@ -1,6 +1,5 @@
 """Progressive distillation: what any method promises, and what is its own."""
 
-import copy
 import hashlib
 import math
 from dataclasses import dataclass
@@ -35,17 +34,12 @@ from bdense.weights.weighting import FixedWeights
 from tests.contracts.methods import ALL, ONE, MethodContract
 from tests.networks import image, tiny_denoiser
 from tests.pd_nets import TinyConv, small_conv
-from tests.small import same_weights
+from tests.small import noise_images, same_weights
+from tests.written_out import plain_round
 
 COSINE = CosineSchedule()
 TWO = torch.tensor([0.3, 0.7], dtype=torch.float64)
-
-
-def images(count: int = 12, channels: int = 2) -> Dataset:
-    """Bytes at random, in three classes."""
-    draw = torch.Generator().manual_seed(3)
-    pixels = torch.randint(256, (count, channels, 8, 8), generator=draw, dtype=torch.uint8)
-    return Dataset("noise", pixels, "its-sha256", torch.arange(count) % 3)
+IMAGES = noise_images(channels=2, classes=3)
 
 
 def config(**changes: Any) -> PDConfig:
@@ -60,7 +54,7 @@ def stage_on(
     """The first round on images of a set."""
     method, chosen = Progressive(), config(**changes)
     plan = method.plan(chosen, teacher)[0]
-    return method.stage(plan, teacher, chosen, Inputs(dataset=dataset or images(), seed=seed))
+    return method.stage(plan, teacher, chosen, Inputs(dataset=dataset or IMAGES, seed=seed))
 
 
 def conv(prediction: str = "v_prediction", hidden: int = 4, channels: int = 1) -> NetworkDenoiser:
@@ -101,48 +95,6 @@ def on_noise(teacher: NetworkDenoiser, steps: int = 2, **changes: Any) -> OnNois
     )
 
 
-def levels_of(stage: OnNoise, batch: ImageBatch) -> Tensor:
-    """[K + 1, B], written out."""
-    grid, k = COSINE.grid(stage.steps * stage.substeps), stage.substeps
-    return torch.stack([grid[k * batch.interval + j] for j in range(k + 1)])
-
-
-def four(values: Tensor) -> Tensor:
-    return values.float().view(-1, 1, 1, 1)
-
-
-def plain_round(stage: PDStage) -> NetworkDenoiser:
-    """The method with one branch, K = 2, written out."""
-    plain, first, grid = copy.deepcopy(stage.start), stage.teacher, COSINE.grid(2 * stage.steps)
-    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, fused=True)
-    norms = []
-    for j in range(stage.num_updates):
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - j / stage.num_updates)
-        batch = stage.batch(j, ALL)
-        told = batch.condition.arguments()
-        t_0, t_1, t_2 = (grid[2 * batch.interval + k] for k in range(3))
-        x = batch.clean + four(t_0) * batch.noise
-        with torch.no_grad():
-            D_0 = first(x, t_0, **told)
-            D_1 = first(D_0 + four(t_1 / t_0) * (x - D_0), t_1, **told)
-        # r = 1 / t; numerator and denominator times t_2, which may be 0.
-        scale = 1 - t_2 / t_0
-        share_0, share_1 = (t_2 / t_1 - t_2 / t_0) / scale, (1 - t_2 / t_1) / scale
-        target = four(share_0) * D_0 + four(share_1) * D_1
-        error = (plain(x, t_0, **told) - target).square().mean(dim=(1, 2, 3))
-        loss = ((t_0**-2).clamp(min=1).float() * error).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        gradients = [p.grad for p in plain.parameters()]
-        norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
-        if norms[-1] > stage.config.clip_norm:
-            for g in gradients:
-                g.mul_(stage.config.clip_norm / norms[-1])
-        optimizer.step()
-    assert max(norms) > stage.config.clip_norm  # clipping was at work
-    return plain
-
-
 class TestProgressive(MethodContract):
     method = Progressive
     knobs = {"steps": 8, "until": 2, "updates": 5, "batch": 4, "lr": 1e-3}  # noqa: RUF012
@@ -153,14 +105,16 @@ class TestProgressive(MethodContract):
         return small_conv("cosine")
 
     def inputs(self, seed=5):
-        return Inputs(dataset=images(channels=1), seed=seed)
+        return Inputs(dataset=noise_images(classes=3), seed=seed)
 
     def learning(self, seed=5, **changes):
         return super().learning(seed, **{"dropout": True} | changes)
 
     def written_out(self):
         stage = self.learning(dropout=False, clip_norm=0.05)
-        return stage, plain_round(stage)
+        student, norms = plain_round(stage)
+        assert max(norms) > stage.config.clip_norm  # clipping was at work
+        return stage, student
 
 
 # ---- a round ----
@@ -170,7 +124,9 @@ def test_a_conditional_teacher_and_its_student_are_told_the_classes():
     stage = stage_on(tiny_denoiser(precond="cosine", label_dim=3))
     assert isinstance(stage.batch(0, ALL).condition, ClassLabels)
     student = train(stage, FixedWeights(ONE))
-    assert same_weights(student, plain_round(stage))
+    plain, norms = plain_round(stage)
+    assert max(norms) > stage.config.clip_norm
+    assert same_weights(student, plain)
     assert not same_weights(student, stage.start)
 
 
@@ -343,7 +299,7 @@ def test_a_teacher_that_does_not_fit_is_refused():
     with pytest.raises(InputError, match="method progressive learns from images; give a data"):
         method.stage(method.plan(config())[0], ddpm, config(), Inputs())
     with pytest.raises(InputError, match="has images of 3 x 8 x 8, and the teacher is a network"):
-        stage_on(tiny_denoiser(precond="cosine"), dataset=images(channels=3))
+        stage_on(tiny_denoiser(precond="cosine"), dataset=noise_images(channels=3))
     with pytest.raises(InputError, match=r"'noise' has 3 classes .*label_dim=2"):
         stage_on(tiny_denoiser(precond="cosine", label_dim=2))
 
@@ -392,7 +348,7 @@ def test_a_copy_is_taken_to_predict_something_else():
 
 
 def test_batches_are_images_of_the_set_with_their_classes():
-    dataset = images()
+    dataset = IMAGES
     clean = to_float(dataset.images)
     stage = stage_on(tiny_denoiser(precond="cosine", label_dim=3))
     drawn = [stage.batch(j, ALL) for j in range(30)]

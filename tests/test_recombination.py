@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from bdense.diffusion.branches import export_branch, recombine_branches
+from bdense.diffusion.branches import export_branch, recombine_branches, widen_head
 from bdense.diffusion.sampling import draw_images
 from bdense.errors import InputError, NonFiniteError
 from bdense.methods.distill import branches_path
 from bdense.metrics.recombination import search_coefficients
 from bdense.models.store import load_denoiser
 from tests.commands import DIGITS, SHORT, TINY, bdense, done, refused
-from tests.small import same_weights
-from tests.test_distill import names, run
+from tests.disks import names
+from tests.small import same_weights, small_teacher
+from tests.test_distill import run
 
 # ---- the search ----
 
@@ -56,6 +57,20 @@ def test_coefficients_that_diverge_are_never_the_best():
         return (c[0] - 0.5) ** 2
 
     assert search_coefficients(measure, 2, 40) == pytest.approx([0.5, 0.5], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "message"),
+    [
+        ([0.5, 0.6, 0.0], r"c must sum to 1, got 0\.5, 0\.6, 0, whose sum is 1\.1"),
+        ([0.0, 1.0], "3 branches need as many coefficients c, got 2: 0, 1"),
+        ([math.nan, 0.0, 1.0], "coefficients c must be finite, got nan, 0, 1"),
+        ([math.inf, -math.inf, 1.0], "coefficients c must be finite, got inf, -inf, 1"),
+    ],
+)
+def test_coefficients_that_make_no_denoiser_are_refused(coefficients, message):
+    with pytest.raises(InputError, match=message):
+        recombine_branches(widen_head(small_teacher(), 3), coefficients)
 
 
 # ---- branches that are kept ----
@@ -180,10 +195,7 @@ def test_searched_coefficients_win_on_latents_that_they_have_not_seen(branched, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--c", "0.5,0.6"), r"c must sum to 1, got 0\.5, 0\.6, whose sum is 1\.1"),
-        (("--c", "0,0,1"), "2 branches need as many coefficients c, got 3"),
         (("--c", "nan,1"), "--c .* got nan 1"),
-        (("--c", "a,1"), "--c .* got a 1"),
         ((), "--extractor is missing: c is searched by FID; give it, or --c"),
         (("--c", "0,1", "--images", 8), "--images needs --extractor"),
         ((*DIGITS, "--evaluations", 0), "--evaluations .* at least 1, got 0"),

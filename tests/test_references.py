@@ -20,6 +20,7 @@ from bdense.metrics.references import (
     write_reference,
 )
 from tests.features import ColourMeans, counting, random_images, scripted
+from tests.fuzz import LEFT_BY_DOWNLOADS
 
 # Deprecated, but users have such files.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")
@@ -201,6 +202,8 @@ def test_a_file_of_nvlabs_has_no_count(colours, tmp_path):
         ({"mu": None}, r"has no mu \(it holds sigma\); .* as `bdense reference` writes it"),
         ({"mu": None, "sigma": None}, r"no mu and no sigma \(it holds nothing\)"),
         ({"mu": np.zeros((3, 1))}, r"mu \[d\] and sigma \[d, d\], got \[3, 1\] and \[3, 3\]"),
+        ({"sigma": -np.eye(3)}, "sigma is no covariance: .*eigenvalue"),
+        ({"sigma": np.triu(np.ones((3, 3)))}, "sigma is no covariance: .*symmetric"),
         ({"sigma": np.eye(2)}, r"got \[3\] and \[2, 2\]"),
         ({"mu": np.array([1.0, np.nan, 0.0])}, "features are not finite; make the file again"),
         ({"sigma": np.full((3, 3), "x")}, "'sigma' in .* is not an array of floats"),
@@ -240,6 +243,10 @@ def test_files_that_are_no_npz_are_named(colours, tmp_path):
     for content in contents.values():
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"refs\.npz cannot be read as \.npz"):
+            read_reference(path, colours)
+    for content, said in LEFT_BY_DOWNLOADS:
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=said):
             read_reference(path, colours)
 
 

@@ -1,6 +1,5 @@
 """From noise to images: exact on Gaussian data, counted, and the same in every batch."""
 
-import json
 import math
 
 import pytest
@@ -17,7 +16,8 @@ from bdense.diffusion.sampling import (
 )
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import DDIM, DPMSolverPP, Euler
-from bdense.errors import InputError, NonFiniteError
+from bdense.errors import InputError
+from bdense.models.store import load_denoiser, save_denoiser
 from bdense.randomness import Stream, derive_seed, generator, image_noise, seeded
 from tests.small import GaussianDenoiser, small_teacher
 
@@ -82,11 +82,6 @@ def test_samplers_come_back_from_their_descriptions():
     clipped = Sampler(num_intervals=3, afs=True, solver=DDIM(clip=True))
     assert clipped.describe() == {**grid, "solver": "ddim", "clip": True}
     assert sampler_from({**grid, "solver": "ddim"}).solver == DDIM()
-    levels = Schedule(kind="time_uniform", rho=2.0, sigma_min=0.01)
-    multistep = Sampler(
-        num_intervals=3, afs=True, schedule=levels, solver=DPMSolverPP(max_order=2)
-    )
-    assert sampler_from(json.loads(json.dumps(multistep.describe()))) == multistep
     with pytest.raises(InputError, match="no solver is called 'later'"):
         sampler_from({**grid, "solver": "later"})
 
@@ -120,15 +115,6 @@ def test_what_cannot_be_drawn_is_refused(options, message):
     sampler = Sampler(num_intervals=1, afs=False)
     with pytest.raises(InputError, match=message):
         draw_images(small_teacher(), sampler, **{"seed": 0, **options})
-
-
-def test_bytes_by_hand():
-    """clip(127.5 x + 128), fractions cut off."""
-    values = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0])
-    assert to_uint8(values).tolist() == [0, 0, 64, 128, 191, 255, 255]
-    for bad in (math.nan, math.inf):
-        with pytest.raises(NonFiniteError, match="1 of 2 pixel values"):
-            to_uint8(torch.tensor([0.0, bad]))
 
 
 # ---- grids ----
@@ -197,3 +183,40 @@ def test_a_seeded_block_leaves_the_callers_state_alone():
         inside = torch.rand(3)
     assert torch.equal(torch.rand(2), expected)
     assert torch.equal(inside, torch.rand(3, generator=generator(5, Stream.DROPOUT, 2)))
+
+
+# ---- models that draw ----
+
+
+OWN = Sampler(num_intervals=3, afs=True)
+
+
+@pytest.fixture
+def student(tmp_path):
+    path = tmp_path / "student.safetensors"
+    save_denoiser(path, small_teacher(), {"kind": "student", "sampler": OWN.describe()})
+    return load_denoiser(path)[0]
+
+
+def test_a_student_draws_with_its_own_sampler_unless_told(student):
+    assert torch.equal(draw_images(student, count=3, seed=1), draw_images(student, OWN, 3, seed=1))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Sampler(num_intervals=2, afs=True),
+        Sampler(num_intervals=3, afs=False),
+        Sampler(num_intervals=3, afs=True, schedule=Schedule(sigma_max=10.0)),
+    ],
+)
+def test_a_student_refuses_levels_it_was_not_distilled_for(student, other):
+    with pytest.raises(InputError, match="the student was distilled for NFE 2 with euler"):
+        draw_images(student, other, 3, seed=1)
+
+
+def test_a_teacher_draws_as_it_is_told():
+    teacher = small_teacher()
+    with pytest.raises(InputError, match="a teacher has no sampler of its own"):
+        draw_images(teacher, count=2, seed=0)
+    assert draw_images(teacher, OWN, 2, seed=0).shape == (2, 1, 8, 8)

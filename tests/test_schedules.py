@@ -173,3 +173,10 @@ def test_a_variable_student_is_told_its_number_of_points():
         assert heard == [grid.num_points] * len(grid.trained)
     with pytest.raises(InputError, match=r"\[2, 3, 4\] needs a step condition"):
         sfd_stage(live, images=8)
+
+
+def test_a_schedule_beyond_float64_is_refused():
+    with pytest.raises(InputError, match=r"rho=0\.001"):
+        Schedule(rho=1e-3)
+    with torch.device("meta"):  # as a study is checked
+        assert Schedule().rho == 7

@@ -1,8 +1,6 @@
 """Solvers: the contract of each, and their parts by hand."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -188,20 +186,3 @@ def test_what_no_solver_has_is_refused(name, options, message):
 def test_a_solver_that_cannot_be_is_refused(solver, options, message):
     with pytest.raises(InputError, match=message):
         solver(**options)
-
-
-def test_solvers_and_their_options_are_listed_without_torch():
-    """So that a command's help is there at once."""
-    code = (
-        "import sys; from bdense.knobs import knobs_of; "
-        "from bdense.diffusion.solvers import DPMSolverPP; "
-        "print(*knobs_of(DPMSolverPP), 'torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [
-        "max_order",
-        "prediction",
-        "lower_order_final",
-        "thresholding",
-        "False",
-    ]

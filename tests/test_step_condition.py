@@ -88,27 +88,6 @@ def test_a_golden_with_classes_and_steps_is_found_and_its_classes_are_told(tmp_p
         compare_untrained(path)
 
 
-@BOTH
-def test_a_student_starts_as_its_teacher_at_any_number_of_steps(network):
-    teacher = tiny_denoiser(network, label_dim=3)
-    student = with_step_condition(teacher, seed=1)
-    assert (teacher.step_condition, student.step_condition) == (False, True)
-    labels = one_hot(0, 1, 2)
-    for num_points in (2, 4, 7):
-        out = student(X, SIGMA, labels, num_points=num_points)
-        assert torch.equal(out, teacher(X, SIGMA, labels))
-    # And can leave it: the gradient reaches the zero layers.
-    student(X, SIGMA, labels, num_points=4).square().sum().backward()
-    assert all(p.grad.any() for name, p in student.named_parameters() if "affine_step" in name)
-
-
-@BOTH
-def test_a_random_start_depends_on_the_number_of_steps(network):
-    student = with_step_condition(tiny_denoiser(network), start="random", seed=1)
-    outs = [student(X, SIGMA, num_points=n) for n in (4, 5)]
-    assert (outs[0] - outs[1]).abs().max() > 1e-3
-
-
 def test_the_random_start_is_the_reference_s():
     """Xavier without biases for DDPM++ (in the traces: at most 1/4); ADM's have biases."""
     student = with_step_condition(
@@ -154,18 +133,6 @@ def test_new_layers_are_no_copies_of_each_other():
     )
     scaled = flat[flat != 0]
     assert len(scaled.unique()) > 0.99 * len(scaled)
-
-
-@BOTH
-def test_each_image_may_have_a_number_of_its_own(network):
-    student = with_step_condition(tiny_denoiser(network), start="random", seed=1)
-    together = student(X, SIGMA, num_points=torch.tensor([4, 5, 7]))
-    for i, num_points in enumerate((4, 5, 7)):
-        alone = student(X[i : i + 1], SIGMA[i], num_points=num_points)
-        torch.testing.assert_close(together[i], alone[0])
-    torch.testing.assert_close(
-        student(X, SIGMA, num_points=torch.tensor(5)), student(X, SIGMA, num_points=5)
-    )
 
 
 def test_branches_dtype_and_mode_are_kept():

@@ -1,8 +1,6 @@
 """The surrogate finds a known curve's minimum where the lowest noisy value does not."""
 
 import math
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -165,14 +163,6 @@ def test_points_of_another_space_are_refused():
             posterior_means(evaluations, points)
     with pytest.raises(InputError, match="no evaluations"):
         posterior_means([])
-
-
-def test_importing_the_surrogate_is_cheap():
-    """The launcher reads studies without sklearn, scipy or torch."""
-    names = "{'sklearn', 'scipy', 'torch'}"
-    modules = "search.analysis.surrogate, search.analysis.paired"
-    code = f"import sys, {modules}; assert not {names} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_of_thousands_of_evaluations_some_hundred_make_the_curve():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bdense import NUMERICS
-from bdense.data.datasets import Dataset, load_dataset
+from bdense.data.datasets import load_dataset
 from bdense.errors import CheckpointError, InputError
 from bdense.methods.method import Inputs
 from bdense.methods.progressive import PDConfig, Progressive, reparameterised
@@ -23,7 +23,7 @@ from bdense.training.teacher import TeacherConfig, TeacherStage, new_denoiser
 from bdense.weights.weighting import FixedWeights
 from tests.contracts.methods import KilledError
 from tests.pd_nets import small_conv
-from tests.small import same_weights
+from tests.small import noise_images, same_weights
 
 TWO = torch.tensor([0.25, 0.75], dtype=torch.float64)
 
@@ -59,12 +59,6 @@ def test_evaluations_outside_the_run_are_refused(after):
 # ---- checkpoints of commit 3f7be1a ----
 
 
-def images() -> Dataset:
-    draw = torch.Generator().manual_seed(3)
-    pixels = torch.randint(256, (12, 1, 8, 8), generator=draw, dtype=torch.uint8)
-    return Dataset("noise", pixels, "its-sha256")
-
-
 def sfd_stage() -> Training:
     method, config = SFD(), SFDConfig(kimg=0.02, batch=4, substeps=2, lr=1e-3)
     return method.stage(method.plan(config)[0], small_conv(), config, Inputs(seed=7))
@@ -76,7 +70,7 @@ def pd_stage(prediction_type: str | None = None) -> Training:
         steps=8, until=4, updates=5, batch=4, lr=1e-3, prediction_type=prediction_type
     )
     plan = method.plan(config, teacher)[0]
-    return method.stage(plan, teacher, config, Inputs(dataset=images(), seed=7))
+    return method.stage(plan, teacher, config, Inputs(dataset=noise_images(), seed=7))
 
 
 def teacher_stage() -> Training:

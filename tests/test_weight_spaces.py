@@ -22,74 +22,41 @@ from bdense.weights.space import Choice, Range, Uniform, require_point
 from tests.contracts.weight_spaces import WeightSpaceContract
 
 
-class TestLogLinear(WeightSpaceContract):
-    @pytest.fixture
-    def space(self):
-        return LogLinearSpace(largest=100.0)
+class TestEverySpace(WeightSpaceContract):
+    """Each with a point and another one."""
+
+    @pytest.fixture(
+        params=[
+            (LogLinearSpace(largest=100.0), {"a": 1.386, "b": -4.274}, {"a": 1.337, "b": -4.195}),
+            (NormalisedSpace(a=Range(low=-1.0, high=3.0), largest=3.5), {"a": 0.071}, {"a": 0.5}),
+            (
+                LearnedSpace(memory=7),
+                {"rule": "uncertainty", "strength": 0.5},
+                {"rule": "gradient-norm", "strength": 0.5},
+            ),
+            (
+                FreeSpace(),
+                {"l_1": -1.0, "l_2": 0.5, "l_3": 2.0},
+                {"l_1": 0.5, "l_2": -1.0, "l_3": 2.0},
+            ),
+            (PerIntervalSpace(), {"a_1": 0.5, "a_2": -0.25}, {"a_1": -0.25, "a_2": 0.5}),
+        ],
+        ids=lambda each: each[0].name,
+    )
+    def case(self, request):
+        return request.param
 
     @pytest.fixture
-    def point(self):
-        return {"a": 1.386, "b": -4.274}
+    def space(self, case):
+        return case[0]
 
     @pytest.fixture
-    def another(self):
-        return {"a": 1.337, "b": -4.195}
-
-
-class TestNormalised(WeightSpaceContract):
-    @pytest.fixture
-    def space(self):
-        return NormalisedSpace(a=Range(low=-1.0, high=3.0), largest=3.5)
+    def point(self, case):
+        return case[1]
 
     @pytest.fixture
-    def point(self):
-        return {"a": 0.071}
-
-    @pytest.fixture
-    def another(self):
-        return {"a": 0.5}
-
-
-class TestLearned(WeightSpaceContract):
-    @pytest.fixture
-    def space(self):
-        return LearnedSpace(memory=7)
-
-    @pytest.fixture
-    def point(self):
-        return {"rule": "uncertainty", "strength": 0.5}
-
-    @pytest.fixture
-    def another(self):
-        return {"rule": "gradient-norm", "strength": 0.5}
-
-
-class TestFree(WeightSpaceContract):
-    @pytest.fixture
-    def space(self):
-        return FreeSpace()
-
-    @pytest.fixture
-    def point(self):
-        return {"l_1": -1.0, "l_2": 0.5, "l_3": 2.0}
-
-    @pytest.fixture
-    def another(self):
-        return {"l_1": 0.5, "l_2": -1.0, "l_3": 2.0}
-
-
-class TestPerInterval(WeightSpaceContract):
-    @pytest.fixture
-    def space(self):
-        return PerIntervalSpace()
-
-    @pytest.fixture
-    def point(self):
-        return {"a_1": 0.5, "a_2": -0.25}
-
-    @pytest.fixture
-    def another(self):
-        return {"a_1": -0.25, "a_2": 0.5}
+    def another(self, case):
+        return case[2]
 
 
 # ---- free weights ----

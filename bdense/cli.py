@@ -61,7 +61,6 @@ VERBS = {
         "--images 4096",
         function="bdense.verbs.fid:fid",
         configs=(FidOptions, Features, MetricSettings, Drawing, Execution, Hardware),
-        skip=("kid_subsets", "kid_seed"),
     ),
     "verify": Verb(
         help="draw a student's images again from its recorded seeds and measure their FID under "

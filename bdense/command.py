@@ -56,7 +56,6 @@ class Verb:
         function: What runs it, as module:name; it gets an object of each of ``configs``.
         configs: The classes whose knobs are its options, or a function that gives them for the
             arguments that follow the verb.
-        skip: Knobs of these without an option.
         elsewhere: For the arguments that follow the verb and an option that it does not have with
             them: the message that names the arguments with which it has; "" if there are none.
     """
@@ -65,7 +64,6 @@ class Verb:
     example: str
     function: str
     configs: Configs | Callable[[Sequence[str]], Configs]
-    skip: tuple[str, ...] = ()
     elsewhere: Callable[[Sequence[str], str], str] = lambda arguments, option: ""
 
     def configs_for(self, arguments: Sequence[str]) -> Configs:
@@ -156,7 +154,7 @@ def make_parser(
         if [name] == list(arguments[:1]):
             configs = verb.configs_for(arguments[1:])
             classes = [each.config if isinstance(each, ReadLater) else each for each in configs]
-            add_options(about, *classes, skip=verb.skip)
+            add_options(about, *classes)
             about.set_defaults(run=functools.partial(verb.run, configs))
             about.elsewhere = functools.partial(verb.elsewhere, arguments[1:])
     for given in arguments[:1]:

@@ -19,7 +19,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, Union, get_args, get_origin
@@ -492,9 +492,7 @@ def _type_text(kind: Any, *, several: bool = False) -> str:  # noqa: ANN401
 # ---- the command line ----
 
 
-def add_options(
-    parser: argparse.ArgumentParser, *configs: type[Knobs], skip: Collection[str] = ()
-) -> None:
+def add_options(parser: argparse.ArgumentParser, *configs: type[Knobs]) -> None:
     """An option for each knob of these classes, under their headings.
 
     ``num_steps`` becomes --num-steps, a bool --name and --no-name, a tuple takes words between
@@ -505,12 +503,11 @@ def add_options(
     Args:
         parser: A command's.
         configs: Their options' names must differ.
-        skip: Dotted names of knobs that become no options.
     """
     headings: dict[str, argparse._ActionsContainer] = {"": parser}
     for config in configs:
         for name, known in _single_knobs(config).items():
-            if name in skip or not _has_option(known):
+            if not _has_option(known):
                 continue
             if known.heading not in headings:
                 headings[known.heading] = parser.add_argument_group(known.heading)

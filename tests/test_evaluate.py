@@ -1,6 +1,5 @@
 """One row's work, whatever the method: trained, measured, stopped, taken over, pruned."""
 
-import functools
 import json
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from bdense.data.datasets import load_dataset
 from bdense.diffusion.sampling import draw_images, sampler_from
 from bdense.errors import InputError, StoppedError
-from bdense.metrics.metrics import MetricSettings
 from bdense.metrics.references import dataset_reference, write_reference
 from bdense.models.card import model_card
 from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
@@ -140,8 +138,7 @@ def test_a_row_with_a_slope_for_each_interval_tells_each_intervals_weights(tmp_p
 
 def test_a_row_stores_the_metrics_it_was_asked_for(tmp_path, monkeypatch):
     # A hundred subsets take a quarter of a minute.
-    few = functools.partial(MetricSettings, kid_subsets=2)
-    monkeypatch.setattr("bdense.metrics.metrics.MetricSettings", few)
+    monkeypatch.setattr("bdense.metrics.metrics.KID_SUBSETS", 2)
     asked = {"evaluation__images": 1000, "evaluation__metrics": ["fid", "kid", "prc"]}
     found = run(loaded(SFD, **asked), tmp_path / "s/00000")
     kid, prc = found.kid.as_dict(), found.prc.as_dict()

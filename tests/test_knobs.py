@@ -72,9 +72,9 @@ class Config(Training):
     network: dict[str, Any] = knob({}, "a network's own options")
 
 
-def options_of(*arguments: object, skip: tuple[str, ...] = ()) -> argparse.Namespace:
+def options_of(*arguments: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser(exit_on_error=False)
-    add_options(parser, Config, skip=skip)
+    add_options(parser, Config)
     return parser.parse_args([str(each) for each in arguments])
 
 
@@ -244,7 +244,7 @@ def test_options_that_cannot_be_are_refused_by_their_own_name(arguments, line):
 def test_help_has_range_default_and_heading(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     parser = argparse.ArgumentParser()
-    add_options(parser, Config, skip=("folder", "levels.low"))
+    add_options(parser, Config)
     text = " ".join(parser.format_help().split())
     assert "training: --lr X step size (default: 0.001) model: --steps K how | many" in text
     assert "--share X 50% of it (default: 0.5)" in text
@@ -256,14 +256,12 @@ def test_help_has_range_default_and_heading(monkeypatch):
     assert "--flip, --no-flip mirror half of the images " in text
     assert "sampling: --levels {polynomial,logsnr} spacing (default: polynomial)" in text
     assert "--rho X exponent (default: 5)" in text
-    assert "--folder" not in text
     assert "--network" not in text
-    assert "--low" not in text
 
 
 def test_a_knob_without_an_option_is_given_by_the_caller():
-    options = options_of("--lr", 0.1, skip=("steps",))
-    assert from_options(Config, options, steps=4) == Config(steps=4, lr=0.1)
+    options, network = options_of("--steps", 4), {"depth": 2}
+    assert from_options(Config, options, network=network) == Config(steps=4, network=network)
 
 
 # ---- documentation ----

@@ -1,6 +1,5 @@
 """FID, KID, precision and recall: their formulas, one pass, and the conditions they carry."""
 
-import dataclasses
 import json
 import os
 from dataclasses import asdict, replace
@@ -202,24 +201,24 @@ def mmd2(x, y):
 def test_kid_of_whole_sets_is_the_formula():
     """A subset of all images is always the whole set."""
     x, y = normal(12, 5, 0), normal(12, 5, 1, shift=0.5)
-    settings = MetricSettings(kid_subsets=3, kid_subset_size=12)
-    mean, std = kernel_distance(x, y, settings)
+    drawn = {"subsets": 3, "subset_size": 12, "seed": 0}
+    mean, std = kernel_distance(x, y, **drawn)
     assert mean == pytest.approx(mmd2(x.double(), y.double()), rel=1e-12)
     assert std == pytest.approx(0, abs=1e-12)
-    assert kernel_distance(y, x, settings)[0] == pytest.approx(mean, rel=1e-12)
+    assert kernel_distance(y, x, **drawn)[0] == pytest.approx(mean, rel=1e-12)
 
 
 def test_kid_of_subsets_is_their_mean_and_deviation():
     x, y = normal(20, 3, 2), normal(30, 3, 3, shift=1.0)
-    settings = MetricSettings(kid_subsets=7, kid_subset_size=6, kid_seed=11)
+    drawn = {"subsets": 7, "subset_size": 6}
     draw = np.random.RandomState(11)
     values = []
     for _ in range(7):
         i, j = (draw.choice(n, 6, replace=False) for n in (20, 30))
         values.append(mmd2(x[i].double(), y[j].double()))
-    assert kernel_distance(x, y, settings) == pytest.approx((np.mean(values), np.std(values)))
-    other = dataclasses.replace(settings, kid_seed=12)
-    assert kernel_distance(x, y, other) != kernel_distance(x, y, settings)
+    found = kernel_distance(x, y, **drawn, seed=11)
+    assert found == pytest.approx((np.mean(values), np.std(values)))
+    assert kernel_distance(x, y, **drawn, seed=12) != found
 
 
 # ---- precision and recall ----
@@ -299,7 +298,7 @@ def test_real_feature_networks(name, dim, cache):
         extractor,
         dataset_reference(real, extractor, cache=cache, with_features=True),
         metrics=("fid", "kid", "prc"),
-        settings=MetricSettings(kid_subsets=2, kid_subset_size=12, neighbours=1),
+        settings=MetricSettings(kid_subset_size=12, neighbours=1),
         nfe=1,
         seeds={},
     )
@@ -322,12 +321,11 @@ def test_each_image_is_seen_once(tmp_path, cache):
         extractor,
         reference,
         metrics=("fid", "kid", "prc"),
-        settings=MetricSettings(kid_subsets=2, kid_subset_size=10, neighbours=2),
+        settings=MetricSettings(kid_subset_size=10, neighbours=2),
         nfe=3,
         seeds={"evaluation": 4},
-        batch=4,
     )
-    assert calls == [20, 4, 4, 2]
+    assert calls == [20, 10]
     generated = features_of(random_images(10), extractor)
     assert found.fid.value == frechet_distance(
         statistics_of(generated), statistics_of(reference.features)

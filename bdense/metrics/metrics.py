@@ -28,7 +28,7 @@ from bdense.metrics.references import (
     statistics_of,
     too_few,
 )
-from bdense.metrics.settings import METRICS, MetricSettings
+from bdense.metrics.settings import KID_SEED, KID_SUBSETS, METRICS, MetricSettings
 
 # Rows of distances in memory at a time: 2048 x 50,000 distances take 800 MB.
 _PRC_ROWS = 2048
@@ -46,7 +46,6 @@ def measure_images(
     nfe: int,
     seeds: dict[str, int],
     prompts: PromptFile | None = None,
-    batch: int = 256,
     clip: CLIPScorer | None = None,
     on_image: Callable[[int], None] | None = None,
 ) -> Metrics:
@@ -61,7 +60,6 @@ def measure_images(
         nfe: Network evaluations per image.
         seeds: The images' seeds by name.
         prompts: Those that the images were drawn under, for the record.
-        batch: Images at a time; affects the result only by rounding.
         clip: Scores them against their prompts, too; None does not.
         on_image: Called with the number of images done.
 
@@ -72,7 +70,7 @@ def measure_images(
     settings = settings or MetricSettings()
     shape = tuple(images.shape[1:])
     require_measurable(metrics, settings, len(images), reference, shape)
-    features = features_of(images, extractor, batch, on_image)
+    features = features_of(images, extractor, on_image=on_image)
     conditions: dict[str, Any] = {
         "images": len(images),
         "reference": reference.name,
@@ -96,13 +94,16 @@ def measure_images(
     kid = prc = None
     if "kid" in metrics:
         assert reference.features is not None
-        mean, std = kernel_distance(features, reference.features, settings)
+        size = settings.kid_subset_size
+        mean, std = kernel_distance(
+            features, reference.features, subsets=KID_SUBSETS, subset_size=size, seed=KID_SEED
+        )
         kid = KID(
             mean=mean,
             std=std,
-            subsets=settings.kid_subsets,
-            subset_size=settings.kid_subset_size,
-            subset_seed=settings.kid_seed,
+            subsets=KID_SUBSETS,
+            subset_size=size,
+            subset_seed=KID_SEED,
             **conditions,
         )
     if "prc" in metrics:
@@ -298,7 +299,9 @@ def _power(matrix: NDArray[np.float64], exponent: float) -> NDArray[np.float64]:
     return found
 
 
-def kernel_distance(a: Tensor, b: Tensor, settings: MetricSettings) -> tuple[float, float]:
+def kernel_distance(
+    a: Tensor, b: Tensor, *, subsets: int, subset_size: int, seed: int
+) -> tuple[float, float]:
     """KID of features [n, d] and [m, d]: mean and standard deviation over the subsets."""
     from torch_fidelity import metric_kid
 
@@ -306,13 +309,13 @@ def kernel_distance(a: Tensor, b: Tensor, settings: MetricSettings) -> tuple[flo
     found = metric_kid.kid_features_to_metric(
         a.double(),
         b.double(),
-        kid_subsets=settings.kid_subsets,
-        kid_subset_size=settings.kid_subset_size,
+        kid_subsets=subsets,
+        kid_subset_size=subset_size,
         kid_kernel="poly",
         kid_kernel_poly_degree=3,
         kid_kernel_poly_gamma=None,  # 1 / d
         kid_kernel_poly_coef0=1,
-        rng_seed=settings.kid_seed,
+        rng_seed=seed,
         verbose=False,
     )
     mean, std = found[metric_kid.KEY_METRIC_KID_MEAN], found[metric_kid.KEY_METRIC_KID_STD]

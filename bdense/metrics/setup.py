@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 
+from bdense import NUMERICS
 from bdense.arguments import require_types
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.execution import Execution
@@ -48,16 +49,16 @@ class Setup:
         require_types(self)
 
     @classmethod
-    def of(cls, model: NetworkDenoiser, reference: Reference, batch: int, numerics: int) -> Self:
+    def of(cls, model: NetworkDenoiser, reference: Reference, batch: int) -> Self:
         """Of a model on its device, in this process."""
         device = next(model.parameters()).device
         names = {"cpu": f"{platform.machine()} CPU", "mps": "Apple GPU"}
         return cls(
             weights_sha256=denoiser_sha256(model),
             data_sha256=reference.data_sha256,
-            numerics=numerics,
+            numerics=NUMERICS,
             batch=batch,
-            # Which draws nothing else.
+            # Gradient checkpointing does not change the images.
             execution=replace(model.execution, gradient_checkpointing=False),
             device=names.get(device.type) or torch.cuda.get_device_name(device),
             threads=torch.get_num_threads(),

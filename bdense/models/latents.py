@@ -210,10 +210,10 @@ class TextEncoder:
         return [i for i, row in enumerate(ids) if len(row) > self.length]
 
     @torch.no_grad()
-    def embed(self, prompts: Sequence[str], batch: int = 64) -> Tensor:
+    def embed(self, prompts: Sequence[str]) -> Tensor:
         """[n, L, E] float32: the last hidden states, after the final norm."""
         ids = self.tokens(prompts).to(next(self.model.parameters()).device)
-        return torch.cat([self.model(part).last_hidden_state for part in torch.split(ids, batch)])
+        return torch.cat([self.model(part).last_hidden_state for part in torch.split(ids, 64)])
 
     def prompts(self, prompts: Sequence[str], negative: str = "") -> Prompts:
         """The condition, which guidance leads away from ``negative``.

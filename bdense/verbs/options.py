@@ -210,16 +210,12 @@ class Cache(Knobs):
 class Features(Cache):
     """The feature extractor."""
 
-    heading: ClassVar[str] = "evaluation"
-
     extractor: str = knob("inception", f"feature extractor: {_EXTRACTORS}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation(Cache):
     """How the students of a verb that makes some are measured."""
-
-    heading: ClassVar[str] = "evaluation"
 
     extractor: str | None = knob(
         None,

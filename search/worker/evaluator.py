@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from bdense import NUMERICS
 from bdense.data.datasets import Dataset
 from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Conditions
@@ -116,7 +115,7 @@ class Evaluator:
 
     def setup(self, denoiser: NetworkDenoiser) -> Setup:
         """The setup that a model's FID is measured with, in this process."""
-        found = Setup.of(denoiser, self.reference, self.spec.batch, NUMERICS)
+        found = Setup.of(denoiser, self.reference, self.spec.batch)
         return replace(found, guidance=self.spec.guidance)
 
 

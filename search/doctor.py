@@ -435,7 +435,7 @@ def _is_own(of: Subject, params: dict[str, Any], folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     fingerprint = of.study.main.attribute(FINGERPRINT)
-    expected = of.study.task(of.ledger, params).identity() | {"fingerprint": fingerprint}
+    expected = of.study.task(of.ledger, params).identity(fingerprint)
     return bool(stored == json.loads(json.dumps(expected)))
 
 

@@ -215,13 +215,13 @@ def fid_table(study: Study) -> list[dict[str, Any]]:
             found = each.mean()
             table.append(
                 {
-                    "nfe": each.conditions.conditions()["nfe"],
+                    "nfe": each.figure.conditions()["nfe"],
                     **comparison.variant,
                     "arm": each.arm.name,
                     "fid": found.mean,
                     "std_err": found.standard_error,
                     "n": found.n,
-                    **_conditions(each.conditions),
+                    **_conditions(each.figure),
                     "training_seeds": " ".join(map(str, sorted(each.figures))),
                 }
             )

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from bdense.weights.space import PLAIN, UNIFORM
 from search.analysis.comparison import (
     compare,
     comparisons_of,
@@ -53,7 +54,7 @@ def test_the_difference_of_three_seeds_by_hand(url, method, stage, lower):
     """8 -> 4 -> 2 steps: every FID is 1 lower at 4 steps than at 2, and no difference moves."""
     comparison = compare(measured(url, method), stage=stage)
     plain, uniform, ours = comparison.results
-    assert (comparison.plain, comparison.uniform) == (plain, uniform)
+    assert tuple(map(comparison.baseline, (PLAIN, UNIFORM))) == (plain, uniform)
     assert ours.values == {seed: fid - lower for seed, fid in FIDS[None].items()}
     assert ours.rows == {1: 2, 2: 5, 3: 8}
     assert ours.conditions.nfe == (4 if stage else 2)
@@ -128,8 +129,10 @@ def test_settings_of_the_method_are_kept_apart(url):
     finish(study, lambda arm, row: value(arm, row) + row.variant)
     for index, (changed, each) in enumerate(zip(changes, comparisons_of(study), strict=True)):
         assert each.variant == changed
-        assert each.plain.values == {seed: v + index for seed, v in FIDS["plain"].items()}
-        assert each.plain.conditions.nfe == changed.get("nfe", 2)
+        assert each.baseline(PLAIN).values == {
+            seed: v + index for seed, v in FIDS["plain"].items()
+        }
+        assert each.baseline(PLAIN).figure.nfe == changed.get("nfe", 2)
     titles = [each.title for each in comparisons_of(study)]
     assert titles == ["as the study", "nfe 3", "kimg 5.0"]
 

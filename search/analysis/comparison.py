@@ -11,9 +11,8 @@ from optuna.trial import TrialState
 
 from bdense.methods.plan import StagePlan
 from bdense.metrics.records import FID
-from bdense.weights.space import PLAIN, UNIFORM
 from search.analysis.paired import Mean, Paired, mean_of, paired_difference
-from search.spec.metric import FID_METRIC, Metric
+from search.spec.metric import Metric
 from search.storage.queries import StoredTrial
 from search.study.arms import Arm
 from search.study.results import Judged, TrialResult
@@ -38,8 +37,8 @@ class ArmResult:
         return {seed: figure.value for seed, figure in self.figures.items()}
 
     @property
-    def conditions(self) -> Judged:
-        """Of the first seed; ``Comparison.differing`` names where others differ."""
+    def figure(self) -> Judged:
+        """The figure of the first seed, which stands for all in what they have in common."""
         return self.figures[min(self.figures)]
 
     def mean(self) -> Mean:
@@ -55,8 +54,8 @@ class Comparison:
     changed settings, and ``baselines`` names what others are compared with.
     """
 
-    metric: Metric = FID_METRIC
-    baselines: tuple[str, ...] = (PLAIN, UNIFORM)
+    metric: Metric
+    baselines: tuple[str, ...]
     title: str = ""
     stage: str = ""
     variant: Mapping[str, Any]
@@ -65,16 +64,6 @@ class Comparison:
     def baseline(self, name: str) -> ArmResult | None:
         """A baseline, as far as it was measured."""
         return next((each for each in self.results if each.arm.baseline == name), None)
-
-    @property
-    def plain(self) -> ArmResult | None:
-        """The student with one branch."""
-        return self.baseline(PLAIN)
-
-    @property
-    def uniform(self) -> ArmResult | None:
-        """The student whose branches have equal weights."""
-        return self.baseline(UNIFORM)
 
     def beside_baselines(self, arm: Arm) -> "Comparison":
         """One arm and the baselines alone."""
@@ -104,7 +93,7 @@ class Comparison:
                 f"These {self.metric.plural} were measured under different conditions "
                 f"({', '.join(self.differing)}): no comparison."
             )
-        shared = f"{self.metric.name}: {self.results[0].conditions.in_short()}."
+        shared = f"{self.metric.name}: {self.results[0].figure.in_short()}."
         return (
             f"{shared} Differences are paired by seed, in [] their 95 % t interval; a tie where "
             "it spans 0."

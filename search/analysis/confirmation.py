@@ -12,7 +12,6 @@ from typing import Any
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from bdense.weights.space import PLAIN
 from search.analysis.comparison import (
     ArmResult,
     Comparison,
@@ -102,7 +101,7 @@ class Verdict:
             "mean": found.mean,
             "n": found.n,
             **({} if found.standard_error is None else {"std_err": found.standard_error}),
-            "conditions": result.conditions.conditions(),
+            "conditions": result.figure.conditions(),
             **{
                 name: {"mean": p.mean, "low": p.low, "high": p.high, "tie": p.tie}
                 for name, p in pairs.items()
@@ -114,8 +113,7 @@ class Verdict:
         """An arm for scripts; plain distillation under its method's name."""
         if arm.baseline is None:
             return asdict(arm)
-        name = self.spec.method.name if arm.baseline == PLAIN else arm.baseline
-        return asdict(arm) | {"params": {"method": name}}
+        return asdict(arm) | {"params": {"method": self.spec.baseline_key(arm.baseline)}}
 
 
 def confirmation_of(study: Study) -> Study | None:

@@ -3,17 +3,16 @@
 A gain below the least difference that the study can tell could not be told from noise.
 """
 
-import math
-import statistics
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
 from optuna.trial import TrialState
 
-from bdense.weights.space import Choice
+from bdense.weights.space import PLAIN, UNIFORM, Choice
 from search.analysis.comparison import Comparison, compare
 from search.analysis.observations import observed, point_of
+from search.analysis.paired import mean_of
 from search.analysis.racing import BEYOND_NOISE, plan_replicate
 from search.analysis.recommendation import noise_of, recommend
 from search.analysis.surrogate import Point, posterior
@@ -86,7 +85,7 @@ def largest_gain(study: Study) -> LargestGain | None:
     reference = now.observations[now.baseline[0]].point if own is None else own
     points = [reference, *points_of(spec), *(now.observations[i].point for i in now.trials)]
     means, errors = posterior(now.observations, points).above(0)
-    shift, error = (0.0, 0.0) if own is not None else _apart(comparison)
+    shift, error = (0.0, 0.0) if own is not None else _plain_less_uniform(comparison)
     gains = shift - means + BEYOND_NOISE * np.hypot(errors, error)
     return LargestGain(
         arm=best.arm.name,
@@ -96,13 +95,14 @@ def largest_gain(study: Study) -> LargestGain | None:
     )
 
 
-def _apart(comparison: Comparison) -> tuple[float, float]:
-    """Mean and standard error of plain less uniform: plain students are no point of a space."""
-    plain, uniform = comparison.plain, comparison.uniform
+def _plain_less_uniform(comparison: Comparison) -> tuple[float, float]:
+    """Mean and standard error of the difference: plain students are no point of a space."""
+    plain, uniform = comparison.baseline(PLAIN), comparison.baseline(UNIFORM)
     assert plain is not None
     assert uniform is not None
-    pairs = [plain.values[s] - uniform.values[s] for s in plain.values.keys() & uniform.values]
-    return statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
+    seeds = plain.values.keys() & uniform.values
+    found = mean_of([plain.values[seed] - uniform.values[seed] for seed in seeds])
+    return found.mean, found.standard_error or 0.0
 
 
 def points_of(spec: StudySpec) -> list[Point]:

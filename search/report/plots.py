@@ -144,7 +144,7 @@ def metric_of_arms(comparison: Comparison, key: str) -> Plot:
                 label=mean,
             )
         axes.set_xticks(range(len(results)), [plain(result.arm.name) for result in results])
-        axes.set_ylabel(_of_images(results[0].conditions))
+        axes.set_ylabel(_of_images(results[0].figure))
 
     of = f"of each arm{comparison.title and ', '}{comparison.title}"
     return Plot(key, f"{comparison.metric.name} {of}", draw)
@@ -177,7 +177,7 @@ def fid_over_nfe(stages: Sequence[Comparison], teacher: FID | None, title: str) 
         axes.set_xscale("log", base=2)
         axes.set_xticks(places, [str(place) for place in places])
         axes.set_xlabel("network evaluations (NFE)")
-        axes.set_ylabel(_of_images(stages[0].results[0].conditions))
+        axes.set_ylabel(_of_images(stages[0].results[0].figure))
 
     return Plot("fid", title, draw)
 
@@ -214,7 +214,7 @@ def _axes(now: Summary) -> Sequence[str]:
 
 
 def _nfe(result: ArmResult) -> int:
-    return int(result.conditions.conditions()["nfe"])
+    return int(result.figure.conditions()["nfe"])
 
 
 def _of_images(figure: Judged | None) -> str:

@@ -303,11 +303,11 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
         reference = absolute("evaluation.reference", evaluation.reference, REFERENCES)
         evaluation = dataclasses.replace(evaluation, reference=reference)
 
-    def absolute_model(key: str, source: str, names: Collection[str] = ()) -> str:
+    def absolute_model(key: str, source: str) -> str:
         """A hub id stays one where there is no such folder."""
         if is_hub_id(source) and not (base / source).exists():
             return source
-        return absolute(key, source, names, folder=True)
+        return absolute(key, source, folder=True)
 
     def absolute_prompts(key: str, source: str | None) -> str | None:
         if source is None or source in PROMPT_SETS:

@@ -335,6 +335,10 @@ class SeedsSpec(Knobs):
     evaluation: int = knob(0, "seed of the latents that images are drawn from", **_SEEDS)
     sampler: int = knob(0, "seed of the sampler", **_SEEDS)
 
+    def following(self, count: int) -> list[int]:
+        """The training seed and those after it."""
+        return [(self.training + index) % 2**31 for index in range(count)]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoriesSpec(Knobs):

@@ -243,6 +243,11 @@ class LedgerReader:
         found = self._read(self._complete().order_by(*self._best_first).limit(1))
         return found[0] if found else None
 
+    def complete_row(self, number: int) -> StoredTrial:
+        """The complete trial of that number, which there must be."""
+        (found,) = self._read(self._complete().where(TRIALS.c.number == number))
+        return found
+
     def differing_versions(self) -> list[str]:
         """A line for each package of which trials used several versions."""
         first = sa.func.min(TRIALS.c.number).label("first")
@@ -319,7 +324,7 @@ class LedgerReader:
 
 
 def read_trials(
-    engine: sa.Engine, query: sa.Select[Any], keys: Collection[str] | None = None
+    engine: sa.Engine, query: sa.Select[Any], keys: Collection[str] | None
 ) -> list[StoredTrial]:
     """The trials that a query of ``trials_in`` finds, which have ended: nothing of them changes.
 

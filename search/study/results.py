@@ -32,6 +32,10 @@ class Judged(Protocol):
     def noise(self) -> float | None:
         """Standard error of the value from the draw of the latents."""
 
+    @property
+    def images(self) -> int | None:
+        """Images that it was measured by; None where there are none."""
+
     def as_dict(self) -> dict[str, Any]:
         """The JSON form that attributes and files store."""
 
@@ -68,6 +72,7 @@ class Score:
     others: dict[str, float] = field(default_factory=dict)
 
     noise: ClassVar[None] = None
+    images: ClassVar[None] = None
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Self:

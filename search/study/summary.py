@@ -6,7 +6,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from bdense.weights.space import BASELINE, PLAIN
+from bdense.weights.space import BASELINE
 from search.secrets import redact
 from search.spec.metric import Metric
 from search.spec.study import StudySpec
@@ -109,7 +109,7 @@ def summary_of(study: Study) -> Summary:
 
 def judged_by_mean(study: Study, now: Summary, number: int) -> Summary:
     """The summary with that replicated trial as its best."""
-    trial = next(each for each in study.search.rows(TrialState.COMPLETE) if each.number == number)
+    trial = study.search.complete_row(number)
     return replace(now, best=measured(now.spec, trial), by_mean=True)
 
 
@@ -165,7 +165,7 @@ def best_json(now: Summary) -> dict[str, Any]:
         "trials": counts_json(now.counts),
         "best": best,
         "baselines": {
-            now.spec.method.name if name == PLAIN else name: each.baseline_dict()
+            now.spec.baseline_key(name): each.baseline_dict()
             for name, each in now.baselines.items()
         },
     }
@@ -242,11 +242,10 @@ def remarks(now: Summary) -> list[str]:
     return lines
 
 
-def headline(study: Study, rows: str = "") -> str:
+def headline(study: Study) -> str:
     """Counts on one line."""
-    what = rows or ("trials" if study.is_search else "rows")
-    name = f"study {study.name}" if study.is_search else study.name
-    return f"{name}: {counts_line(study.counts(), what)}"
+    name, rows = (f"study {study.name}", "trials") if study.is_search else (study.name, "rows")
+    return f"{name}: {counts_line(study.counts(), rows)}"
 
 
 def failures(study: Study) -> list[str]:

@@ -45,7 +45,7 @@ from search.storage.tables import (
     USER_ATTRIBUTES,
 )
 from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, arms_study, baseline_arms
-from search.study.folders import row_folder
+from search.study.folders import row_folder, study_folder
 from search.study.retention import IDENTITY, INTERMEDIATE_FILE, RESULT
 from search.study.study import (
     ARMS,
@@ -209,7 +209,7 @@ def _refuse_at_work(ledgers: Sequence[Ledger]) -> None:
 def _require_folders(ledgers: Sequence[Ledger]) -> None:
     """Refuse a study whose interrupted rows would lose their checkpoints."""
     for ledger in ledgers:
-        folder = row_folder(ledger.name, 0).parent
+        folder = study_folder(ledger.name)
         if ledger.counts().running and not folder.is_dir():
             raise InputError(
                 f"it has interrupted rows, and their folder {folder} is not here; run this "
@@ -379,7 +379,7 @@ def _result_attrs(old: Mapping[str, Any], row: _Row, fingerprint: str) -> dict[s
 
 def _rewrite_folder(folder: Path, row: _Row, form: _Form) -> bool:
     """Rewrite a folder if it is the row's; returns whether it is."""
-    identity = row.task.identity() | {"fingerprint": form.fingerprint}
+    identity = row.task.identity(form.fingerprint)
     mark = folder / IDENTITY
     if not mark.is_file() or json.loads(mark.read_text()) not in (row.before, identity):
         return False

@@ -72,7 +72,7 @@ def once(
 
     It is written to the row's folder before it is returned.
     """
-    identity = task.identity() | {"fingerprint": fingerprint}
+    identity = task.identity(fingerprint)
     take_folder(folder, identity)
     note: Note = unnoted if log is None else log.open()
     if (done := read_result(folder, identity)) is not None:

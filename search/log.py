@@ -31,13 +31,13 @@ _about: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
 )
 
 
-def about(**keys: Any) -> None:  # noqa: ANN401  JSON values
+def set_context(**keys: Any) -> None:  # noqa: ANN401  JSON values
     """Set study, trial or attempt of this thread's records from now on."""
     _about.set({**_about.get(), **keys})
 
 
 @contextlib.contextmanager
-def speaking_of(**keys: Any) -> Iterator[None]:  # noqa: ANN401  JSON values
+def log_context(**keys: Any) -> Iterator[None]:  # noqa: ANN401  JSON values
     """Set study, trial or attempt of this thread's records inside the block."""
     token = _about.set({**_about.get(), **keys})
     try:
@@ -46,7 +46,7 @@ def speaking_of(**keys: Any) -> Iterator[None]:  # noqa: ANN401  JSON values
         _about.reset(token)
 
 
-def spoken_of() -> dict[str, Any]:
+def current_context() -> dict[str, Any]:
     """Study, trial and attempt of this thread's records."""
     return dict(_about.get())
 
@@ -112,7 +112,7 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Let every record pass; called in the thread that logs."""
-        record.about = spoken_of()
+        record.about = current_context()
         return super().filter(record)
 
 
@@ -129,7 +129,7 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line without passwords."""
-        own: Mapping[str, Any] = getattr(record, "about", None) or spoken_of()
+        own: Mapping[str, Any] = getattr(record, "about", None) or current_context()
         entry: dict[str, Any] = {
             "time": timestamp(record.created),
             "level": record.levelname.lower(),

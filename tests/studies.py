@@ -117,7 +117,7 @@ def promotion(**keys: Any) -> StudySpec:
 
 def resolve_here(patch: pytest.MonkeyPatch) -> None:
     """Let ``read_spec`` work in this process, which has loaded torch anyway."""
-    patch.setattr("search.spec.file.apart", lambda call: call())
+    patch.setattr("search.spec.file.in_child", lambda call: call())
 
 
 def write(folder: Path, tree: dict[str, Any] = STUDY, /, **keys: Any) -> Path:

@@ -7,9 +7,9 @@ import pytest
 from bdense.weights.space import PLAIN, UNIFORM
 from search.analysis.comparison import (
     compare,
+    comparison_rows,
     comparisons_of,
     difference_text,
-    table_rows,
     teacher_of,
 )
 from search.study.arms import ROW_SPACE, Arm, baseline_arms
@@ -97,13 +97,15 @@ def test_a_method_of_several_stages_has_a_line_for_each_and_its_teacher(url):
     study = measured(url, "progressive")
     at_four, at_two = comparisons_of(study)
     assert (at_four.title, at_two.title) == ("4 steps", "2 steps")
-    rows = [dict(zip(("arm", "at"), row, strict=False)) for row in table_rows([at_four, at_two])]
+    rows = [
+        dict(zip(("arm", "at"), row, strict=False)) for row in comparison_rows([at_four, at_two])
+    ]
     assert [row["at"] for row in rows[1:]] == ["4 steps"] * 3 + ["2 steps"] * 3
     teacher = teacher_of(study)
     assert (teacher.value, teacher.nfe) == (TEACHER_FID, 8)
-    first = table_rows([at_four, at_two], teacher)[1]
+    first = comparison_rows([at_four, at_two], teacher)[1]
     assert first[:2] + first[5:6] == ("teacher", "NFE 8", "3.000")
-    assert {len(row) for row in table_rows([at_four, at_two], teacher)} == {9}
+    assert {len(row) for row in comparison_rows([at_four, at_two], teacher)} == {9}
 
 
 def test_a_seed_without_its_pair_is_left_out_of_the_difference(url):

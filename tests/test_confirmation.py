@@ -360,7 +360,7 @@ def test_settings_that_the_method_does_not_have_are_refused_before_anything_is_p
     assert "method.kimg is unknown" in refused(
         command("confirm", "progressive-search", "--kimg", "5")
     )
-    assert Study.open(url, "progressive-search").beside("progressive-search.confirm") is None
+    assert Study.open(url, "progressive-search").sibling("progressive-search.confirm") is None
 
 
 def test_a_file_that_is_not_what_was_searched_is_refused(searched, tmp_path):

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from bdense.errors import InputError, StoppedError
 from bdense.methods.distill import distill
-from search.log import about, say, speaking_of, spoken_of, start_logging
+from search.log import current_context, log_context, say, set_context, start_logging
 from search.report.log_lines import LOSSES, log_line
 from search.spec.space import search_space
 from search.storage.engine import open_storage, resolve_storage_url
@@ -63,7 +63,7 @@ def test_half_a_last_line_is_passed_over_and_the_next_one_is_whole(tmp_path):
 
 
 def test_an_event_says_when_who_and_what(tmp_path):
-    with speaking_of(study="digits", trial=3, attempt=2):
+    with log_context(study="digits", trial=3, attempt=2):
         TrialLog(tmp_path).open()("checkpoint", iteration=7)
     (event,) = events(tmp_path)
     assert event.pop("time").endswith("+00:00")
@@ -244,7 +244,7 @@ def test_logs_of_a_trial_are_followed_to_its_end():
     study = made()
     taken = claimed(study)
     log = TrialLog(row_folder("digits", 0)).open()
-    with speaking_of(attempt=1):
+    with log_context(attempt=1):
         log("claimed", params={"a": 1.0})
 
     def end() -> None:
@@ -266,7 +266,7 @@ def test_logs_are_shown_of_a_study_that_another_version_stored():
     study = made()
     claimed(study)
     log = TrialLog(row_folder("digits", 0)).open()
-    with speaking_of(attempt=1):
+    with log_context(attempt=1):
         log("claimed", params={"a": 1.0})
         for iteration in (1, 2):
             told = {"iteration": iteration, "iterations": 2, "loss": 1.0}
@@ -319,7 +319,7 @@ def test_every_record_says_what_it_is_about(capsys, as_json):
     log = logging.getLogger("search.test")
 
     def write():
-        with speaking_of(study="digits", trial=4, attempt=1):
+        with log_context(study="digits", trial=4, attempt=1):
             log.warning("password=s3cret\nin two lines %s", 1)
             log.debug("not this")
         log.info("no trial")
@@ -373,7 +373,7 @@ def test_a_record_hides_passwords_and_keeps_its_own_keys(capsys, as_json):
         "loss": [math.inf, -math.inf, 1.5],
         "path": Path("a/b"),
     }
-    with speaking_of(study="digits"):
+    with log_context(study="digits"):
         log_exception("ours", fields=fields)
     (line,) = capsys.readouterr().err.splitlines()
     told = json.loads(line, parse_constant=pytest.fail)
@@ -423,10 +423,10 @@ def test_another_form_of_log_is_refused(monkeypatch):
 
 
 def test_what_a_thread_speaks_of_is_its_own():
-    about(study="mine")
+    set_context(study="mine")
     seen: list[dict] = []
-    thread = threading.Thread(target=lambda: seen.append(spoken_of()))
+    thread = threading.Thread(target=lambda: seen.append(current_context()))
     thread.start()
     thread.join()
     assert seen == [{}]
-    assert spoken_of()["study"] == "mine"
+    assert current_context()["study"] == "mine"

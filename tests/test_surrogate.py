@@ -186,8 +186,8 @@ def test_of_thousands_of_evaluations_some_hundred_make_the_curve():
 
     members = surrogate._one_hot([each.group for each in evaluations])
     kept = surrogate._kept(members)
-    assert len(kept) == surrogate.MOST
+    assert len(kept) == surrogate.MAX_EVALUATIONS
     assert kept[:12].tolist() == list(range(12))
-    assert np.diff(kept[12:]).max() <= 5000 // (surrogate.MOST - 12) + 1
-    few = surrogate._kept(members[: surrogate.MOST])
-    assert few.tolist() == list(range(surrogate.MOST))
+    assert np.diff(kept[12:]).max() <= 5000 // (surrogate.MAX_EVALUATIONS - 12) + 1
+    few = surrogate._kept(members[: surrogate.MAX_EVALUATIONS])
+    assert few.tolist() == list(range(surrogate.MAX_EVALUATIONS))

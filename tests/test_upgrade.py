@@ -134,7 +134,7 @@ def everything(url: str) -> dict[str, Any]:
 
 
 def test_an_old_study_is_refused_by_a_line_that_names_the_command(old, monkeypatch):
-    monkeypatch.setattr("search.spec.file.apart", lambda call: call())
+    monkeypatch.setattr("search.spec.file.in_child", lambda call: call())
     assert "`bdense-search storage upgrade`" in refused(command("status", "small"))
     answer = command("launch", OLD / "small.yaml")
     assert (answer.status, answer.out) == (2, "")

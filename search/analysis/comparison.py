@@ -84,7 +84,7 @@ class Comparison:
 
     def table(self) -> list[str]:
         """For people: a line for each arm."""
-        return align(table_rows([self]))
+        return align(comparison_rows([self]))
 
     def conditions_line(self) -> str:
         """What these figures have in common."""
@@ -100,7 +100,7 @@ class Comparison:
         )
 
 
-def table_rows(
+def comparison_rows(
     comparisons: Sequence[Comparison], teacher: FID | None = None
 ) -> list[tuple[str, ...]]:
     """A header and a line for each arm of each comparison, as cells."""

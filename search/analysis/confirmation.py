@@ -118,7 +118,7 @@ class Verdict:
 
 def confirmation_of(study: Study) -> Study | None:
     """A search's confirmation; None without one."""
-    return study.beside(study.name + CONFIRM_SUFFIX)
+    return study.sibling(study.name + CONFIRM_SUFFIX)
 
 
 def verdict(study: Study) -> Verdict | None:

@@ -44,7 +44,7 @@ def with_known_images(url: str, spec: StudySpec) -> StudySpec:
 
 def pilot_of(study: Study) -> Study | None:
     """The pilot of a search; None without one."""
-    return study.beside(study.name + PILOT_SUFFIX)
+    return study.sibling(study.name + PILOT_SUFFIX)
 
 
 def ledgers_with_pilot(study: Study) -> list[Ledger]:

@@ -22,7 +22,7 @@ from search.study.study import Study
 # Complete trials for each coordinate before the rule is asked: fewer do not show a valley.
 FEWEST_TRIALS = 8
 # Points of the space that it looks at.
-LOOKED_AT = 512
+NUM_POINTS = 512
 ENDED_EARLY = "ended_early"  # the study's attribute
 
 
@@ -106,12 +106,12 @@ def _plain_less_uniform(comparison: Comparison) -> tuple[float, float]:
 
 
 def points_of(spec: StudySpec) -> list[Point]:
-    """Coordinates of ``LOOKED_AT`` points, spread evenly over the space within its bound."""
+    """Coordinates of ``NUM_POINTS`` points, spread evenly over the space within its bound."""
     from scipy.stats.qmc import Sobol
 
     space, drawn = spec.space, spec.space.distributions()
     found: list[Point] = []
-    for place in Sobol(len(drawn), scramble=False).random(LOOKED_AT).tolist():
+    for place in Sobol(len(drawn), scramble=False).random(NUM_POINTS).tolist():
         params = {
             name: each.options[int(share * len(each.options))]
             if isinstance(each, Choice)
@@ -124,7 +124,7 @@ def points_of(spec: StudySpec) -> list[Point]:
     return found
 
 
-def look_ahead(study: Study) -> bool:
+def stop_or_replicate(study: Study) -> bool:
     """End a search that has nothing left to find; otherwise plan its next replicate.
 
     Workers call it between rows, and a launch before its first one.

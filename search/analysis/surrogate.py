@@ -19,11 +19,13 @@ from bdense.errors import InputError
 Array = npt.NDArray[np.float64]
 Point = Mapping[str, float]
 
-FEWEST = 4  # evaluations that a surrogate is fitted to
-MOST = 300  # the same: the cost grows with the cube, under a second here, hours at 10,000
+MIN_EVALUATIONS = 4  # evaluations that a surrogate is fitted to
+MAX_EVALUATIONS = (
+    300  # the same: the cost grows with the cube, under a second here, hours at 10,000
+)
 # In every coordinate, in shares of its range over the evaluations.
 LEAST_DISTANCE = 0.02
-ROUNDS = 5  # of offsets and kernel in turn; two to four suffice as a rule
+MAX_ROUNDS = 5  # of offsets and kernel in turn; two to four suffice as a rule
 # Of inputs in [0, 1] and values of standard deviation 1; the last two are variances. Shorter
 # lengths or less noise would let the curve run through each of a few noisy points; a higher least
 # noise, and beside a steep flank the valley would be smoothed away.
@@ -165,7 +167,7 @@ def _arrays(
 
 
 def _has_no_curve(at: Array) -> bool:
-    return len(at) < FEWEST or len(np.unique(at, axis=0)) == 1
+    return len(at) < MIN_EVALUATIONS or len(np.unique(at, axis=0)) == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +267,7 @@ def _fitted_curve(at: Array, values: Array, members: Array, noises: Array) -> _C
     own = (noises / (float(np.std(values)) or 1.0)) ** 2
     offsets = _offsets(values, members, np.linalg.inv(_kernel(at.shape[1])(at) + np.diag(own)))
     kernel: Any = None
-    for _ in range(ROUNDS):
+    for _ in range(MAX_ROUNDS):
         # Of equal values nothing is left to scale up but rounding.
         scale = max(float(np.std(values - offsets)), 1e-9 * float(np.abs(values).max())) or 1.0
         own = (noises / scale) ** 2
@@ -279,10 +281,10 @@ def _fitted_curve(at: Array, values: Array, members: Array, noises: Array) -> _C
 
 
 def _kept(members: Array) -> npt.NDArray[np.intp]:
-    """Which evaluations a process is fitted to: ``MOST`` by thinning the largest group."""
+    """Which evaluations a process is fitted to: ``MAX_EVALUATIONS`` by thinning the largest group."""
     sizes = members.sum(axis=0)
     largest = members[:, np.argmax(sizes)] > 0
-    room = max(MOST - int((~largest).sum()), FEWEST)
+    room = max(MAX_EVALUATIONS - int((~largest).sum()), MIN_EVALUATIONS)
     own = np.flatnonzero(largest)
     if len(own) > room:
         own = own[np.linspace(0, len(own) - 1, room).round().astype(np.intp)]

@@ -2,8 +2,8 @@
 
 from search.analysis.pilot import images_of, plan_pilot
 from search.analysis.priors import plan_first_points
-from search.analysis.stop_rule import look_ahead
-from search.log import say, speaking_of
+from search.analysis.stop_rule import stop_or_replicate
+from search.log import log_context, say
 from search.report.live import Showing
 from search.report.overview import overview_of
 from search.run.progress import Display, snapshot_of
@@ -49,7 +49,7 @@ def run_planned(study: Study, workers: int | None) -> Study:
         study = _settled(study, workers, launch)
     if study.is_search:
         plan_first_points(study)
-        look_ahead(study)
+        stop_or_replicate(study)
     run_rows(study, workers, launch)
     return study
 
@@ -99,7 +99,7 @@ def run_rows(study: Study, workers: int | None, launch: Launch | None = None) ->
             showing.refresh()
 
         try:
-            with speaking_of(study=study.name):
+            with log_context(study=study.name):
                 run(
                     study,
                     launch or Launch.begin(study.ledgers),

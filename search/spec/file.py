@@ -42,7 +42,7 @@ def read_spec(path: Path, changes: dict[str, Any] | None = None) -> StudySpec:
     Raises:
         SpecError: The file cannot be read, or keys or values are wrong; a line for each key.
     """
-    return apart(functools.partial(_read, Path(path), changes or {}))
+    return in_child(functools.partial(_read, Path(path), changes or {}))
 
 
 def read_here(
@@ -78,13 +78,13 @@ def require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> Non
         variant(spec, changes)
 
 
-def require_variants_apart(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
+def require_variants_in_child(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
     """As ``require_variants``, in a child process."""
     if any(variants):
-        apart(functools.partial(require_variants, spec, variants))
+        in_child(functools.partial(require_variants, spec, variants))
 
 
-def apart(call: Callable[[], T]) -> T:
+def in_child(call: Callable[[], T]) -> T:
     """Call in a process of its own, and free the memory of what it imports."""
     spawn = multiprocessing.get_context("spawn")
     # Ctrl-C reaches the whole group; only the launcher reports it.

@@ -71,7 +71,7 @@ class OwnStudy(optuna.Study):
         return [trial for trial in found if not trial.state.is_finished() or is_own(trial)]
 
 
-def open_study(
+def open_or_create(
     storage: RDBStorage,
     name: str,
     given: Mapping[str, int | float | None],

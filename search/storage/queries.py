@@ -123,7 +123,7 @@ class LedgerReader:
         storage = open_reading(url)
         return cls._of(storage, retrying(partial(find_study, storage, study_name)))
 
-    def beside(self, study_name: str) -> Self:
+    def sibling(self, study_name: str) -> Self:
         """Another study of the same database, through the same connections.
 
         Raises:

@@ -180,10 +180,10 @@ def copy_baselines(study: Study) -> None:
 
 def table(now: Summary) -> str:
     """The search's result for people: baselines, the best trial, and remarks."""
-    return "\n".join([*align(table_rows(now)), *remarks(now)])
+    return "\n".join([*align(summary_rows(now)), *remarks(now)])
 
 
-def table_rows(now: Summary) -> list[tuple[str, ...]]:
+def summary_rows(now: Summary) -> list[tuple[str, ...]]:
     """A header, then baselines and the best trial, as cells."""
     space, reference, best = now.spec.space, now.reference, now.best
     names = tuple(space.distributions() if best is None else best.parameters)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from search.log import FIELDS, json_line, spoken_of, timestamp
+from search.log import FIELDS, current_context, json_line, timestamp
 
 LOG_FILE = "log.jsonl"
 TRAINING_LINES = 100  # at most, of one training; resuming may repeat a few
@@ -54,7 +54,7 @@ class TrialLog:
         entry = {
             "time": timestamp(time.time()),
             "level": logging.getLevelName(level).lower(),
-            **spoken_of(),
+            **current_context(),
             "worker": worker_name(),
             "event": event,
         }

@@ -24,7 +24,7 @@ from bdense.files import atomic_write
 from bdense.weights.space import BASELINE, PLAIN, UNIFORM
 from search.errors import StorageError
 from search.spec.contents import fingerprint_of
-from search.spec.file import apart
+from search.spec.file import in_child
 from search.spec.legacy import translated
 from search.spec.study import StudySpec
 from search.storage.engine import exclusive, retrying
@@ -60,8 +60,8 @@ from search.study.study import (
     SPEC,
     TRAJECTORIES,
     VARIANTS,
-    beside_or_none,
     intermediate_of,
+    sibling_or_none,
 )
 
 # Names of attributes in format 1, of studies and of rows.
@@ -106,7 +106,7 @@ def upgrade_studies(url: str) -> Iterator[str]:
             f"{', '.join(outdated)} are of an older form, and reading it needs torch; run this "
             "command where torch is installed and the runs folder is"
         )
-    specs = apart(
+    specs = in_child(
         functools.partial(_translated_all, {name: each[SPEC] for name, each in outdated.items()})
     )
     refused = []
@@ -161,7 +161,7 @@ def _bring_over(url: str, name: str, spec: StudySpec) -> str:
         InputError: It has running workers, or interrupted rows without a folder here.
     """
     ledger = Ledger.open(url, name, budget=None)
-    baselines = beside_or_none(ledger, name + BASELINES_SUFFIX)
+    baselines = sibling_or_none(ledger, name + BASELINES_SUFFIX)
     ledgers = [ledger] if baselines is None else [ledger, baselines]
     _refuse_at_work(ledgers)
     form = _Form.of(name, ledger.study.user_attrs, spec)

@@ -12,7 +12,7 @@ from search.analysis.plans import confirmation_arms, differing, transfer_arms
 from search.analysis.recommendation import recommend
 from search.api import run_confirmation
 from search.run.launch import run_rows
-from search.spec.file import read_spec, require_variants_apart
+from search.spec.file import read_spec, require_variants_in_child
 from search.study.summary import headline
 from search.verbs.common import open_search, show_rows, use_workers
 from search.verbs.launch import dry_run
@@ -24,7 +24,7 @@ def confirm(options: argparse.Namespace) -> None:
     workers, asked = use_workers(options), from_options(ConfirmOptions, options)
     study = open_search(options)
     method = study.spec.confirm.method | ({"kimg": asked.kimg} if asked.kimg else {})
-    require_variants_apart(study.spec, [differing(study.spec, method)])
+    require_variants_in_child(study.spec, [differing(study.spec, method)])
     usual = study.spec.confirm
     seeds, count = asked.seeds or usual.seeds, asked.candidates or usual.candidates
     if from_options(DryRun, options).dry_run:

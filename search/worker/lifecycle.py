@@ -9,10 +9,10 @@ from typing import Any
 
 from bdense.errors import BdenseError, NonFiniteError, StoppedError, is_out_of_memory
 from search.errors import LeaseLostError, SpecChangedError, StorageError, UnpreparedError
-from search.log import speaking_of
+from search.log import log_context
 from search.secrets import redact
 from search.storage.disk import disk_error, is_full_disk
-from search.storage.ledger import Claim, FailureReason, Holding, Ledger
+from search.storage.ledger import Claim, FailureReason, LeaseRenewal, Ledger
 from search.study.folders import row_folder
 from search.study.results import TrialResult
 from search.study.retention import drop_checkpoints
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 def bring_to_an_end(
     ledger: Ledger,
     claim: Claim,
-    work: Callable[[Holding, Path, TrialLog], TrialResult],
+    work: Callable[[LeaseRenewal, Path, TrialLog], TrialResult],
     *,
     fingerprint: str,
     asked: float,
@@ -49,7 +49,7 @@ def bring_to_an_end(
         SpecChangedError: What is measured was edited meanwhile; the trial was given back.
     """
     study = ledger.study.study_name
-    with speaking_of(study=study, trial=claim.number, attempt=claim.attempt):
+    with log_context(study=study, trial=claim.number, attempt=claim.attempt):
         log = TrialLog(row_folder(study, claim.number))
         before = {"from_attempt": claim.attempt - 1} if claim.adopted else {}
         log("adopted" if before else "claimed", params=dict(claim.params), **before)
@@ -62,7 +62,7 @@ def bring_to_an_end(
 def _bring(
     ledger: Ledger,
     claim: Claim,
-    work: Callable[[Holding, Path, TrialLog], TrialResult],
+    work: Callable[[LeaseRenewal, Path, TrialLog], TrialResult],
     log: TrialLog,
     *,
     fingerprint: str,

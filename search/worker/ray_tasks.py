@@ -21,7 +21,7 @@ from search.errors import (
     StorageRefusedError,
     WorkersFailedError,
 )
-from search.log import LOG, about, start_logging
+from search.log import LOG, set_context, start_logging
 from search.secrets import redact
 from search.storage.disk import disk_error
 from search.storage.engine import resolve_storage_url, without_password
@@ -68,7 +68,7 @@ class WorkerConfig:
         os.environ[ARTIFACTS] = self.artifacts
         os.environ[LOG] = self.log
         start_logging()
-        about(study=self.study)
+        set_context(study=self.study)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ class ArmResult:
 
     @property
     def values(self) -> dict[int, float]:
-        """By training seed."""
+        """Values by training seed."""
         return {seed: figure.value for seed, figure in self.figures.items()}
 
     @property
@@ -83,7 +83,7 @@ class Comparison:
         return paired_difference(result.values, other.values)
 
     def table(self) -> list[str]:
-        """For people: a line for each arm."""
+        """A line for each arm, for people."""
         return align(comparison_rows([self]))
 
     def conditions_line(self) -> str:

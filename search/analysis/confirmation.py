@@ -46,7 +46,7 @@ class Verdict:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of the method, as each student was trained."""
+        """The method's settings that each student was trained with."""
         return {**self.spec.method.options, **self.comparison.variant}
 
     @property

@@ -1,6 +1,6 @@
 """When a search has nothing left to find: no point could still beat the arm that is used anyway.
 
-A gain below the least difference that the study can tell could not be told from noise.
+A gain smaller than the least detectable difference is noise.
 """
 
 from dataclasses import asdict, dataclass

@@ -68,7 +68,7 @@ class Posterior:
     noise: float
 
     def above(self, other: int) -> tuple[Array, Array]:
-        """[m], [m]: means of the points less that of one of them, and standard deviations."""
+        """[m], [m]: differences of the means from that of point ``other``, and their errors."""
         own, variances = self.covariance[other], self.covariance.diagonal()
         apart = variances + own[other] - 2 * own if math.isfinite(own[other]) else variances.copy()
         apart[other] = 0.0
@@ -281,7 +281,7 @@ def _fitted_curve(at: Array, values: Array, members: Array, noises: Array) -> _C
 
 
 def _kept(members: Array) -> npt.NDArray[np.intp]:
-    """Which evaluations a process is fitted to: ``MAX_EVALUATIONS`` by thinning the largest group."""
+    """Evaluations that a process is fitted to: the largest group is thinned to the limit."""
     sizes = members.sum(axis=0)
     largest = members[:, np.argmax(sizes)] > 0
     room = max(MAX_EVALUATIONS - int((~largest).sum()), MIN_EVALUATIONS)

@@ -23,7 +23,7 @@ class Metric:
 
     @classmethod
     def of(cls, method: Mapping[str, Any]) -> Self:
-        """From the stored settings of a method, its name among them."""
+        """The metric of a method, from its name and settings as they are stored."""
         if method.get("name") != COMMAND:
             return cls()
         maximise = method.get("direction") == "maximise"

@@ -143,7 +143,7 @@ class StudySpec(Knobs):
 
     @classmethod
     def read(cls, tree: Mapping[str, Any], where: str = "") -> Self:
-        """As ``Knobs.read``, but the error has a line for each mistake."""
+        """Read a study; the error has a line for each mistake."""
         values, problems = dict(tree), []
         facts = values.pop("facts", None)
         for name, known in knobs_of(cls).items():

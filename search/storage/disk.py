@@ -1,4 +1,4 @@
-"""Errors of a full disk or missing permissions, whichever file was written."""
+"""Recognise a full disk or missing permissions, and say what to do."""
 
 import errno
 import platform

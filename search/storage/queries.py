@@ -38,7 +38,7 @@ from search.storage.tables import (
     attributes_by_owner,
 )
 
-# Reason of a row that counts nowhere: foreign, or beyond the bounds or the budget.
+# Reason of a row that counts nowhere (``LEFT_OUT``).
 NOT_COUNTED = "not counted"
 # Values without a number in SQL; PostgreSQL has a type for their kind.
 _INFINITE = {"INF_POS": math.inf, "INF_NEG": -math.inf}
@@ -62,7 +62,7 @@ class Counts:
 
     @classmethod
     def of(cls, states: Mapping[str, int], *, budget: int) -> Self:
-        """From the number of trials in each of Optuna's states."""
+        """Counts, from the number of trials in each of Optuna's states."""
         return cls(
             planned=max(budget, sum(states.values()) - states["WAITING"]),
             complete=states["COMPLETE"],

@@ -190,7 +190,7 @@ class Study:
 
     @property
     def spec(self) -> StudySpec:
-        """As its last launch stored it.
+        """The spec that the last launch stored.
 
         Raises:
             InputError: Another version of bdense stored it.

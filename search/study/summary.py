@@ -36,7 +36,7 @@ class Measured:
 
     @property
     def value(self) -> float:
-        """Of the study's metric."""
+        """The study's metric of this row."""
         assert self.result.value is not None
         return self.result.value
 

@@ -254,7 +254,7 @@ class _Form:
 
     @classmethod
     def of(cls, name: str, old: Mapping[str, Any], spec: StudySpec) -> "_Form":
-        """From its attributes and its spec of today."""
+        """A study, from its attributes of format 1 and its spec in the new form."""
         if old.get(_KIND) == _RETRAIN:
             spec = arms_study(spec, name)
         measured = json.loads(old[CONDITIONS])
@@ -265,7 +265,7 @@ class _Form:
 
     @property
     def fingerprint(self) -> str:
-        """Of today's conditions."""
+        """The fingerprint of the new conditions."""
         return fingerprint_of(self.conditions)
 
     @property

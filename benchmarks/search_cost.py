@@ -35,6 +35,7 @@ from search.analysis.comparison import ArmResult, Comparison
 from search.analysis.recommendation import recommend
 from search.analysis.surrogate import Observation, candidates
 from search.spec.file import read_spec
+from search.spec.metric import Metric
 from search.study.arms import Arm
 from search.worker.cost import measure
 
@@ -205,7 +206,11 @@ def chosen(
         )
         for a, of in seeds.items()
     ]
-    found = recommend(Comparison(variant={}, results=tuple(results)))
+    found = recommend(
+        Comparison(
+            metric=Metric(), baselines=("plain", "uniform"), variant={}, results=tuple(results)
+        )
+    )
     assert found is not None
     return float(found.arm.name)
 

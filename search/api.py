@@ -99,7 +99,7 @@ class OpenStudy:
         Raises:
             UnknownStudyError: It was deleted.
         """
-        return self._opened.again()
+        return self._opened.reread()
 
     @property
     def name(self) -> str:

@@ -26,7 +26,7 @@ from bdense.models.folder import CONFIG, SAMPLES, Picture, export_folder
 from bdense.models.latents import draws_latents
 from bdense.models.store import load_denoiser
 from bdense.networks.diffusers_network import DiffusersNetwork
-from search.analysis.comparison import compare, comparisons_of, table_rows, teacher_of
+from search.analysis.comparison import compare, comparison_rows, comparisons_of, teacher_of
 from search.analysis.confirmation import confirmation_of, judged_summary, verdict
 from search.analysis.recommendation import recommend
 from search.places import cache_folder
@@ -165,7 +165,7 @@ def export_trial(
         metadata["fid_table"] = fid_table(study)
         metadata[_MADE_FROM] = made_from(study, number)
         pictures |= _pictures(study, trial, nfe)
-        rows = align(table_rows(comparisons_of(study), teacher_of(study)))
+        rows = align(comparison_rows(comparisons_of(study), teacher_of(study)))
         extra = "All arms of the study:\n\n```\n" + "\n".join(rows) + "\n```"
 
     def finish(folder: Path) -> None:

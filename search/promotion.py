@@ -111,7 +111,7 @@ class Promotion:
         self._seeds = self._asked_seeds()
 
     def planned_spec(self) -> StudySpec:
-        """As a study file would have it.
+        """The spec that a study file of this promotion would have.
 
         Raises:
             InputError: There is no confirmed winner.
@@ -199,7 +199,7 @@ class Promotion:
             raise KnobError("weights", f"is needed: {error}, or give it") from error
 
     def _asked_settings(self) -> list[dict[str, Any]]:
-        """Of the method: the variants of ``to`` or the search's ``confirm``, with those asked."""
+        """Settings of the method: variants of ``to`` or ``confirm.method``, changed as asked."""
         asked = self._asked
         named = [self._study.spec.confirm.method] if asked.to is None else asked.to.given.variants
         found = [dict(each) for each in named]

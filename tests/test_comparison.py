@@ -4,11 +4,12 @@ import math
 
 import pytest
 
+from bdense.weights.space import PLAIN, UNIFORM
 from search.analysis.comparison import (
     compare,
+    comparison_rows,
     comparisons_of,
     difference_text,
-    table_rows,
     teacher_of,
 )
 from search.study.arms import ROW_SPACE, Arm, baseline_arms
@@ -52,7 +53,7 @@ def test_the_difference_of_three_seeds_by_hand(url, method, stage, lower):
     """8 -> 4 -> 2 steps: every FID is 1 lower at 4 steps than at 2, and no difference moves."""
     comparison = compare(measured(url, method), stage=stage)
     plain, uniform, ours = comparison.results
-    assert (comparison.plain, comparison.uniform) == (plain, uniform)
+    assert tuple(map(comparison.baseline, (PLAIN, UNIFORM))) == (plain, uniform)
     assert ours.values == {seed: fid - lower for seed, fid in FIDS[None].items()}
     assert ours.rows == {1: 2, 2: 5, 3: 8}
     assert ours.figure.nfe == (4 if stage else 2)
@@ -85,13 +86,15 @@ def test_a_method_of_several_stages_has_a_line_for_each_and_its_teacher(url):
     study = measured(url, "progressive")
     at_four, at_two = comparisons_of(study)
     assert (at_four.title, at_two.title) == ("4 steps", "2 steps")
-    rows = [dict(zip(("arm", "at"), row, strict=False)) for row in table_rows([at_four, at_two])]
+    rows = [
+        dict(zip(("arm", "at"), row, strict=False)) for row in comparison_rows([at_four, at_two])
+    ]
     assert [row["at"] for row in rows[1:]] == ["4 steps"] * 3 + ["2 steps"] * 3
     teacher = teacher_of(study)
     assert (teacher.value, teacher.nfe) == (TEACHER_FID, 8)
-    first = table_rows([at_four, at_two], teacher)[1]
+    first = comparison_rows([at_four, at_two], teacher)[1]
     assert first[:2] + first[5:6] == ("teacher", "NFE 8", "3.000")
-    assert {len(row) for row in table_rows([at_four, at_two], teacher)} == {9}
+    assert {len(row) for row in comparison_rows([at_four, at_two], teacher)} == {9}
 
 
 def test_a_seed_without_its_pair_is_left_out_of_the_difference(url):
@@ -117,8 +120,10 @@ def test_settings_of_the_method_are_kept_apart(url):
     finish(study, lambda arm, row: value(arm, row) + row.variant)
     for index, (changed, each) in enumerate(zip(changes, comparisons_of(study), strict=True)):
         assert each.variant == changed
-        assert each.plain.values == {seed: v + index for seed, v in FIDS["plain"].items()}
-        assert each.plain.figure.nfe == changed.get("nfe", 2)
+        assert each.baseline(PLAIN).values == {
+            seed: v + index for seed, v in FIDS["plain"].items()
+        }
+        assert each.baseline(PLAIN).figure.nfe == changed.get("nfe", 2)
     titles = [each.title for each in comparisons_of(study)]
     assert titles == ["as the study", "nfe 3", "kimg 5.0"]
 

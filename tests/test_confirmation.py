@@ -213,12 +213,12 @@ def test_another_budget_keeps_both_apart(confirmed):
     found = verdict(confirmed)
     assert (slope(found.winner.arm), found.budget, found.ended) == (1.5, "5 kimg", True)
     assert found.winner.values == {1: 5.625, 2: 5.75}
-    assert found.comparison.plain.values == {1: 8.125, 2: 8.25}
+    assert found.comparison.baseline(PLAIN).values == {1: 8.125, 2: 8.25}
     # And back, by the search's own number too: what was measured is still there.
     assert confirmation(confirmed, method={"kimg": 2.56}).left() == 0
     found = verdict(confirmed)
     assert (slope(found.winner.arm), found.budget) == (1.25, "2.56 kimg")
-    assert found.comparison.plain.values == FRESH["plain"]
+    assert found.comparison.baseline(PLAIN).values == FRESH["plain"]
 
 
 def test_without_a_trial_there_is_nothing_to_confirm(url):
@@ -241,7 +241,7 @@ def test_the_winner_is_by_everything_measured_not_by_the_fresh_mean_alone(confir
     assert confirmed_arm(confirmed) == found.winner.arm
     # What is said of it rests on the fresh seeds: -1.3, -1.9, -2.0 against plain, 11 its mean.
     assert found.winner.values == FRESH[1.25]
-    pair = found.comparison.against(found.winner, found.comparison.plain)
+    pair = found.comparison.against(found.winner, found.comparison.baseline(PLAIN))
     assert (pair.mean, pair.relative) == pytest.approx((-5.2 / 3, -5.2 / 33))
     reach = 4.302653 * (0.43 / 3 / 3) ** 0.5  # variance (0.1878 + 0.0278 + 0.0711) / 2
     assert (pair.low, pair.high) == pytest.approx((-5.2 / 3 - reach, -5.2 / 3 + reach), rel=1e-5)
@@ -360,7 +360,7 @@ def test_settings_that_the_method_does_not_have_are_refused_before_anything_is_p
     assert "method.kimg is unknown" in refused(
         command("confirm", "progressive-search", "--kimg", "5")
     )
-    assert Study.open(url, "progressive-search").beside("progressive-search.confirm") is None
+    assert Study.open(url, "progressive-search").sibling("progressive-search.confirm") is None
 
 
 def test_a_file_that_is_not_what_was_searched_is_refused(searched, tmp_path):

@@ -13,7 +13,7 @@ from search.spec.sections import OneShotSpec, SearchPlan
 from search.spec.space import make_sampler, search_space
 from search.storage.ledger import Claim
 from search.study.arms import ROW_SPACE, ArmRow, one_shot_arm
-from search.study.curve import curve_of, enqueue_best, is_waited_for
+from search.study.curve import curve_of, enqueue_best, one_shot_pending
 from search.study.results import Curve, CurvePoint, TrialResult
 from search.study.study import Study
 from search.study.trial_note import trial_note
@@ -142,10 +142,10 @@ def test_a_curve_is_read_as_it_was_stored():
 
 def test_trials_wait_for_the_curve_and_begin_with_its_best_points(url):
     study = Study.create(url, spec(SEARCHED, plan={**ONE, "trials": 4}))
-    assert is_waited_for(study)
+    assert one_shot_pending(study)
     assert enqueue_best(study) == []
     end_one_shot(study, curve({-0.5: 4.0, 0.0: 2.5, 1.25: 2.75, 3.0: 2.0}))
-    assert not is_waited_for(study)
+    assert not one_shot_pending(study)
     again = Study.open(url, study.name)
     for each in (study, again, study):  # workers at once, or one that took over
         assert [point.params for point in enqueue_best(each)] == [{"a": 3.0}, {"a": 1.25}]
@@ -172,7 +172,7 @@ def test_another_range_or_length_is_another_training(url):
     wider = {**NORMALISED, "a": {"low": -1.0, "high": 3.0}}
     for change in ({"weights": wider}, {"plan__one_shot__length": 4}):
         other = Study.create(url, spec(SEARCHED, **change))
-        assert is_waited_for(other)
+        assert one_shot_pending(other)
         assert curve_of(other) is None
     assert curve_of(Study.create(url, spec(SEARCHED))) == curve_of(study)
 

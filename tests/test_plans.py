@@ -12,7 +12,7 @@ import yaml
 from bdense.errors import InputError
 from bdense.models.store import denoiser_sha256, load_denoiser, load_model
 from search import open_study
-from search.analysis.comparison import comparisons_of, table_rows, teacher_of
+from search.analysis.comparison import comparison_rows, comparisons_of, teacher_of
 from search.analysis.confirmation import confirmed_arm
 from search.analysis.plans import (
     arm_from,
@@ -221,7 +221,7 @@ def test_when_it_is_complete_the_verb_tells_the_result_and_starts_nothing(source
     assert f"{way.name} is complete; nothing is left to do\n" in answer.err
     rows = len(study.rows())
     assert f"{way.name}: {rows} of {rows} rows complete" in answer.out
-    for line in align(table_rows(comparisons_of(study), teacher_of(study))):
+    for line in align(comparison_rows(comparisons_of(study), teacher_of(study))):
         assert line in answer.out
     assert "-2.00 [-2.00, -2.00]" in answer.out
 
@@ -384,13 +384,13 @@ def test_a_promotion_from_python_is_that_of_the_command(confirmed, tmp_path):
     for message, asked in wrong.items():
         with pytest.raises(InputError, match=message):
             held.promote(**asked)
-    assert confirmed.beside("digits.promote") is None
+    assert confirmed.sibling("digits.promote") is None
 
 
 def test_a_model_is_of_the_arm_that_was_planned(confirmed):
     """Even if somebody confirms anew while it trains."""
     finish(promote(confirmed, 1), fid)
-    keep(confirmed.beside("digits.promote"), 2)
+    keep(confirmed.sibling("digits.promote"), 2)
     promotion = Promotion(confirmed, Asked(seeds=1))
     planned, arm = promotion.run(1)
     plan_confirmation(confirmed, method={}, seeds=5, count=2)
@@ -464,7 +464,7 @@ def test_a_dry_run_plans_nothing_and_prints_what_a_launch_would_take(
     own = yaml.safe_load(command("promote", "digits", "-n", "--weights", "1,2", "--kimg", "5").out)
     assert own["plan"]["arms"][2] == {"a": 1.0, "b": 2.0}
     assert (own["plan"]["seeds"], own["plan"]["variants"]) == ([4, 5, 6], [{"kimg": 5.0}])
-    assert confirmed.beside("promote-digits") is confirmed.beside("digits.promote") is None
+    assert confirmed.sibling("promote-digits") is confirmed.sibling("digits.promote") is None
 
 
 def test_a_confirmations_and_a_transfers_dry_run_print_the_rows_that_they_would_plan(
@@ -498,7 +498,7 @@ def test_a_confirmations_and_a_transfers_dry_run_print_the_rows_that_they_would_
     answer = command("transfer", "digits", "--to", other, "--top", "1", "--dry-run")
     assert answer.status == 0, answer.err
     would = yaml.safe_load(answer.out)
-    assert searched.beside(would["name"]) is None
+    assert searched.sibling(would["name"]) is None
     planned = plan_transfer(
         searched, read_spec(Path(other)), top=1, seeds=len(would["plan"]["seeds"])
     )
@@ -526,7 +526,7 @@ def test_a_confirmations_and_a_transfers_dry_run_print_the_rows_that_they_would_
 def test_options_that_do_not_fit_are_refused(confirmed, tmp_path, to, options, message):
     other = ("--to", write(tmp_path, PROMOTION)) if to else ()
     assert message in refused(command("promote", "digits", *other, *options.split()))
-    assert confirmed.beside("promote-digits") is confirmed.beside("digits.promote") is None
+    assert confirmed.sibling("promote-digits") is confirmed.sibling("digits.promote") is None
 
 
 def test_what_cannot_be_promoted_to_is_refused(confirmed, tmp_path):

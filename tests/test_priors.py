@@ -111,7 +111,7 @@ def test_a_prior_that_cannot_be_used_is_refused_before_anything_is_planned(
     with pytest.raises(InputError, match=named) as caught:
         require_priors(url, spec(tree))
     assert refused(command("launch", write(tmp_path, tree))) == str(caught.value)
-    assert Study.open(url, "early").beside("digits") is None
+    assert Study.open(url, "early").sibling("digits") is None
 
 
 def test_another_problem_is_a_prior_where_that_is_asked_for_and_said(url):

@@ -8,9 +8,11 @@ from scipy.stats import t
 
 from bdense.errors import InputError
 from bdense.metrics.records import FID
+from bdense.weights.space import PLAIN, UNIFORM
 from search.analysis.comparison import ArmResult, Comparison
 from search.analysis.paired import Mean, mean_of, paired_difference
 from search.analysis.recommendation import Noise, noise_of, recommend
+from search.spec.metric import Metric
 from search.spec.sections import MOST_IMAGES
 from search.study.arms import Arm
 from tests.measured import fid
@@ -33,7 +35,9 @@ def compared(**values) -> Comparison:
         )
         for name, fids in values.items()
     ]
-    return Comparison(variant={}, results=tuple(results))
+    return Comparison(
+        metric=Metric(), baselines=(PLAIN, UNIFORM), variant={}, results=tuple(results)
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +98,9 @@ def test_latents_add_to_the_noise():
         )
         for each in both.results
     ]
-    found = noise_of(Comparison(variant={}, results=tuple(results)))
+    found = noise_of(
+        Comparison(metric=Metric(), baselines=(PLAIN, UNIFORM), variant={}, results=tuple(results))
+    )
     assert found.latents == pytest.approx(math.sqrt(2 / 3) / 2)
     assert found.least_difference == pytest.approx(t.ppf(0.975, 2) * math.sqrt(1 + 1 / 6))
 
@@ -105,7 +111,7 @@ def test_latents_add_to_the_noise():
     [(0.4, 0.4, 16384), (0.25, 0.4, 7168), (0.2, 0.4, None), (None, 0.4, None), (0.4, None, None)],
 )
 def test_images_that_balance_the_noise(latents, seeds, images):
-    found = Noise(latents=latents, seeds=seeds, replicates=3, images=4096)
+    found = Noise(metric=Metric(), latents=latents, seeds=seeds, replicates=3, images=4096)
     assert found.balanced_images == images
     assert ("evaluation.images" in found.text()) == (images is not None)
 
@@ -120,7 +126,7 @@ def test_images_that_balance_the_noise(latents, seeds, images):
 )
 def test_no_study_is_told_to_draw_more_images_than_the_literature(latents, images, told):
     """49,500 are needed in the second case, which rounds up to more than the literature's."""
-    text = Noise(latents=latents, seeds=0.2, replicates=3, images=images).text()
+    text = Noise(metric=Metric(), latents=latents, seeds=0.2, replicates=3, images=images).text()
     assert ("evaluation.images" in text) == (told is not None)
     assert (told or "") in text
 

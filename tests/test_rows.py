@@ -191,7 +191,7 @@ def test_a_study_that_is_not_there_is_not_looked_at(url, study, tmp_path):
     with pytest.raises(UnknownStudyError, match=r"no study 'other'.*there: digits;"):
         Study.open(url, "other", reading=True)
     with pytest.raises(UnknownStudyError, match="no study 'other'"):
-        study.trials.beside("other")
+        study.trials.sibling("other")
     optuna.create_study(study_name="foreign", storage=open_storage(url))
     with pytest.raises(UnknownStudyError, match="'foreign' was not made by bdense-search"):
         Study.open(url, "foreign", reading=True)

@@ -107,12 +107,14 @@ def test_two_rules_have_curves_of_their_own():
     assert (chosen["uncertainty"], chosen["strength"]) == (1.0, pytest.approx(1.0, abs=0.3))
 
 
-def test_candidates_come_lowest_first_and_points_that_are_nearly_one_are_one():
+def test_candidates_come_lowest_first_and_points_that_are_nearly_one_are_one(monkeypatch):
     """The range of a is 1 here: 0.5 and 0.51 are one point, 0.53 is another."""
     evaluations = [of(a, bowl(a)) for a in (0.0, 0.2, 0.5, 0.51, 0.53, 0.8, 1.0)]
     chosen, means = candidates(evaluations, 3), posterior_means(evaluations)
     assert len({2, 3} & set(chosen)) == 1
-    assert {2, 3, 4} == set(candidates(evaluations, 3, least_distance=0.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(surrogate, "LEAST_DISTANCE", 0.0)
+        assert {2, 3, 4} == set(candidates(evaluations, 3))
     assert chosen == sorted(chosen, key=means.__getitem__)
     assert means[chosen[0]] == min(means)
 
@@ -174,8 +176,8 @@ def test_of_thousands_of_evaluations_some_hundred_make_the_curve():
 
     members = surrogate._one_hot([each.group for each in evaluations])
     kept = surrogate._kept(members)
-    assert len(kept) == surrogate.MOST
+    assert len(kept) == surrogate.MAX_EVALUATIONS
     assert kept[:12].tolist() == list(range(12))
-    assert np.diff(kept[12:]).max() <= 5000 // (surrogate.MOST - 12) + 1
-    few = surrogate._kept(members[: surrogate.MOST])
-    assert few.tolist() == list(range(surrogate.MOST))
+    assert np.diff(kept[12:]).max() <= 5000 // (surrogate.MAX_EVALUATIONS - 12) + 1
+    few = surrogate._kept(members[: surrogate.MAX_EVALUATIONS])
+    assert few.tolist() == list(range(surrogate.MAX_EVALUATIONS))

@@ -42,7 +42,7 @@ class Assessment:
 
 
 def assess(study: Study, found: Verdict | None) -> Assessment:
-    """By the search's confirmation, else by its baselines."""
+    """Assess a search by its confirmation, else by its baselines."""
     baselines = compare(study)
     return Assessment(
         noise=noise_of(baselines),

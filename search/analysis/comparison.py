@@ -11,9 +11,8 @@ from optuna.trial import TrialState
 
 from bdense.methods.plan import StagePlan
 from bdense.metrics.records import FID
-from bdense.weights.space import PLAIN, UNIFORM
 from search.analysis.paired import Mean, Paired, mean_of, paired_difference
-from search.spec.metric import FID_METRIC, Metric
+from search.spec.metric import Metric
 from search.storage.queries import StoredTrial
 from search.study.arms import Arm
 from search.study.results import Judged, TrialResult
@@ -34,12 +33,12 @@ class ArmResult:
 
     @property
     def values(self) -> dict[int, float]:
-        """By training seed."""
+        """Values by training seed."""
         return {seed: figure.value for seed, figure in self.figures.items()}
 
     @property
     def figure(self) -> Judged:
-        """The figure of the first seed, whose conditions are those of all unless they differ."""
+        """The figure of the first seed, which stands for all in what they have in common."""
         return self.figures[min(self.figures)]
 
     def mean(self) -> Mean:
@@ -55,8 +54,8 @@ class Comparison:
     changed settings, and ``baselines`` names what others are compared with.
     """
 
-    metric: Metric = FID_METRIC
-    baselines: tuple[str, ...] = (PLAIN, UNIFORM)
+    metric: Metric
+    baselines: tuple[str, ...]
     title: str = ""
     stage: str = ""
     variant: Mapping[str, Any]
@@ -65,16 +64,6 @@ class Comparison:
     def baseline(self, name: str) -> ArmResult | None:
         """A baseline, as far as it was measured."""
         return next((each for each in self.results if each.arm.baseline == name), None)
-
-    @property
-    def plain(self) -> ArmResult | None:
-        """The student with one branch."""
-        return self.baseline(PLAIN)
-
-    @property
-    def uniform(self) -> ArmResult | None:
-        """The student whose branches have equal weights."""
-        return self.baseline(UNIFORM)
 
     def beside_baselines(self, arm: Arm) -> "Comparison":
         """One arm and the baselines alone."""
@@ -94,8 +83,8 @@ class Comparison:
         return paired_difference(result.values, other.values)
 
     def table(self) -> list[str]:
-        """For people: a line for each arm."""
-        return align(table_rows([self]))
+        """A line for each arm, for people."""
+        return align(comparison_rows([self]))
 
     def conditions_line(self) -> str:
         """What these figures have in common."""
@@ -111,7 +100,7 @@ class Comparison:
         )
 
 
-def table_rows(
+def comparison_rows(
     comparisons: Sequence[Comparison], teacher: FID | None = None
 ) -> list[tuple[str, ...]]:
     """A header and a line for each arm of each comparison, as cells."""

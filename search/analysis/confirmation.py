@@ -12,7 +12,6 @@ from typing import Any
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from bdense.weights.space import PLAIN
 from search.analysis.comparison import (
     ArmResult,
     Comparison,
@@ -47,7 +46,7 @@ class Verdict:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of the method, as each student was trained."""
+        """The method's settings that each student was trained with."""
         return {**self.spec.method.options, **self.comparison.variant}
 
     @property
@@ -114,13 +113,12 @@ class Verdict:
         """An arm for scripts; plain distillation under its method's name."""
         if arm.baseline is None:
             return asdict(arm)
-        name = self.spec.method.name if arm.baseline == PLAIN else arm.baseline
-        return asdict(arm) | {"params": {"method": name}}
+        return asdict(arm) | {"params": {"method": self.spec.baseline_key(arm.baseline)}}
 
 
 def confirmation_of(study: Study) -> Study | None:
     """A search's confirmation; None without one."""
-    return study.beside(study.name + CONFIRM_SUFFIX)
+    return study.sibling(study.name + CONFIRM_SUFFIX)
 
 
 def verdict(study: Study) -> Verdict | None:

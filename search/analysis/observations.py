@@ -21,7 +21,7 @@ from search.study.study import Study
 from search.study.summary import baselines_of
 
 # Values of a study's own before a prior is compared with them.
-FEWEST_OWN = 4
+MIN_OWN = 4
 _SEARCH = "search"  # the group of the trials, which share one training seed
 
 
@@ -115,7 +115,7 @@ def row_observations(
 
 def prior_trials(study: Study, name: str) -> list[tuple[StoredTrial, Observation]]:
     """A prior's complete trials, one group; none where it was deleted since."""
-    prior = study.beside(name)
+    prior = study.sibling(name)
     if prior is None:
         return []
     trials = prior.search.rows(TrialState.COMPLETE, ())
@@ -141,7 +141,7 @@ def disagreement(prior: Sequence[Observation], own: Sequence[Observation]) -> fl
 
     The level is free; 0 while the study has too few values to tell.
     """
-    if len(own) < FEWEST_OWN:
+    if len(own) < MIN_OWN:
         return 0.0
     known = posterior(prior, [each.point for each in own])
     off = statistics.variance(

@@ -18,7 +18,7 @@ class Mean:
     standard_error: float | None
     n: int
 
-    def error_text(self, form: str = ".3f") -> str:
+    def error_text(self, form: str) -> str:
         """The standard error for a table's cell."""
         return "-" if self.standard_error is None else f"{self.standard_error:{form}}"
 
@@ -43,7 +43,7 @@ class Paired:
         """Whether the interval spans 0: the seeds do not show which of both is better."""
         return self.low <= 0 <= self.high
 
-    def text(self, form: str = "+.2f") -> str:
+    def text(self, form: str) -> str:
         """For a table's cell: ``-0.61 [-0.80, -0.42]``, or ``-0.12 [-0.30, +0.06], tie``."""
         mean, low, high = (f"{x:{form}}" for x in (self.mean, self.low, self.high))
         spread = "one seed" if self.n == 1 else f"{low}, {high}"

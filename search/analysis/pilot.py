@@ -44,7 +44,7 @@ def with_known_images(url: str, spec: StudySpec) -> StudySpec:
 
 def pilot_of(study: Study) -> Study | None:
     """The pilot of a search; None without one."""
-    return study.beside(study.name + PILOT_SUFFIX)
+    return study.sibling(study.name + PILOT_SUFFIX)
 
 
 def ledgers_with_pilot(study: Study) -> list[Ledger]:
@@ -55,12 +55,10 @@ def ledgers_with_pilot(study: Study) -> list[Ledger]:
 
 def pilot_spec(spec: StudySpec) -> StudySpec:
     """Both baselines under three seeds, all else as in the search."""
-    first = spec.seeds.training
-    seeds = tuple((first + index) % 2**31 for index in range(_SEEDS))
     return replace(
         spec.with_images(spec.evaluation.num_images),
         name=spec.name + PILOT_SUFFIX,
-        plan=ArmsPlan(arms=spec.baselines, seeds=seeds),
+        plan=ArmsPlan(arms=spec.baselines, seeds=tuple(spec.seeds.following(_SEEDS))),
     )
 
 

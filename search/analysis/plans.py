@@ -255,5 +255,5 @@ def given_arm(spec: StudySpec, params: Mapping[str, Any]) -> Arm:
 
 
 def _given(space: SearchSpace, params: Mapping[str, Any]) -> Arm:
-    """As a result stores them, so that equal weights are one arm."""
+    """An arm with parameters in their stored form, so that equal weights are one arm."""
     return Arm(name=f"{space.label(params)} (given)", params=dict(params))

@@ -11,7 +11,7 @@ from typing import Any
 
 from search.analysis.comparison import ArmResult, Comparison, difference_text
 from search.analysis.paired import CONFIDENCE, Paired
-from search.spec.metric import FID_METRIC, Metric
+from search.spec.metric import Metric
 from search.spec.sections import MOST_IMAGES
 from search.study.arms import Arm
 
@@ -29,11 +29,11 @@ class Noise:
         images: Images of each FID; None where there is none.
     """
 
-    metric: Metric = FID_METRIC
+    metric: Metric
     latents: float | None
     seeds: float | None
     replicates: int
-    images: int | None = None
+    images: int | None
 
     @property
     def least_difference(self) -> float | None:
@@ -64,7 +64,7 @@ class Noise:
 
     @property
     def _way_to_know(self) -> str:
-        if self.metric.key == "fid":
+        if self.metric.is_fid:
             return "plan.replicates: 3 measures it"
         # Of a program's one baseline there is no difference without a second arm.
         return "plan.replicates: 3 and plan.race: 2 measure it"
@@ -146,7 +146,7 @@ def noise_of(comparison: Comparison) -> Noise:
     if len(names) == 1:
         other = next((each for each in comparison.results if each.arm.baseline is None), None)
     if one is None or other is None or comparison.differing:
-        return Noise(metric=metric, latents=None, seeds=None, replicates=0)
+        return Noise(metric=metric, latents=None, seeds=None, replicates=0, images=None)
     shared = sorted(one.values.keys() & other.values.keys())
     apart = [other.values[seed] - one.values[seed] for seed in shared]
     pairs = ((other.figures[seed], one.figures[seed]) for seed in shared)

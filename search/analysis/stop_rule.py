@@ -1,19 +1,18 @@
 """When a search has nothing left to find: no point could still beat the arm that is used anyway.
 
-A gain below the least difference that the study can tell could not be told from noise.
+A gain smaller than the least detectable difference is noise.
 """
 
-import math
-import statistics
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
 from optuna.trial import TrialState
 
-from bdense.weights.space import Choice
+from bdense.weights.space import PLAIN, UNIFORM, Choice
 from search.analysis.comparison import Comparison, compare
 from search.analysis.observations import observed, point_of
+from search.analysis.paired import mean_of
 from search.analysis.racing import BEYOND_NOISE, plan_replicate
 from search.analysis.recommendation import noise_of, recommend
 from search.analysis.surrogate import Point, posterior
@@ -23,7 +22,7 @@ from search.study.study import Study
 # Complete trials for each coordinate before the rule is asked: fewer do not show a valley.
 FEWEST_TRIALS = 8
 # Points of the space that it looks at.
-LOOKED_AT = 512
+NUM_POINTS = 512
 ENDED_EARLY = "ended_early"  # the study's attribute
 
 
@@ -86,7 +85,7 @@ def largest_gain(study: Study) -> LargestGain | None:
     reference = now.observations[now.baseline[0]].point if own is None else own
     points = [reference, *points_of(spec), *(now.observations[i].point for i in now.trials)]
     means, errors = posterior(now.observations, points).above(0)
-    shift, error = (0.0, 0.0) if own is not None else _apart(comparison)
+    shift, error = (0.0, 0.0) if own is not None else _plain_less_uniform(comparison)
     gains = shift - means + BEYOND_NOISE * np.hypot(errors, error)
     return LargestGain(
         arm=best.arm.name,
@@ -96,22 +95,23 @@ def largest_gain(study: Study) -> LargestGain | None:
     )
 
 
-def _apart(comparison: Comparison) -> tuple[float, float]:
-    """Mean and standard error of plain less uniform: plain students are no point of a space."""
-    plain, uniform = comparison.plain, comparison.uniform
+def _plain_less_uniform(comparison: Comparison) -> tuple[float, float]:
+    """Mean and standard error of the difference: plain students are no point of a space."""
+    plain, uniform = comparison.baseline(PLAIN), comparison.baseline(UNIFORM)
     assert plain is not None
     assert uniform is not None
-    pairs = [plain.values[s] - uniform.values[s] for s in plain.values.keys() & uniform.values]
-    return statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
+    seeds = plain.values.keys() & uniform.values
+    found = mean_of([plain.values[seed] - uniform.values[seed] for seed in seeds])
+    return found.mean, found.standard_error or 0.0
 
 
 def points_of(spec: StudySpec) -> list[Point]:
-    """Coordinates of ``LOOKED_AT`` points, spread evenly over the space within its bound."""
+    """Coordinates of ``NUM_POINTS`` points, spread evenly over the space within its bound."""
     from scipy.stats.qmc import Sobol
 
     space, drawn = spec.space, spec.space.distributions()
     found: list[Point] = []
-    for place in Sobol(len(drawn), scramble=False).random(LOOKED_AT).tolist():
+    for place in Sobol(len(drawn), scramble=False).random(NUM_POINTS).tolist():
         params = {
             name: each.options[int(share * len(each.options))]
             if isinstance(each, Choice)
@@ -124,7 +124,7 @@ def points_of(spec: StudySpec) -> list[Point]:
     return found
 
 
-def look_ahead(study: Study) -> bool:
+def stop_or_replicate(study: Study) -> bool:
     """End a search that has nothing left to find; otherwise plan its next replicate.
 
     Workers call it between rows, and a launch before its first one.

@@ -19,9 +19,13 @@ from bdense.errors import InputError
 Array = npt.NDArray[np.float64]
 Point = Mapping[str, float]
 
-FEWEST = 4  # evaluations that a surrogate is fitted to
-MOST = 300  # the same: the cost grows with the cube, under a second here, hours at 10,000
-ROUNDS = 5  # of offsets and kernel in turn; two to four suffice as a rule
+MIN_EVALUATIONS = 4  # evaluations that a surrogate is fitted to
+MAX_EVALUATIONS = (
+    300  # the same: the cost grows with the cube, under a second here, hours at 10,000
+)
+# In every coordinate, in shares of its range over the evaluations.
+LEAST_DISTANCE = 0.02
+MAX_ROUNDS = 5  # of offsets and kernel in turn; two to four suffice as a rule
 # Of inputs in [0, 1] and values of standard deviation 1; the last two are variances. Shorter
 # lengths or less noise would let the curve run through each of a few noisy points; a higher least
 # noise, and beside a steep flank the valley would be smoothed away.
@@ -64,7 +68,7 @@ class Posterior:
     noise: float
 
     def above(self, other: int) -> tuple[Array, Array]:
-        """[m], [m]: means of the points less that of one of them, and standard deviations."""
+        """[m], [m]: differences of the means from that of point ``other``, and their errors."""
         own, variances = self.covariance[other], self.covariance.diagonal()
         apart = variances + own[other] - 2 * own if math.isfinite(own[other]) else variances.copy()
         apart[other] = 0.0
@@ -122,7 +126,6 @@ def candidates(
     *,
     among: Sequence[int] | None = None,
     taken: Sequence[int] = (),
-    least_distance: float = 0.02,
 ) -> list[int]:
     """Indices of the evaluations whose points have the lowest posterior means, lowest first.
 
@@ -131,8 +134,8 @@ def candidates(
         count: At most.
         among: Indices of those that are chosen from; None for all.
         taken: Indices of points that are left out, with those near them.
-        least_distance: Points nearer than this in every coordinate, in shares of its range over
-            the evaluations, are one: the earlier of the list stands for both.
+
+    Points that lie within ``LEAST_DISTANCE`` of each other are one: the better stands for both.
     """
     points = [evaluation.point for evaluation in evaluations]
     at = _Cube.around(points).place(points)
@@ -142,7 +145,7 @@ def candidates(
             break
         others = [*taken, *chosen]
         if (among is None or index in among) and all(
-            np.abs(at[index] - at[other]).max() >= least_distance for other in others
+            np.abs(at[index] - at[other]).max() >= LEAST_DISTANCE for other in others
         ):
             chosen.append(index)
     return chosen
@@ -164,7 +167,7 @@ def _arrays(
 
 
 def _has_no_curve(at: Array) -> bool:
-    return len(at) < FEWEST or len(np.unique(at, axis=0)) == 1
+    return len(at) < MIN_EVALUATIONS or len(np.unique(at, axis=0)) == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +267,7 @@ def _fitted_curve(at: Array, values: Array, members: Array, noises: Array) -> _C
     own = (noises / (float(np.std(values)) or 1.0)) ** 2
     offsets = _offsets(values, members, np.linalg.inv(_kernel(at.shape[1])(at) + np.diag(own)))
     kernel: Any = None
-    for _ in range(ROUNDS):
+    for _ in range(MAX_ROUNDS):
         # Of equal values nothing is left to scale up but rounding.
         scale = max(float(np.std(values - offsets)), 1e-9 * float(np.abs(values).max())) or 1.0
         own = (noises / scale) ** 2
@@ -278,10 +281,10 @@ def _fitted_curve(at: Array, values: Array, members: Array, noises: Array) -> _C
 
 
 def _kept(members: Array) -> npt.NDArray[np.intp]:
-    """Which evaluations a process is fitted to: ``MOST`` by thinning the largest group."""
+    """Evaluations that a process is fitted to: the largest group is thinned to the limit."""
     sizes = members.sum(axis=0)
     largest = members[:, np.argmax(sizes)] > 0
-    room = max(MOST - int((~largest).sum()), FEWEST)
+    room = max(MAX_EVALUATIONS - int((~largest).sum()), MIN_EVALUATIONS)
     own = np.flatnonzero(largest)
     if len(own) > room:
         own = own[np.linspace(0, len(own) - 1, room).round().astype(np.intp)]

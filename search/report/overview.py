@@ -10,9 +10,9 @@ from bdense.metrics.records import FID
 from search.analysis.assessment import assess
 from search.analysis.comparison import (
     Comparison,
+    comparison_rows,
     comparisons_of,
     replicates_of,
-    table_rows,
     teacher_of,
 )
 from search.analysis.confirmation import Verdict, judged_summary
@@ -64,8 +64,8 @@ class Overview:
     def table(self) -> list[tuple[str, ...]]:
         """The result: a header and lines of cells."""
         if self.now is not None:
-            return summary.table_rows(self.now)
-        return table_rows(self.comparisons, self.teacher)
+            return summary.summary_rows(self.now)
+        return comparison_rows(self.comparisons, self.teacher)
 
     def remarks(self) -> list[str]:
         """Remarks on the result."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from search.analysis.comparison import table_rows
+from search.analysis.comparison import comparison_rows
 from search.report.document import (
     Best,
     Block,
@@ -45,12 +45,12 @@ def study_page(
     if overview.now is not None and overview.comparisons:
         result += [
             Text("Replicated points, under the baselines' seeds:"),
-            Table(table_rows(overview.comparisons), words=False),
+            Table(comparison_rows(overview.comparisons), words=False),
         ]
     if found is not None:
         result += [
             Text(f"Under fresh seeds, at {found.budget}:"),
-            Table(table_rows([found.comparison]), words=False),
+            Table(comparison_rows([found.comparison]), words=False),
             Text(found.comparison.conditions_line(), quiet=True),
         ]
     study, written = overview.study, datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -9,7 +9,7 @@ from bdense.metrics.records import FID
 from bdense.weights.space import PLAIN, UNIFORM, Choice
 from search.analysis.comparison import ArmResult, Comparison
 from search.analysis.observations import point_of
-from search.analysis.surrogate import FEWEST, Observation, posterior_means
+from search.analysis.surrogate import MIN_EVALUATIONS, Observation, posterior_means
 from search.spec.command import DEFAULTS
 from search.study.plot import Plot, plain
 from search.study.results import Curve, Judged
@@ -66,7 +66,7 @@ def metric_over(
             axes.errorbar(x, y, errors, fmt="none", elinewidth=0.8, ecolor=colour, zorder=1)
             example = own[0][0]
             elsewhere = {tuple(v for name, v in p.items() if name != axis) for p, _ in own}
-            if len(placed) >= FEWEST and min(x) < max(x) and len(elsewhere) == 1:
+            if len(placed) >= MIN_EVALUATIONS and min(x) < max(x) and len(elsewhere) == 1:
                 curve = np.linspace(min(x), max(x), _CURVE_POINTS)
                 asked = [{**example, axis: float(at)} for at in curve]
                 measured = [Observation(point=p, value=e.value, group="search") for p, e in placed]

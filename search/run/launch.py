@@ -2,7 +2,7 @@
 
 from search.analysis.pilot import images_of, plan_pilot
 from search.analysis.priors import plan_first_points
-from search.analysis.stop_rule import look_ahead
+from search.analysis.stop_rule import stop_or_replicate
 from search.log import log_context, say
 from search.report.live import NoteWriter
 from search.report.overview import Overview, overview_of
@@ -49,7 +49,7 @@ def run_planned(study: Study, workers: int | None) -> Study:
         study = _settled(study, workers, launch)
     if study.is_search:
         plan_first_points(study)
-        look_ahead(study)
+        stop_or_replicate(study)
     run_rows(study, workers, launch)
     return study
 

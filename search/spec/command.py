@@ -189,7 +189,7 @@ class NamedSpace(SearchSpace):
 
     @classmethod
     def read(cls, tree: Mapping[str, Any], where: str = "") -> Self:
-        """From a mapping of names to ``low``, ``high``, ``log`` and ``default``.
+        """Read a mapping of names to ``low``, ``high``, ``log`` and ``default``.
 
         Raises:
             KnobError: There is none, or one is not of this form.

@@ -1,11 +1,11 @@
 """Study files: YAML to a spec, with absolute paths; mistakes are named by line and key."""
 
-import dataclasses
 import functools
 import json
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def read_spec(path: Path, changes: dict[str, Any] | None = None) -> StudySpec:
 def read_here(
     given: str | Path | Mapping[str, Any] | StudySpec, changes: dict[str, Any]
 ) -> StudySpec:
-    """As ``read_spec``, in this process, also of what a study file holds, or of a spec.
+    """Read a study in this process: a file, what one holds, or a spec.
 
     A script need not guard its main module then, as a child process would import that.
 
@@ -74,8 +74,8 @@ def require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> Non
         variant(spec, changes)
 
 
-def require_variants_apart(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
-    """As ``require_variants``, in a child process."""
+def require_variants_in_child(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
+    """``require_variants`` in a child process, which frees the memory of torch."""
     if any(variants):
         in_child(functools.partial(require_variants, spec, variants))
 
@@ -260,104 +260,111 @@ def as_yaml(spec: StudySpec) -> str:
     return yaml.safe_dump(tree, sort_keys=False)
 
 
-def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
-    """The spec with absolute paths, given relative to its file: workers run in other folders."""
-    base = Path(source).parent
+@dataclass(frozen=True, slots=True)
+class _Paths:
+    """Absolute paths of what a study's file names, relative to that file or to a home.
 
-    def absolute(key: str, file: str, names: Collection[str] = (), *, folder: bool = False) -> str:
+    Attributes:
+        source: The study's file; errors begin with it.
+    """
+
+    source: str
+
+    def path(self, key: str, file: str) -> Path:
+        """A path; there may be nothing there."""
+        try:
+            return (Path(self.source).parent / Path(file).expanduser()).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # such as ~ of no user
+            raise self._error(key, f"{file!r} is not a path: {error}") from error
+
+    def file(
+        self, key: str, file: str, names: Collection[str] = (), *, folder: bool = False
+    ) -> str:
+        """A file that is there, or a folder if that will do; a public name stays one."""
         if file in names:
             return file
-        path = _absolute_path(key, file, base, source)
+        path = self.path(key, file)
         if path.is_dir() and not folder:
-            raise SpecError(f"{source}: {key}: {file} is a folder; give the name of a file")
+            raise self._error(key, f"{file} is a folder; give the name of a file")
         if not path.exists():
             public = did_you_mean(file, names) or f" ({', '.join(names)})"
             known = f", nor a public one of that name{public}" if names else ""
-            raise SpecError(f"{source}: {key}: there is no file {file}{known}{_elsewhere(file)}")
+            raise self._error(key, f"there is no file {file}{known}{_elsewhere(file)}")
         return str(path)
 
-    teacher, evaluation, data = spec.teacher, spec.evaluation, spec.data
+    def prompts(self, key: str, prompts: str | None) -> str | None:
+        """A file of prompts and its column."""
+        if prompts is None or prompts in PROMPT_SETS:
+            return prompts
+        file, column = split_column(prompts)
+        return self.file(key, str(file)) + ("" if column is None else f":{column}")
+
+    def log(self, place: str) -> str:
+        """A tracker with its folder; a project or a URL stays one."""
+        name, _, folder = place.partition(":")
+        if name != "tensorboard" or not folder:
+            return place
+        return f"{name}:{self.path('resources.log', folder)}"
+
+    def data(self, data: str) -> str:
+        """A data set of files; a name stays one."""
+        given, fit = split_fit(data)
+        if (found := split_format(given)) is None:
+            return data
+        kind, path = found[0], self.path("data", found[1])
+        what = "folder" if kind == "folder" else "file"
+        if not (path.is_dir() if what == "folder" else path.is_file()):
+            raise self._error("data", f"there is no {what} {found[1]}{_elsewhere(found[1])}")
+        return f"{kind}:{path}" if fit is None else f"{kind}:{path}@{fit}"
+
+    def _error(self, key: str, problem: str) -> SpecError:
+        return SpecError(f"{self.source}: {key}: {problem}")
+
+
+def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
+    """The spec with absolute paths: workers run in other folders."""
+    paths = _Paths(source)
+    teacher, evaluation, method, data = spec.teacher, spec.evaluation, spec.method, spec.data
     if data is not None:
-        data = _absolute_data(data, base, source)
+        data = paths.data(data)
     if teacher.checkpoint is not None:
-        checkpoint = absolute("teacher.checkpoint", teacher.checkpoint, PUBLIC_MODELS, folder=True)
-        teacher = dataclasses.replace(teacher, checkpoint=checkpoint)
+        checkpoint = paths.file(
+            "teacher.checkpoint", teacher.checkpoint, PUBLIC_MODELS, folder=True
+        )
+        teacher = replace(teacher, checkpoint=checkpoint)
     kind, _, file = evaluation.extractor.partition(":")
     if file:
-        extractor = f"{kind}:{absolute('evaluation.extractor', file)}"
-        evaluation = dataclasses.replace(evaluation, extractor=extractor)
+        extractor = f"{kind}:{paths.file('evaluation.extractor', file)}"
+        evaluation = replace(evaluation, extractor=extractor)
     if evaluation.reference is not None:
-        reference = absolute("evaluation.reference", evaluation.reference, REFERENCES)
-        evaluation = dataclasses.replace(evaluation, reference=reference)
-
-    def absolute_model(key: str, source: str) -> str:
-        """A hub id stays one where there is no such folder."""
-        if is_hub_id(source) and not (base / source).exists():
-            return source
-        return absolute(key, source, folder=True)
-
-    def absolute_prompts(key: str, source: str | None) -> str | None:
-        if source is None or source in PROMPT_SETS:
-            return source
-        file, column = split_column(source)
-        return absolute(key, str(file)) + ("" if column is None else f":{column}")
-
-    prompts = absolute_prompts("prompts", spec.prompts)
-    own = absolute_prompts("evaluation.prompts", evaluation.prompts)
-    evaluation = dataclasses.replace(evaluation, prompts=own)
-    if evaluation.clip_score is not None:
-        scorer = absolute_model("evaluation.clip_score", evaluation.clip_score)
-        evaluation = dataclasses.replace(evaluation, clip_score=scorer)
-    method = spec.method
+        reference = paths.file("evaluation.reference", evaluation.reference, REFERENCES)
+        evaluation = replace(evaluation, reference=reference)
+    prompts = paths.prompts("prompts", spec.prompts)
+    own = paths.prompts("evaluation.prompts", evaluation.prompts)
+    evaluation = replace(evaluation, prompts=own)
+    scorer = evaluation.clip_score
+    # A hub id stays one where there is no such folder.
+    if scorer is not None and (not is_hub_id(scorer) or (Path(source).parent / scorer).exists()):
+        scorer = paths.file("evaluation.clip_score", scorer, folder=True)
+        evaluation = replace(evaluation, clip_score=scorer)
     if isinstance(table := method.options.get("epd_table"), str):
-        method = method.with_options({"epd_table": absolute("method.epd_table", table)})
+        method = method.with_options({"epd_table": paths.file("method.epd_table", table)})
     if spec.is_command:
         # Also of the study's own folder: workers are started elsewhere.
-        folder = _absolute_path("method.folder", spec.program.folder or "", base, source)
+        folder = paths.path("method.folder", spec.program.folder or "")
         method = method.with_options({"folder": str(folder)})
-    resources = dataclasses.replace(
-        spec.resources, log=tuple(_absolute_log(each, base, source) for each in spec.resources.log)
-    )
-    return dataclasses.replace(
+    return replace(
         spec,
         teacher=teacher,
         evaluation=evaluation,
         data=data,
         method=method,
-        resources=resources,
+        resources=replace(spec.resources, log=tuple(map(paths.log, spec.resources.log))),
         prompts=prompts,
     )
-
-
-def _absolute_path(key: str, file: str, base: Path, source: str) -> Path:
-    """A path relative to the study's file, or to a home; there may be nothing there."""
-    try:
-        return (base / Path(file).expanduser()).resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # such as ~ of no user
-        raise SpecError(f"{source}: {key}: {file!r} is not a path: {error}") from error
-
-
-def _absolute_log(place: str, base: Path, source: str) -> str:
-    """A tracker with its folder's absolute path; a project or a URL stays one."""
-    name, _, folder = place.partition(":")
-    if name != "tensorboard" or not folder:
-        return place
-    return f"{name}:{_absolute_path('resources.log', folder, base, source)}"
 
 
 def _elsewhere(file: str) -> str:
     """A hint for a path that was meant relative to the current folder."""
     here = Path(file).exists()
     return "; paths are relative to the study's file" if here else ""
-
-
-def _absolute_data(data: str, base: Path, source: str) -> str:
-    """A data set of files with its absolute path; a name stays one."""
-    given, fit = split_fit(data)
-    if (found := split_format(given)) is None:
-        return data
-    kind, path = found[0], _absolute_path("data", found[1], base, source)
-    what = "folder" if kind == "folder" else "file"
-    if not (path.is_dir() if what == "folder" else path.is_file()):
-        raise SpecError(f"{source}: data: there is no {what} {found[1]}{_elsewhere(found[1])}")
-    return f"{kind}:{path}" if fit is None else f"{kind}:{path}@{fit}"

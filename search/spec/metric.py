@@ -23,11 +23,16 @@ class Metric:
 
     @classmethod
     def of(cls, method: Mapping[str, Any]) -> Self:
-        """Of a resolved method, its name among its settings."""
+        """The metric of a method, from its name and settings as they are stored."""
         if method.get("name") != COMMAND:
             return cls()
         maximise = method.get("direction") == "maximise"
         return cls(name=str(method.get("metric")), key="value", maximise=maximise)
+
+    @property
+    def is_fid(self) -> bool:
+        """Whether it is the FID of a distillation, rather than a program's metric."""
+        return self.key == "fid"
 
     def loss(self, value: float) -> float:
         """The value, or its negative, so that lower is better."""
@@ -36,12 +41,12 @@ class Metric:
     @property
     def form(self) -> str:
         """Format of a value for people: a program's may be of any size."""
-        return ".3f" if self.key == "fid" else ".4g"
+        return ".3f" if self.is_fid else ".4g"
 
     @property
     def form_of_difference(self) -> str:
-        """The same of a difference of two."""
-        return "+.2f" if self.key == "fid" else "+.3g"
+        """Format of a difference."""
+        return "+.2f" if self.is_fid else "+.3g"
 
     def text(self, value: float) -> str:
         """A value for people."""
@@ -55,7 +60,7 @@ class Metric:
     @property
     def plural(self) -> str:
         """Several of its values."""
-        return f"{self.name}s" if self.key == "fid" else f"values of {self.name}"
+        return f"{self.name}s" if self.is_fid else f"values of {self.name}"
 
 
 FID_METRIC = Metric()

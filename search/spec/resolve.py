@@ -262,7 +262,7 @@ def _check_weights(spec: StudySpec) -> None:
 
 
 def _check_race(spec: StudySpec) -> None:
-    """Both knobs judge points by the surrogate; stopping also needs the baseline on it."""
+    """Race and stop need coordinates; stop also needs uniform weights to be a point."""
     plan, space = spec.search, spec.space
     if (plan.race or plan.stop) and not space.axes:
         name = "race" if plan.race else "stop"
@@ -298,7 +298,7 @@ def _check_batch(spec: StudySpec) -> None:
 
 
 def _check_intermediate(spec: StudySpec) -> None:
-    """Of the stages that this teacher needs: a method may have one more, which converts it."""
+    """Check at, images and pruner against the stages, of which one may convert the teacher."""
     facts, plan = spec.resolved, spec.search
     if len(facts.stages) > 1 and plan.at:
         raise InputError(

@@ -33,7 +33,7 @@ class Member:
 
     @classmethod
     def of(cls, given: Any, key: str) -> Self:  # noqa: ANN401  as YAML has it
-        """From a mapping with a ``name``, or the name alone.
+        """Read a mapping with a ``name``, or the name alone.
 
         Raises:
             KnobError: It is neither.
@@ -334,6 +334,10 @@ class SeedsSpec(Knobs):
     training: int = knob(0, "seed of each training", **_SEEDS)
     evaluation: int = knob(0, "seed of the latents that images are drawn from", **_SEEDS)
     sampler: int = knob(0, "seed of the sampler", **_SEEDS)
+
+    def following(self, count: int) -> list[int]:
+        """The training seed and those after it."""
+        return [(self.training + index) % 2**31 for index in range(count)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -143,7 +143,7 @@ class StudySpec(Knobs):
 
     @classmethod
     def read(cls, tree: Mapping[str, Any], where: str = "") -> Self:
-        """As ``Knobs.read``, but the error has a line for each mistake."""
+        """Read a study; the error has a line for each mistake."""
         values, problems = dict(tree), []
         facts = values.pop("facts", None)
         for name, known in knobs_of(cls).items():
@@ -191,6 +191,10 @@ class StudySpec(Knobs):
     def baselines(self) -> tuple[str, ...]:
         """Names of the baselines, the simplest first; each has an arm."""
         return (DEFAULTS,) if self.is_command else (PLAIN, UNIFORM)
+
+    def baseline_key(self, name: str) -> str:
+        """A baseline's name in JSON: plain distillation is called as its method."""
+        return self.method.name if name == PLAIN else name
 
     @property
     def space(self) -> SearchSpace:
@@ -262,8 +266,7 @@ class StudySpec(Knobs):
     @property
     def baseline_seeds(self) -> list[int]:
         """Training seeds of a search's baselines, that of the trials first."""
-        first = self.seeds.training
-        return [(first + index) % 2**31 for index in range(self.search.replicates)]
+        return self.seeds.following(self.search.replicates)
 
     @property
     def planned_rows(self) -> int:
@@ -310,8 +313,23 @@ class StudySpec(Knobs):
         """
         if contents is None:
             contents = self.contents()
-        if self.is_command:
-            return {**flatten(self._command_conditions()), **contents}
+        kept: dict[str, Any]
+        kept = (
+            {"method": self.program.identity()} if self.is_command else self._engine_conditions()
+        )
+        if self.is_search:
+            seeds = {"training": self.seeds.training, "evaluation": self.seeds.evaluation}
+            kept |= {"weights": self.space.identity(), "seeds": seeds}
+        else:
+            kept["latents"] = "fresh" if self.fresh_latents else self.seeds.evaluation
+        if self.trajectories.mode == "recorded" and self.trajectories.dtype != "float32":
+            kept["trajectories"] = {"dtype": self.trajectories.dtype}
+        if self.resources.team > 1 and not self.is_command:
+            kept["resources"] = {"gpus": self.resources.team}
+        return {**flatten(kept), **contents}
+
+    def _engine_conditions(self) -> dict[str, Any]:
+        """What decides the students of a distillation, beside weights and seeds."""
         kept: dict[str, Any] = {
             "numerics": NUMERICS,
             "evaluation": {
@@ -332,25 +350,6 @@ class StudySpec(Knobs):
             kept["teacher"] = {"recipe": self.teacher.recipe}
         if self.precision != "float32":
             kept["precision"] = self.precision
-        if self.is_search:
-            seeds = {"training": self.seeds.training, "evaluation": self.seeds.evaluation}
-            kept |= {"weights": self.space.identity(), "seeds": seeds}
-        else:
-            kept["latents"] = "fresh" if self.fresh_latents else self.seeds.evaluation
-        if self.trajectories.mode == "recorded" and self.trajectories.dtype != "float32":
-            kept["trajectories"] = {"dtype": self.trajectories.dtype}
-        if self.resources.team > 1:
-            kept["resources"] = {"gpus": self.resources.team}
-        return {**flatten(kept), **contents}
-
-    def _command_conditions(self) -> dict[str, Any]:
-        """What decides the metric of a program, beside its files."""
-        kept: dict[str, Any] = {"method": self.program.identity()}
-        if self.is_search:
-            seeds = {"training": self.seeds.training, "evaluation": self.seeds.evaluation}
-            kept |= {"weights": self.space.identity(), "seeds": seeds}
-        else:
-            kept["latents"] = "fresh" if self.fresh_latents else self.seeds.evaluation
         return kept
 
     def _refuse_foreign(self) -> None:

@@ -20,7 +20,7 @@ PROGRESS_SECONDS = 1.0
 _JOIN_SECONDS = 10.0
 
 
-class Holding:
+class LeaseRenewal:
     """Renews a claim's lease from a thread, through outages of the database.
 
     Use it as a context manager around the work on a trial. Leaving it does not free the lease:

@@ -298,7 +298,7 @@ def database_clock(engine: sa.Engine) -> sa.ColumnElement[float]:
 
 
 def wall_clock(engine: sa.Engine) -> sa.ColumnElement[float]:
-    """As ``database_clock``, but jumps when the machine's clock is set; needs no table of ours."""
+    """A clock that needs no table of ours; it jumps when the machine's clock is set."""
     if engine.dialect.name == "postgresql":
         return _seconds("extract(epoch from clock_timestamp())")
     return _WALL

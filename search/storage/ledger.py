@@ -29,13 +29,13 @@ from optuna.trial import TrialState
 from bdense.errors import InputError
 from search.secrets import redact
 from search.storage.engine import exclusive, retrying
-from search.storage.lease_renewal import Holding, lost_error
+from search.storage.lease_renewal import LeaseRenewal, lost_error
 from search.storage.leases import Claim, Leases, RunningRow
 from search.storage.own_study import (
     DEFAULT_MAX_ATTEMPTS,
     JSON,
     lock_name,
-    open_study,
+    open_or_create,
     record_change,
     require_file,
 )
@@ -44,7 +44,7 @@ from search.storage.schema import open_tables
 from search.storage.stop_flags import HALT, Launch, Stops, stopped_error
 from search.storage.tables import OUT_OF_BOUNDS, SURPLUS
 
-__all__ = ["Claim", "Done", "FailureReason", "Holding", "Ledger", "Wait"]
+__all__ = ["Claim", "Done", "FailureReason", "LeaseRenewal", "Ledger", "Wait"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -149,7 +149,8 @@ class Ledger(LedgerReader):
         storage = open_tables(url)
         given = {"budget": budget, "ttl": ttl, "max_attempts": max_attempts}
         return cls._of(
-            storage, retrying(partial(open_study, storage, study_name, given, maximise=maximise))
+            storage,
+            retrying(partial(open_or_create, storage, study_name, given, maximise=maximise)),
         )
 
     def record_change(self, key: str, old: JSON, new: JSON) -> None:
@@ -292,9 +293,9 @@ class Ledger(LedgerReader):
 
         return self._locked(attempt)
 
-    def holding(self, claim: Claim) -> Holding:
+    def holding(self, claim: Claim) -> LeaseRenewal:
         """A context manager that keeps the claim's lease alive while the trial is worked on."""
-        return Holding(self._leases, claim, self.name, self.launch)
+        return LeaseRenewal(self._leases, claim, self.name, self.launch)
 
     def complete(self, claim: Claim, value: float, attrs: Mapping[str, JSON]) -> None:
         """Finish with a value; one that is not finite fails as diverged.

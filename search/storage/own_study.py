@@ -1,4 +1,4 @@
-"""Studies in Optuna's table: find or create one, with its settings and their changes."""
+"""Our Optuna studies: find or create one, with its settings and their changes."""
 
 import contextlib
 import logging
@@ -40,7 +40,7 @@ class OwnStudy(optuna.Study):
         state: TrialState | None = None,
         skip_if_finished: bool = False,
     ) -> FrozenTrial:
-        """As Optuna's."""
+        """Finish a trial, which is marked as ended by us first."""
         number = trial if isinstance(trial, int) else trial.number
         key = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
         with contextlib.suppress(UpdateFinishedTrialError):
@@ -71,7 +71,7 @@ class OwnStudy(optuna.Study):
         return [trial for trial in found if not trial.state.is_finished() or is_own(trial)]
 
 
-def open_study(
+def open_or_create(
     storage: RDBStorage,
     name: str,
     given: Mapping[str, int | float | None],

@@ -38,7 +38,7 @@ from search.storage.tables import (
     attributes_by_owner,
 )
 
-# Reason of a row that counts nowhere: foreign, or beyond the bounds or the budget.
+# Reason of a row that counts nowhere (``LEFT_OUT``).
 NOT_COUNTED = "not counted"
 # Values without a number in SQL; PostgreSQL has a type for their kind.
 _INFINITE = {"INF_POS": math.inf, "INF_NEG": -math.inf}
@@ -62,7 +62,7 @@ class Counts:
 
     @classmethod
     def of(cls, states: Mapping[str, int], *, budget: int) -> Self:
-        """From the number of trials in each of Optuna's states."""
+        """Counts, from the number of trials in each of Optuna's states."""
         return cls(
             planned=max(budget, sum(states.values()) - states["WAITING"]),
             complete=states["COMPLETE"],
@@ -123,7 +123,7 @@ class LedgerReader:
         storage = open_reading(url)
         return cls._of(storage, retrying(partial(find_study, storage, study_name)))
 
-    def beside(self, study_name: str) -> Self:
+    def sibling(self, study_name: str) -> Self:
         """Another study of the same database, through the same connections.
 
         Raises:
@@ -243,6 +243,11 @@ class LedgerReader:
         found = self._read(self._complete().order_by(*self._best_first).limit(1))
         return found[0] if found else None
 
+    def complete_row(self, number: int) -> StoredTrial:
+        """The complete trial of that number, which there must be."""
+        (found,) = self._read(self._complete().where(TRIALS.c.number == number))
+        return found
+
     def differing_versions(self) -> list[str]:
         """A line for each package of which trials used several versions."""
         first = sa.func.min(TRIALS.c.number).label("first")
@@ -319,7 +324,7 @@ class LedgerReader:
 
 
 def read_trials(
-    engine: sa.Engine, query: sa.Select[Any], keys: Collection[str] | None = None
+    engine: sa.Engine, query: sa.Select[Any], keys: Collection[str] | None
 ) -> list[StoredTrial]:
     """The trials that a query of ``trials_in`` finds, which have ended: nothing of them changes.
 

@@ -62,14 +62,14 @@ class Stops:
 
     @classmethod
     def of(cls, stored: Any) -> Self:  # noqa: ANN401  JSON, or None where nothing is stored
-        """From the stored attribute."""
+        """Read the stored attribute."""
         if not isinstance(stored, Mapping):
             return cls()
         launches = tuple(stored.get("launches", ()))
         return cls(count=stored.get("count", 0), asked=stored.get("asked"), launches=launches)
 
     def as_dict(self) -> dict[str, Any]:
-        """As the database stores it."""
+        """The form that the database stores."""
         return {"count": self.count, "asked": self.asked, "launches": list(self.launches)}
 
     def reaches(self, launch: Launch) -> bool:

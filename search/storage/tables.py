@@ -99,6 +99,7 @@ FOREIGN = sa.case(
     ),
     else_=~sa.or_(has(SYSTEM_ATTRIBUTES, ENDED), has(USER_ATTRIBUTES, *ENDED_BEFORE)),
 )
+# Trials that count nowhere: in no result, no budget and no count of states.
 LEFT_OUT = sa.or_(has(USER_ATTRIBUTES, OUT_OF_BOUNDS, SURPLUS), FOREIGN)
 
 

@@ -35,7 +35,7 @@ def studies_json(studies: Sequence[StoredStudy]) -> list[dict[str, Any]]:
         {
             "study": study.name,
             "kind": _kind(study),
-            "method": _method(study),
+            "method": _method(study).get("name"),
             "trials": counts_json(study.counts),
             **_best(study),
             "started": study.started and study.started.isoformat(timespec="seconds"),
@@ -55,7 +55,7 @@ def _cells(study: StoredStudy) -> tuple[str, ...]:
     return (
         study.name,
         _kind(study),
-        _method(study) or "-",
+        _method(study).get("name") or "-",
         f"{counts.complete}/{counts.planned}",
         str(counts.failed),
         str(counts.running),
@@ -77,19 +77,17 @@ def _kind(study: StoredStudy) -> str:
 def _best(study: StoredStudy) -> dict[str, Any]:
     """The best value by its metric's key, for scripts."""
     metric = metric_of(study)
-    if metric.key == "fid":
+    if metric.is_fid:
         return {"best_fid": study.best}
     return {"metric": metric.name, "best_value": study.best}
 
 
 def metric_of(study: StoredStudy) -> Metric:
     """What a study's rows are judged by, of which ``SPEC`` was read."""
-    method = json.loads(study.attributes.get(SPEC, "{}")).get("method", {})
-    return Metric.of(method)
+    return Metric.of(_method(study))
 
 
-def _method(study: StoredStudy) -> str | None:
-    """The method's name; None of a study that is incomplete, or was not upgraded."""
-    spec = json.loads(study.attributes.get(SPEC, "{}"))
-    method: str | None = spec.get("method", {}).get("name")
+def _method(study: StoredStudy) -> dict[str, Any]:
+    """The stored method; empty for a study that is incomplete, or was not upgraded."""
+    method: dict[str, Any] = json.loads(study.attributes.get(SPEC, "{}")).get("method", {})
     return method

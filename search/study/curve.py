@@ -32,7 +32,7 @@ def one_shot_json(study: Study) -> dict[str, Any]:
     return {"one_shot": None if curve is None else curve.as_dict()}
 
 
-def is_waited_for(study: Study) -> bool:
+def one_shot_pending(study: Study) -> bool:
     """Whether a one-shot training has still to end before the trials of a search start."""
     arms, own = study.arms, one_shot_arm(study.spec)
     return any(not ended and arms[row.arm] == own for row, ended in study.rows())

@@ -11,8 +11,8 @@ GRID, WEIGHTS_PLOT, LOSS_PLOT = "samples.png", "weights.png", "loss.png"
 PROGRAM_FOLDER = "work"
 
 
-def row_folder(study_name: str, number: int) -> Path:
-    """Folder of one row.
+def study_folder(study_name: str) -> Path:
+    """Folder of the folders of a study's rows.
 
     Raises:
         InputError: The study's name, which is not trusted, would lead out of the runs.
@@ -22,7 +22,12 @@ def row_folder(study_name: str, number: int) -> Path:
             f"study {study_name!r} has no folder of its own under the runs: its name would lead "
             "elsewhere; launch it under another name"
         )
-    return runs_folder() / study_name / f"{number:05d}"
+    return runs_folder() / study_name
+
+
+def row_folder(study_name: str, number: int) -> Path:
+    """Folder of one row; raises as ``study_folder``."""
+    return study_folder(study_name) / f"{number:05d}"
 
 
 def named_file(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""When, where and by what a study's rows were made, and what they cost."""
+"""Summarise when, where and by which versions a study's rows were made, and their cost."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -81,7 +81,7 @@ class Score:
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Self:
-        """From ``as_dict``."""
+        """Read what ``as_dict`` made."""
         return cls(**stored)
 
     def as_dict(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class IntermediateFID:
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Self:
-        """From ``as_dict``."""
+        """Read what ``as_dict`` made."""
         fid = FID.read({**stored, "value": stored["fid"]})
         return cls(fraction=stored["fraction"], trained_images=stored["trained_images"], fid=fid)
 
@@ -174,7 +174,7 @@ class Curve:
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Self:
-        """From ``as_dict``."""
+        """Read what ``as_dict`` made."""
         return cls(**{**stored, "points": [CurvePoint(**each) for each in stored["points"]]})
 
     def as_dict(self) -> dict[str, Any]:
@@ -297,7 +297,7 @@ class TrialResult:
 
     @classmethod
     def of(cls, value: float | None, attrs: Mapping[str, Any]) -> Self:
-        """From a row's value and attributes."""
+        """Read a row's value and attributes."""
         known = {each.name for each in dataclasses.fields(cls)}
         own = {
             name: _FORMS[name][1](attrs[name]) if name in _FORMS else attrs[name]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from search.storage.ledger import Ledger
-from search.study.folders import row_folder
+from search.study.folders import row_folder, study_folder
 
 IDENTITY, RESULT = "trial.json", "result.json"
 INTERMEDIATE_FILE = "intermediate.json"
@@ -82,7 +82,7 @@ def clean_checkpoints(ledger: Ledger) -> int:
     """Delete checkpoints of ended rows, folders moved aside, and unfinished files; bytes freed."""
     name = ledger.name
     freed = sum(drop_checkpoints(row_folder(name, number)) for number in ledger.ended())
-    study = row_folder(name, 0).parent
+    study = study_folder(name)
     for folder in study.iterdir() if study.is_dir() else ():
         if not folder.is_dir():
             continue

@@ -75,20 +75,20 @@ class Study:
         found = Ledger.open_reading(url, name) if reading else Ledger.open(url, name, budget=None)
         return cls._of(url, found)
 
-    def beside(self, name: str) -> Self | None:
+    def sibling(self, name: str) -> Self | None:
         """Another study of the same storage, through the same connections; None without it."""
         try:
-            return type(self)._of(self.url, self.main.beside(name))
+            return type(self)._of(self.url, self.main.sibling(name))
         except UnknownStudyError:
             return None
 
-    def again(self) -> Self:
+    def reread(self) -> Self:
         """The study as it is now; another plan of its conditions may have replaced its rows.
 
         Raises:
             UnknownStudyError: It was deleted.
         """
-        return self._of(self.url, self.main.beside(self.name))
+        return self._of(self.url, self.main.sibling(self.name))
 
     @classmethod
     def _of(cls, url: str, found: Ledger) -> Self:
@@ -105,7 +105,7 @@ class Study:
             )
         if ARMS in attributes:
             return cls(url, None, found)
-        return cls(url, found, beside_or_none(found, name + BASELINES_SUFFIX))
+        return cls(url, found, sibling_or_none(found, name + BASELINES_SUFFIX))
 
     @classmethod
     def create(cls, url: str, spec: StudySpec, *, of: str | None = None) -> Self:
@@ -144,7 +144,7 @@ class Study:
         trials = _ledger(url, spec, spec.name, spec.search.points)
         _store(trials, spec, before)
         beside = spec.name + BASELINES_SUFFIX
-        given = _ledger(url, spec, beside, 2 if beside_or_none(trials, beside) is None else None)
+        given = _ledger(url, spec, beside, 2 if sibling_or_none(trials, beside) is None else None)
         given.store({"of": spec.name})
         study = cls(url, trials, given)
         # First, as trials wait for it. What failed is tried again in new rows.
@@ -190,7 +190,7 @@ class Study:
 
     @property
     def spec(self) -> StudySpec:
-        """As its last launch stored it.
+        """The spec that the last launch stored.
 
         Raises:
             InputError: Another version of bdense stored it.
@@ -396,10 +396,10 @@ def intermediate_of(spec: StudySpec) -> dict[str, Any] | None:
     return {"at": list(spec.search.at), "images": images}
 
 
-def beside_or_none(ledger: Ledger, name: str) -> Ledger | None:
+def sibling_or_none(ledger: Ledger, name: str) -> Ledger | None:
     """The ledger of another study of the same storage, if there is one."""
     try:
-        return ledger.beside(name)
+        return ledger.sibling(name)
     except UnknownStudyError:
         return None
 

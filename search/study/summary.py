@@ -6,7 +6,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from bdense.weights.space import BASELINE, PLAIN
+from bdense.weights.space import BASELINE
 from search.secrets import redact
 from search.spec.metric import Metric
 from search.spec.study import StudySpec
@@ -36,7 +36,7 @@ class Measured:
 
     @property
     def value(self) -> float:
-        """Of the study's metric."""
+        """The study's metric of this row."""
         assert self.result.value is not None
         return self.result.value
 
@@ -109,7 +109,7 @@ def summary_of(study: Study) -> Summary:
 
 def judged_by_mean(study: Study, now: Summary, number: int) -> Summary:
     """The summary with that replicated trial as its best."""
-    trial = next(each for each in study.search.rows(TrialState.COMPLETE) if each.number == number)
+    trial = study.search.complete_row(number)
     return replace(now, best=measured(now.spec, trial), by_mean=True)
 
 
@@ -165,7 +165,7 @@ def best_json(now: Summary) -> dict[str, Any]:
         "trials": counts_json(now.counts),
         "best": best,
         "baselines": {
-            now.spec.method.name if name == PLAIN else name: each.baseline_dict()
+            now.spec.baseline_key(name): each.baseline_dict()
             for name, each in now.baselines.items()
         },
     }
@@ -180,10 +180,10 @@ def copy_baselines(study: Study) -> None:
 
 def table(now: Summary) -> str:
     """The search's result for people: baselines, the best trial, and remarks."""
-    return "\n".join([*align(table_rows(now)), *remarks(now)])
+    return "\n".join([*align(summary_rows(now)), *remarks(now)])
 
 
-def table_rows(now: Summary) -> list[tuple[str, ...]]:
+def summary_rows(now: Summary) -> list[tuple[str, ...]]:
     """A header, then baselines and the best trial, as cells."""
     space, reference, best = now.spec.space, now.reference, now.best
     names = tuple(space.distributions() if best is None else best.parameters)
@@ -244,9 +244,8 @@ def remarks(now: Summary) -> list[str]:
 
 def headline(study: Study) -> str:
     """Counts on one line."""
-    what = "trials" if study.is_search else "rows"
-    name = f"study {study.name}" if study.is_search else study.name
-    return f"{name}: {counts_line(study.counts(), what)}"
+    name, rows = (f"study {study.name}", "trials") if study.is_search else (study.name, "rows")
+    return f"{name}: {counts_line(study.counts(), rows)}"
 
 
 def failures(study: Study) -> list[str]:

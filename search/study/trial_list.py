@@ -62,7 +62,7 @@ class ListedRow:
     worker: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        """As ``trials --json`` prints it."""
+        """The form that ``trials --json`` prints."""
         values = {name: getattr(self, name) for name in self.__slots__ if name != "metric"}
         return {self.metric.key if name == "value" else name: v for name, v in values.items()}
 

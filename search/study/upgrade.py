@@ -45,7 +45,7 @@ from search.storage.tables import (
     USER_ATTRIBUTES,
 )
 from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, arms_study, baseline_arms
-from search.study.folders import row_folder
+from search.study.folders import row_folder, study_folder
 from search.study.retention import IDENTITY, INTERMEDIATE_FILE, RESULT
 from search.study.study import (
     ARMS,
@@ -60,8 +60,8 @@ from search.study.study import (
     SPEC,
     TRAJECTORIES,
     VARIANTS,
-    beside_or_none,
     intermediate_of,
+    sibling_or_none,
 )
 
 # Names of attributes in format 1, of studies and of rows.
@@ -161,7 +161,7 @@ def _bring_over(url: str, name: str, spec: StudySpec) -> str:
         InputError: It has running workers, or interrupted rows without a folder here.
     """
     ledger = Ledger.open(url, name, budget=None)
-    baselines = beside_or_none(ledger, name + BASELINES_SUFFIX)
+    baselines = sibling_or_none(ledger, name + BASELINES_SUFFIX)
     ledgers = [ledger] if baselines is None else [ledger, baselines]
     _refuse_at_work(ledgers)
     form = _Form.of(name, ledger.study.user_attrs, spec)
@@ -209,7 +209,7 @@ def _refuse_at_work(ledgers: Sequence[Ledger]) -> None:
 def _require_folders(ledgers: Sequence[Ledger]) -> None:
     """Refuse a study whose interrupted rows would lose their checkpoints."""
     for ledger in ledgers:
-        folder = row_folder(ledger.name, 0).parent
+        folder = study_folder(ledger.name)
         if ledger.counts().running and not folder.is_dir():
             raise InputError(
                 f"it has interrupted rows, and their folder {folder} is not here; run this "
@@ -254,7 +254,7 @@ class _Form:
 
     @classmethod
     def of(cls, name: str, old: Mapping[str, Any], spec: StudySpec) -> "_Form":
-        """From its attributes and its spec of today."""
+        """A study, from its attributes of format 1 and its spec in the new form."""
         if old.get(_KIND) == _RETRAIN:
             spec = arms_study(spec, name)
         measured = json.loads(old[CONDITIONS])
@@ -265,7 +265,7 @@ class _Form:
 
     @property
     def fingerprint(self) -> str:
-        """Of today's conditions."""
+        """The fingerprint of the new conditions."""
         return fingerprint_of(self.conditions)
 
     @property
@@ -379,7 +379,7 @@ def _result_attrs(old: Mapping[str, Any], row: _Row, fingerprint: str) -> dict[s
 
 def _rewrite_folder(folder: Path, row: _Row, form: _Form) -> bool:
     """Rewrite a folder if it is the row's; returns whether it is."""
-    identity = row.task.identity() | {"fingerprint": form.fingerprint}
+    identity = row.task.identity(form.fingerprint)
     mark = folder / IDENTITY
     if not mark.is_file() or json.loads(mark.read_text()) not in (row.before, identity):
         return False

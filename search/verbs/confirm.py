@@ -11,7 +11,7 @@ from search.analysis.plans import confirmation_arms, differing, transfer_arms
 from search.analysis.recommendation import recommend
 from search.api import run_confirmation
 from search.run.launch import run_rows
-from search.spec.file import read_spec, require_variants_apart
+from search.spec.file import read_spec, require_variants_in_child
 from search.study.summary import headline
 from search.verbs.common import open_search, show_rows, use_workers
 from search.verbs.launch import dry_run
@@ -23,7 +23,7 @@ def confirm(asked: ConfirmOptions, run: Workers, dry: DryRun) -> None:
     workers = use_workers(run, dry)
     study = open_search(asked)
     method = study.spec.confirm.method | ({"kimg": asked.kimg} if asked.kimg else {})
-    require_variants_apart(study.spec, [differing(study.spec, method)])
+    require_variants_in_child(study.spec, [differing(study.spec, method)])
     usual = study.spec.confirm
     seeds, count = asked.seeds or usual.seeds, asked.candidates or usual.candidates
     if dry.dry_run:

@@ -2,7 +2,7 @@
 
 import functools
 
-from search.analysis.comparison import comparisons_of, table_rows, teacher_of
+from search.analysis.comparison import comparison_rows, comparisons_of, teacher_of
 from search.analysis.plans import arm_from
 from search.promotion import Asked, Promotion
 from search.spec.file import read_spec
@@ -33,7 +33,11 @@ def promote(options: PromoteOptions, run: Workers, dry: DryRun) -> None:
     planned, arm = promotion.run(workers, remark=functools.partial(print, flush=True))
     show_rows(planned)
     if shown := comparisons_of(planned):
-        print(*align(table_rows(shown, teacher_of(planned))), shown[0].conditions_line(), sep="\n")
+        print(
+            *align(comparison_rows(shown, teacher_of(planned))),
+            shown[0].conditions_line(),
+            sep="\n",
+        )
     for each in promotion.models(planned, arm):
         if each.recommended is not None:
             print(each.recommended.text())

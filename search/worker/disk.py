@@ -1,4 +1,4 @@
-"""Errors of a full disk, and of files that a worker may not use."""
+"""Recognise a full disk or missing permissions, and say what to do."""
 
 import errno
 import platform

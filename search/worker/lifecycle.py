@@ -11,7 +11,7 @@ from bdense.errors import BdenseError, NonFiniteError, StoppedError, is_out_of_m
 from search.errors import LeaseLostError, SpecChangedError, StorageError, UnpreparedError
 from search.log import log_context
 from search.secrets import redact
-from search.storage.ledger import Claim, FailureReason, Holding, Ledger
+from search.storage.ledger import Claim, FailureReason, LeaseRenewal, Ledger
 from search.study.folders import row_folder
 from search.study.results import TrialResult
 from search.study.retention import drop_checkpoints
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 def work_on_row(
     ledger: Ledger,
     claim: Claim,
-    work: Callable[[Holding, Path, TrialLog], TrialResult],
+    work: Callable[[LeaseRenewal, Path, TrialLog], TrialResult],
     *,
     fingerprint: str,
     asked: float,

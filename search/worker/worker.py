@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from search.analysis.stop_rule import look_ahead
+from search.analysis.stop_rule import stop_or_replicate
 from search.errors import SpecChangedError
 from search.spec.space import make_sampler, sampler_seed, search_space
-from search.storage.ledger import Claim, Done, Holding, Ledger, Wait
+from search.storage.ledger import Claim, Done, LeaseRenewal, Ledger, Wait
 from search.study.arms import ROW_SPACE
-from search.study.curve import enqueue_best, is_waited_for
+from search.study.curve import enqueue_best, one_shot_pending
 from search.study.results import TrialResult
 from search.study.retention import keep_best_students
 from search.study.study import FINGERPRINT, Study
@@ -87,7 +87,7 @@ class Worker:
         """
         if ledger is not self._study.trials or not self._awaits_curve:
             return False
-        self._awaits_curve = is_waited_for(self._study)
+        self._awaits_curve = one_shot_pending(self._study)
         if not self._awaits_curve:
             enqueue_best(self._study)
         return self._awaits_curve
@@ -103,7 +103,7 @@ class Worker:
         ended = [each.ended for each in counts]
         if ended == self._ended or counts[-1].waiting:
             return False
-        planned = look_ahead(self._study)
+        planned = stop_or_replicate(self._study)
         if not planned:
             self._ended = ended
         return planned
@@ -127,7 +127,7 @@ class Worker:
         task = study.task(ledger, claim.params)
         judge = Judge(self._spec, ledger, claim, prunes=is_trial)
 
-        def work(holding: Holding, folder: Path, log: TrialLog) -> TrialResult:
+        def work(holding: LeaseRenewal, folder: Path, log: TrialLog) -> TrialResult:
             # While the lease is held: it may take longer than one lasts.
             self._trainer.ready(task)
             result = self._trainer.run(

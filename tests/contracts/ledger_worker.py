@@ -20,7 +20,7 @@ from optuna.samplers import RandomSampler
 
 from bdense.files import atomic_write
 from search.errors import LeaseLostError
-from search.storage.ledger import Claim, Done, Holding, Ledger, Wait
+from search.storage.ledger import Claim, Done, LeaseRenewal, Ledger, Wait
 
 SPACE = {"a": FloatDistribution(-1.0, 3.0), "b": FloatDistribution(-6.0, 0.0)}
 STEPS = 8
@@ -34,7 +34,7 @@ def objective(params: dict[str, float]) -> float:
     return (params["a"] - 1.0) ** 2 + (params["b"] + 4.0) ** 2
 
 
-def run_trial(claim: Claim, folder: Path, held: Holding) -> float:
+def run_trial(claim: Claim, folder: Path, held: LeaseRenewal) -> float:
     """Go on from the step stored in the trial's folder."""
     trial = folder / str(claim.number)
     trial.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from bdense.data.datasets import Dataset
+from bdense.data.prompts import read_prompts
 from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.denoiser import NetworkDenoiser
@@ -17,7 +18,6 @@ from bdense.metrics.metrics import measure_images
 from bdense.metrics.records import Metrics, PromptFile
 from bdense.metrics.references import Reference, dataset_reference, read_reference
 from bdense.metrics.setup import Setup
-from bdense.models.latents import read_prompts
 from bdense.models.zoo import resolve_reference
 from search.spec.sections import EvaluationSpec
 from search.spec.study import StudySpec

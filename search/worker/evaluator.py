@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from bdense import NUMERICS
 from bdense.data.datasets import Dataset
 from bdense.data.prompts import read_prompts
 from bdense.diffusion.codecs import Codec
@@ -115,7 +116,7 @@ class Evaluator:
 
     def setup(self, denoiser: NetworkDenoiser) -> Setup:
         """What a model's FID is measured with, in this process."""
-        found = Setup.of(denoiser, self.reference, self.spec.batch)
+        found = Setup.of(denoiser, self.reference, self.spec.batch, NUMERICS)
         return replace(found, guidance=self.spec.guidance)
 
 

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import platform
-import re
 import shutil
 import tempfile
 import threading
@@ -277,12 +276,6 @@ def sha256_model(path: Path) -> str:
         if is_read and not any(part.startswith(".") for part in name.parts):
             digest.update(f"{name} {sha256_file(file)}\n".encode())
     return digest.hexdigest()
-
-
-def split_column(source: str) -> tuple[Path, str | None]:
-    """``FILE.csv:COLUMN`` (or .tsv, .json, .jsonl) as its parts; None where no column is named."""
-    match = re.fullmatch(r"(.+\.(?:csv|tsv|jsonl?)):([^/:]+)", source)
-    return (Path(source), None) if match is None else (Path(match[1]), match[2])
 
 
 def user_folder(variable: str, name: str) -> Path:

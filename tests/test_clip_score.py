@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from bdense.data.prompts import read_prompts
 from bdense.errors import CheckpointError, InputError
 from bdense.metrics.clip_score import load_clip_scorer
 from bdense.metrics.records import Metrics
-from bdense.models.latents import read_prompts
 from tests import commands
 from tests.clip import tiny_clip
 from tests.features import ColourMeans, scripted

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from bdense.data.prompts import read_prompts
 from bdense.diffusion.denoiser import build_denoiser
 from bdense.errors import InputError
-from bdense.models.latents import drawn_shape, read_prompts
+from bdense.models.latents import drawn_shape
 from bdense.models.store import load_model
 from bdense.models.zoo import CONVERTED_CHECKPOINTS, HUB_CHECKPOINTS, PROMPT_SETS
 

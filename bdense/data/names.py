@@ -15,11 +15,6 @@ DATA_SETS = (
     f"{', '.join(f'{kind}:PATH' for kind in FORMATS)}; NAME@SIDE pads images to SIDE x SIDE, "
     "NAME@cropSIDE crops and resizes them"
 )
-# A file of prompts, see ``bdense.models.latents.read_prompts``.
-PROMPTS = (
-    "text file with a prompt in each line, FILE:COLUMN of a .csv, .tsv, .json or .jsonl, or "
-    "ms-coco-val2014-30k"
-)
 LABELS_FILE = "dataset.json"
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 

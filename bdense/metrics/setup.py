@@ -7,7 +7,6 @@ from typing import Any, Self
 
 import torch
 
-from bdense import NUMERICS
 from bdense.arguments import require_types
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.execution import Execution
@@ -49,14 +48,14 @@ class Setup:
         require_types(self)
 
     @classmethod
-    def of(cls, model: NetworkDenoiser, reference: Reference, batch: int) -> Self:
+    def of(cls, model: NetworkDenoiser, reference: Reference, batch: int, numerics: int) -> Self:
         """Of a model on its device, in this process."""
         device = next(model.parameters()).device
         names = {"cpu": f"{platform.machine()} CPU", "mps": "Apple GPU"}
         return cls(
             weights_sha256=denoiser_sha256(model),
             data_sha256=reference.data_sha256,
-            numerics=NUMERICS,
+            numerics=numerics,
             batch=batch,
             # Gradient checkpointing does not change the images.
             execution=replace(model.execution, gradient_checkpointing=False),

@@ -1,12 +1,9 @@
-"""What surrounds a denoiser of latents in a pipeline's folder: autoencoder and text encoder.
+"""Autoencoders and text encoders, which surround a denoiser of latents in a pipeline's folder.
 
 Needs the ``diffusers`` extra, which has transformers.
 """
 
-import csv
-import io
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,6 @@ from bdense.diffusion.codecs import Autoencoder, Codec, Pixels
 from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError
-from bdense.files import split_column
 from bdense.models.diffusers_files import (
     CONFIG,
     load_part,
@@ -28,12 +24,10 @@ from bdense.models.diffusers_files import (
     read_json,
 )
 from bdense.models.diffusers_teacher import codec_config
-from bdense.models.zoo import PROMPT_SETS
 from bdense.networks.diffusers_network import require_diffusers
 from bdense.networks.diffusers_unet import DiffusersUNet
 
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
-_TEXT = "text"  # the usual column, as of MS-COCO's captions
 
 
 def draws_latents(model: NetworkDenoiser, metadata: Mapping[str, Any]) -> bool:
@@ -67,72 +61,6 @@ def drawn_shape(model: NetworkDenoiser, metadata: Mapping[str, Any]) -> tuple[in
             "whole pipeline"
         )
     return shape
-
-
-def read_prompts(source: str | Path) -> list[str]:
-    """The prompts of a file; blank ones do not count.
-
-    Args:
-        source: A text file with one in each line, or a table (.csv, .tsv, .json, .jsonl) with a
-            column of them: ``FILE:COLUMN``, or FILE if it has one column or one called text. A
-            .json may be a list of prompts, too. Or the name of a public table
-            (``bdense.models.zoo.PROMPT_SETS``), which is downloaded once.
-
-    Raises:
-        InputError: The file cannot be read, holds none, or has no such column.
-    """
-    if (published := PROMPT_SETS.get(str(source))) is not None:
-        source = published.fetch()
-    file, column = split_column(str(source))
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        read = _TABLES.get(file.suffix)
-        found = text.splitlines() if read is None else _column(read(text), column, file)
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file} cannot be read: {error}") from error
-    if not (texts := [stripped for each in found if (stripped := each.strip())]):
-        raise InputError(f"{source} is empty; write a prompt in each line")
-    return texts
-
-
-def _json(text: str) -> list[Any]:
-    found = json.loads(text)
-    if isinstance(found, dict):  # by column
-        columns = {name: each for name, each in found.items() if isinstance(each, list)}
-        return [
-            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-        ]
-    return found if isinstance(found, list) else [found]
-
-
-# Of a file's text, its rows: mappings by column, or prompts.
-_TABLES: Mapping[str, Callable[[str], list[Any]]] = {
-    ".csv": lambda text: list(csv.DictReader(io.StringIO(text))),
-    ".tsv": lambda text: list(csv.DictReader(io.StringIO(text), delimiter="\t")),
-    ".json": _json,
-    ".jsonl": lambda text: [json.loads(line) for line in text.splitlines() if line.strip()],
-}
-
-
-def _column(rows: list[Any], column: str | None, file: Path) -> list[str]:
-    """The prompts of rows."""
-    if rows and column is None and all(isinstance(row, str) for row in rows):
-        return rows
-    if not all(isinstance(row, dict) for row in rows):
-        raise InputError(
-            f"{file} is not a table of prompts; give rows of which one column is the prompt"
-        )
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    chosen = column or (names[0] if len(names) == 1 else _TEXT)
-    if rows and not all(isinstance(row.get(chosen), str) for row in rows):
-        known = ", ".join(map(str, names))
-        raise InputError(
-            f"{file} lacks text in column {chosen} of some row; its columns are {known}; choose "
-            f"one by {file.name}:COLUMN"
-        )
-    return [row[chosen] for row in rows]
 
 
 def load_codec(source: str | Path) -> Codec:

@@ -211,7 +211,7 @@ class KeptFIDs:
                 prompts=self.prompts,
             )
             unusual = _sequential(sampler) | precision
-            setup = Setup.of(model, self.reference, BATCH).as_dict()
+            setup = Setup.of(model, self.reference, BATCH, NUMERICS).as_dict()
             kept = {"fid": measured.fid.as_dict() | unusual, SETUP: setup, "of": conditions}
             with atomic_write(path) as scratch:
                 scratch.write_text(json.dumps(kept))

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from bdense.command import Configs, Force, ReadLater
-from bdense.data.names import DATA_SETS, PROMPTS
+from bdense.data.names import DATA_SETS
+from bdense.data.prompts import PROMPTS
 from bdense.diffusion import BATCH, SOLVERS, STOCHASTIC_SOLVERS
 from bdense.diffusion.grid_knobs import NativeGridKnobs
 from bdense.execution import Execution

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bdense import NUMERICS
 from bdense.command import Force
 from bdense.data.datasets import load_dataset
 from bdense.diffusion import BATCH
@@ -68,7 +69,7 @@ def recombine(
     metadata["coefficients"] = list(c)
     combined = recombine_branches(student, c)
     if judge is not None:
-        metadata[SETUP] = Setup.of(combined, judge.reference, BATCH).as_dict()
+        metadata[SETUP] = Setup.of(combined, judge.reference, BATCH, NUMERICS).as_dict()
     keep_student(own.out, combined, None, metadata)
     print(own.out)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bdense.command import Force
 from bdense.data.names import SUFFIXES
+from bdense.data.prompts import read_prompts
 from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser
@@ -30,7 +31,6 @@ from bdense.models.latents import (
     draws_latents,
     load_codec,
     load_text_encoder,
-    read_prompts,
 )
 from bdense.models.store import load_model
 from bdense.verbs.common import chosen_hardware

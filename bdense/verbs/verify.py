@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bdense import NUMERICS
 from bdense.arguments import require_types
 from bdense.data.datasets import load_dataset
 from bdense.data.names import split_format
@@ -75,7 +76,7 @@ def verify(own: VerifyOptions, hardware: RecordedHardware) -> None:
         on_image=lambda done: show(done, recorded.images, "images drawn"),
     )
     fid = measure_images(images, extractor, reference, nfe=recorded.nfe, seeds=recorded.seeds).fid
-    here = Setup.of(model, reference, batch)
+    here = Setup.of(model, reference, batch, NUMERICS)
     _tell(own, recorded.value, fid.value, setup, here)
 
 

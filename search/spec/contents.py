@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bdense.data.names import LABELS_FILE, image_files, labels_beside, split_fit, split_format
-from bdense.files import sha256_file, split_column
+from bdense.data.prompts import split_column
+from bdense.files import sha256_file
 from bdense.models.zoo import PROMPT_SETS
 
 

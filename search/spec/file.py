@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from bdense.data.names import split_fit, split_format
+from bdense.data.prompts import split_column
 from bdense.errors import InputError, did_you_mean
-from bdense.files import split_column
 from bdense.models.diffusers_files import is_hub_id
 from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, REFERENCES
 from search.child import in_child

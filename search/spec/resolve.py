@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bdense.data.datasets import image_shape
+from bdense.data.prompts import read_prompts
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.guidance import no_null
 from bdense.errors import InputError
@@ -34,7 +35,6 @@ from bdense.models.latents import (
     TOKENIZER,
     drawn_shape,
     draws_latents,
-    read_prompts,
 )
 from bdense.models.store import load_stored
 from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from bdense.data.names import PROMPTS
+from bdense.data.prompts import PROMPTS
 from bdense.errors import InputError
 from bdense.execution import CompileMode, Execution
 from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bdense import NUMERICS
-from bdense.data.names import PROMPTS
+from bdense.data.prompts import PROMPTS
 from bdense.errors import InputError
 from bdense.execution import Precision
 from bdense.files import sha256_file, sha256_model

@@ -18,6 +18,7 @@ import torch
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.data.encoded import encode_dataset
+from bdense.data.prompts import read_prompts
 from bdense.diffusion.conditions import Conditions, captions
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import GRID_COLUMNS
@@ -31,7 +32,7 @@ from bdense.metrics.metrics import require_measurable
 from bdense.metrics.records import FID, PromptFile
 from bdense.metrics.settings import MetricSettings
 from bdense.models.card import inherited
-from bdense.models.latents import draws_latents, load_codec, read_prompts
+from bdense.models.latents import draws_latents, load_codec
 from bdense.models.store import denoiser_sha256
 from bdense.randomness import Stream, derive_seed
 from bdense.weights.space import Uniform

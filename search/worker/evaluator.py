@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from bdense import NUMERICS
 from bdense.data.datasets import Dataset
+from bdense.data.prompts import read_prompts
 from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.denoiser import NetworkDenoiser
@@ -17,7 +19,6 @@ from bdense.metrics.metrics import measure_images
 from bdense.metrics.records import Metrics, PromptFile
 from bdense.metrics.references import Reference, dataset_reference, read_reference
 from bdense.metrics.setup import Setup
-from bdense.models.latents import read_prompts
 from bdense.models.zoo import resolve_reference
 from search.places import cache_folder
 from search.spec.sections import EvaluationSpec
@@ -115,7 +116,7 @@ class Evaluator:
 
     def setup(self, denoiser: NetworkDenoiser) -> Setup:
         """The setup that a model's FID is measured with, in this process."""
-        found = Setup.of(denoiser, self.reference, self.spec.batch)
+        found = Setup.of(denoiser, self.reference, self.spec.batch, NUMERICS)
         return replace(found, guidance=self.spec.guidance)
 
 

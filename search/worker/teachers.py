@@ -9,6 +9,7 @@ import torch
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset
+from bdense.data.prompts import read_prompts
 from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.files import atomic_write, file_lock, sha256_model
@@ -19,7 +20,6 @@ from bdense.models.latents import (
     TextEncoder,
     drawn_shape,
     load_text_encoder,
-    read_prompts,
 )
 from bdense.models.store import denoiser_sha256, load_denoiser, load_stored, save_denoiser
 from bdense.models.zoo import CONVERTED_CHECKPOINTS, HUB_CHECKPOINTS

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from bdense.diffusion import SOLVERS as SOLVERS
     from bdense.diffusion.branches import export_branch as export_branch
     from bdense.diffusion.branches import recombine_branches as recombine_branches
+    from bdense.diffusion.pictures import save_grid as save_grid
     from bdense.diffusion.sampling import Sampler as Sampler
     from bdense.diffusion.sampling import draw_images as draw_images
     from bdense.diffusion.sampling import samplers_from as samplers_from
-    from bdense.diffusion.sampling import save_grid as save_grid
     from bdense.diffusion.schedules import Schedule as Schedule
     from bdense.methods import METHODS as METHODS
     from bdense.methods.distill import distill as distill
@@ -84,7 +84,7 @@ _HOME = {
     "recombine_branches": "diffusion.branches",
     "samplers_from": "diffusion.sampling",
     "save_denoiser": "models.store",
-    "save_grid": "diffusion.sampling",
+    "save_grid": "diffusion.pictures",
     "train": "training.loop",
     "train_teacher": "training.teacher",
     "uniform_weights": "weights.log_linear",

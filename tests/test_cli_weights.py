@@ -8,8 +8,8 @@ import torch
 from bdense.cli import make_parser
 from bdense.errors import InputError
 from bdense.verbs.weight_options import chosen_weighting
+from bdense.weights.learned import RULES
 from bdense.weights.log_linear import LogLinearWeights, normalised_weights
-from bdense.weights.rules import RULES
 from bdense.weights.weighting import BranchWeighting, LearnedWeights
 from tests.plugins import example_package
 

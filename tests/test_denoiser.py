@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from bdense.diffusion.conditions import ClassLabels
+from bdense.diffusion.conditions import TensorCondition
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.preconditioning import EDM, IDDPM, VE, VP
 from bdense.errors import CheckpointError, InputError, ShapeError
@@ -160,12 +160,6 @@ def test_a_head_without_the_variance_is_refused():
         NetworkDenoiser(net, IDDPM())
 
 
-def test_only_edm_has_a_sigma_data():
-    assert tiny_denoiser().sigma_data == 0.5
-    with pytest.raises(InputError, match="precond='vp' has no sigma_data; EDM's loss"):
-        _ = tiny_denoiser(precond="vp").sigma_data
-
-
 def test_a_float64_level_leaves_the_images_dtype():
     denoised = small_teacher()(image(channels=1), torch.tensor(2.0, dtype=torch.float64))
     assert denoised.dtype == torch.float32
@@ -180,7 +174,10 @@ def test_conditions_are_bound_in_a_closure():
     denoiser = tiny_denoiser(label_dim=3)
     x, labels = image(), one_hot(0, 2, 1)
     sigma = torch.tensor([0.1, 1.0, 9.0])
-    assert torch.equal(denoiser.given(ClassLabels(labels))(x, sigma), denoiser(x, sigma, labels))
+    assert torch.equal(
+        denoiser.given(TensorCondition("class_labels", labels))(x, sigma),
+        denoiser(x, sigma, labels),
+    )
     assert torch.equal(denoiser.given()(x, sigma), denoiser(x, sigma))
     assert (denoiser.label_dim, denoiser.step_condition) == (3, False)
     assert denoiser.image_shape == (2, 8, 8)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bdense.diffusion.branches import widen_head
-from bdense.diffusion.conditions import Classes, ClassLabels, Unconditional
+from bdense.diffusion.conditions import Classes, TensorCondition, Unconditional
 from bdense.diffusion.guidance import calls, guided, null_for
 from bdense.errors import InputError, ShapeError
 from tests.networks import image, one_hot, tiny_denoiser
@@ -15,7 +15,7 @@ def denoiser():
     return tiny_denoiser(label_dim=3, label_dropout=0.2)
 
 
-NULL = ClassLabels(torch.zeros(1, 3))
+NULL = TensorCondition("class_labels", torch.zeros(1, 3))
 X, LEVELS = image(), torch.tensor([0.1, 1.0, 20.0])
 
 

@@ -142,7 +142,6 @@ class DiffusersNetwork(TakesSteps, Network):
 
     @classmethod
     def build(cls, options: Mapping[str, Any], *, num_branches: int, outputs: int) -> Self:
-        """As in ``Network``."""
         require_diffusers()
         steps = {"step_condition", "step_values"} & set(options)
         if set(options) - steps != {"img_channels", cls.part}:
@@ -161,10 +160,9 @@ class DiffusersNetwork(TakesSteps, Network):
         return network
 
     def checkpoint_blocks(self, on: bool) -> None:
-        """As in ``Network``, by the model's own switch."""
         model = getattr(self, self.part)
         if on:
-            # diffusers' default is no function that travels to other processes.
+            # diffusers' default function cannot be pickled.
             model.enable_gradient_checkpointing(checkpointed)
         else:
             model.disable_gradient_checkpointing()

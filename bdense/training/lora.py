@@ -6,7 +6,6 @@ but for its bias, which an adapter's file has no place for. Needs the ``lora`` e
 """
 
 import copy
-import warnings
 from typing import Any
 
 import torch
@@ -94,8 +93,7 @@ def merged(student: NetworkDenoiser) -> NetworkDenoiser:
     for name, layer in list(whole.named_modules()):
         if isinstance(layer, LoraLayer):
             parent, _, own = name.rpartition(".")
-            with warnings.catch_warnings():
-                layer.merge()
+            layer.merge()
             setattr(whole.get_submodule(parent), own, layer.get_base_layer())
     return whole.requires_grad_(True)
 

@@ -18,7 +18,7 @@ from bdense.knobs import KnobError, from_options
 from bdense.methods import METHODS
 from bdense.methods.distill import TrainedStage, keep_student
 from bdense.methods.distill import distill as distill_stages
-from bdense.methods.method import Inputs, StagePlan, require_same_shape
+from bdense.methods.method import Inputs, StagePlan, require_shape
 from bdense.metrics.extractors import load_extractor
 from bdense.metrics.records import PromptFile
 from bdense.metrics.references import dataset_reference
@@ -48,9 +48,7 @@ def distill(options: argparse.Namespace) -> None:
     own, evaluation = from_options(DistillOptions, options), from_options(Evaluation, options)
     method = METHODS[own.method]()
     config = from_options(method.Config, options)
-    weighting = chosen_weighting(
-        options, method.num_branches(config), method.num_intervals(config)
-    )
+    weighting = chosen_weighting(options, config.num_branches, config.num_intervals)
     device, execution = chosen_hardware(options)
     texts = chosen_prompts(None, own.prompts)
     dataset = None
@@ -60,11 +58,11 @@ def distill(options: argparse.Namespace) -> None:
         image_shape(own.data)  # not needed, but a misspelt one is refused all the same
     teacher, known = load_stored(own.teacher)
     # A student that is distilled further keeps its own knobs, unless an option changes them.
-    config = from_options(method.Config, options, **method.usual(known, teacher))
+    config = from_options(method.Config, options, **method.Config.usual(known, teacher))
     learned = dataset if method.needs_data else None
     if learned is not None and draws_latents(teacher, known):
         method.check(config, teacher, known)
-        require_same_shape(learned, learned.shape, drawn_shape(teacher, known))
+        require_shape(learned, drawn_shape(teacher, known))
         if texts:
             captions(len(texts), learned)  # refuses those that are none, before they are embedded
         learned = _encoded(learned, own.teacher, evaluation.cache, device)
@@ -82,7 +80,7 @@ def distill(options: argparse.Namespace) -> None:
         teacher,
         config,
         weighting,
-        Inputs(dataset=learned, seed=own.seed, known=known, conditions=conditions),
+        Inputs(dataset=learned, seed=own.seed, metadata=known, conditions=conditions),
         folder=folder,
         name=own.out.stem,
         replace=from_options(Force, options).force,

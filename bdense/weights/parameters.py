@@ -22,8 +22,8 @@ def parameter_knobs(
 ) -> type[Knobs]:
     """A class with an optional knob for each parameter of the registered spaces.
 
-    Parameters that depend on the method have none, nor those of another package whose
-    name is none for an option or is ``taken``: --set gives them.
+    Parameters that depend on the method have none, nor do those of another package whose name
+    cannot be an option's or is ``taken``; --set gives them.
 
     Args:
         heading: Of the group in help.
@@ -69,7 +69,7 @@ def given_parameters(
         assigned: Each NAME=VALUE of --set; a value that is a number becomes one.
 
     Raises:
-        InputError: One is given twice, or is no NAME=VALUE.
+        InputError: One is given twice, or is not NAME=VALUE.
     """
     values = from_options(knobs, options)
     named = {name: getattr(values, name) for name in knobs_of(knobs)}

@@ -186,7 +186,7 @@ def _with_usual(spec: StudySpec) -> StudySpec:
         return spec
     described, known = describe_teacher(spec)
     with torch.device("meta"):
-        usual = METHODS[spec.method.name]().usual(known, build_denoiser(described))
+        usual = METHODS[spec.method.name].Config.usual(known, build_denoiser(described))
     return replace(spec, method=spec.method.with_options({**usual, **spec.method.options}))
 
 
@@ -223,8 +223,8 @@ def _with_facts(
         raise SpecError.under(where, error) from error
     facts = Facts(
         title=method.title,
-        num_branches=method.num_branches(config),
-        num_intervals=method.num_intervals(config),
+        num_branches=config.num_branches,
+        num_intervals=config.num_intervals,
         batch=config.batch,
         needs_data=method.needs_data,
         stages=tuple(
@@ -335,8 +335,9 @@ def _check_one_shot(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[st
     method = METHODS[spec.method.name]()
     config = method.Config.read(spec.method.options)
     try:
-        coordinates = Coordinates.of(spec.weight_space, spec.resolved.num_branches)
-        OneShot(method, coordinates).check(config.told(1.0), teacher, known)
+        space = spec.weight_space
+        coordinates = Coordinates(space, spec.resolved.num_branches, space.box)
+        OneShot(method, coordinates).check(config.for_one_shot(1.0), teacher, known)
     except InputError as error:
         raise InputError(f"plan.one_shot: {error}") from error
 

@@ -20,7 +20,7 @@ from bdense.data.datasets import Dataset, load_dataset
 from bdense.data.encoded import encode_dataset
 from bdense.diffusion.conditions import Conditions, captions
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.sampling import GRID_COLUMNS
+from bdense.diffusion.pictures import GRID_COLUMNS
 from bdense.errors import InputError
 from bdense.files import atomic_write, file_lock
 from bdense.methods import METHODS
@@ -155,7 +155,7 @@ class Assets:
         return replace(
             self,
             method=OneShot(self.method, coordinates),
-            config=self.config.told(asked["length"]),
+            config=self.config.for_one_shot(asked["length"]),
             evaluator=replace(self.evaluator, latents=latents),
         )
 
@@ -167,7 +167,7 @@ class Assets:
             dataset=self.dataset,
             seed=seed,
             recordings=Recordings(root=root, dtype=dtype) if recorded else None,
-            known=self.known,
+            metadata=self.known,
             conditions=self.conditions,
         )
 
@@ -250,7 +250,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
         if method.needs_data and dataset is not None:
             dataset = _encoded(dataset, spec, pipeline, device, report)
     elif dataset is not None:
-        require_shape(dataset, teacher)
+        require_shape(dataset, teacher.image_shape)
     if pipeline is not None and spec.prompts is not None:
         conditions = embedded_prompts(pipeline, spec.prompts, report)
         own = spec.evaluation.prompts

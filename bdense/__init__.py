@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from bdense.diffusion import SOLVERS as SOLVERS
     from bdense.diffusion.branches import export_branch as export_branch
     from bdense.diffusion.branches import recombine_branches as recombine_branches
+    from bdense.diffusion.pictures import save_grid as save_grid
     from bdense.diffusion.sampling import Sampler as Sampler
     from bdense.diffusion.sampling import draw_images as draw_images
     from bdense.diffusion.sampling import samplers_from as samplers_from
-    from bdense.diffusion.sampling import save_grid as save_grid
     from bdense.diffusion.schedules import Schedule as Schedule
     from bdense.methods import METHODS as METHODS
     from bdense.methods.distill import distill as distill
@@ -55,7 +55,8 @@ _NAMES = {
     "data.datasets": "load_dataset",
     "diffusion": "SOLVERS",
     "diffusion.branches": "export_branch recombine_branches",
-    "diffusion.sampling": "Sampler draw_images samplers_from save_grid",
+    "diffusion.pictures": "save_grid",
+    "diffusion.sampling": "Sampler draw_images samplers_from",
     "diffusion.schedules": "Schedule",
     "methods": "METHODS",
     "methods.distill": "distill",

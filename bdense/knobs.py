@@ -22,7 +22,19 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, Union, get_args, get_origin
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    Union,
+    Unpack,
+    get_args,
+    get_origin,
+)
 
 from bdense.errors import InputError, did_you_mean
 
@@ -79,7 +91,7 @@ class Knob:
 
     Attributes:
         name: The field's name.
-        type: Its annotation, ``None`` taken out of a union.
+        type: Its annotation without ``None``.
         default: ``dataclasses.MISSING`` where it must be given.
         optional: Whether ``None`` is a value.
         help: What it does.
@@ -202,33 +214,27 @@ class Knob:
         )
 
 
+class KnobOptions(TypedDict, total=False):
+    """What ``knob`` takes beside default and help; see ``Knob``."""
+
+    low: float | None
+    high: float | None
+    above: float | None
+    below: float | None
+    choices: tuple[Any, ...]
+    metavar: str | None
+    none: str | None
+    form: Form | None
+    short: str
+
+
 def knob(
     default: Any = dataclasses.MISSING,  # noqa: ANN401  of the field's type
     help: str = "",
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    choices: tuple[Any, ...] = (),
-    metavar: str | None = None,
-    none: str | None = "",
-    form: Form | None = None,
-    short: str = "",
+    **options: Unpack[KnobOptions],
 ) -> Any:  # noqa: ANN401  as dataclasses.field does
-    """A field of a ``Knobs`` class; arguments as of ``Knob``. A ``Literal`` gives its choices."""
-    about = {
-        "help": help,
-        "low": low,
-        "high": high,
-        "above": above,
-        "below": below,
-        "choices": choices,
-        "metavar": metavar,
-        "none": none,
-        "form": form,
-        "short": short,
-    }
+    """A field of a ``Knobs`` class. A ``Literal`` gives its choices."""
+    about = {"help": help, **options}
     if isinstance(default, dict | list):
         return field(default_factory=lambda: type(default)(default), metadata={_KEY: about})
     return field(default=default, metadata={_KEY: about})
@@ -301,7 +307,7 @@ class Knobs:
 
     @classmethod
     def _problems(cls, tree: Mapping[str, Any]) -> Iterator[KnobError]:
-        """What is wrong with single knobs, those of nested classes among them."""
+        """An error for each wrong knob, nested ones included."""
         known = knobs_of(cls)
         for name in tree:
             if name not in known:
@@ -329,7 +335,7 @@ def knobs_of(cls: type) -> Mapping[str, Knob]:
 
 
 @functools.cache
-def _declared(cls: Any) -> Mapping[str, Knob]:  # noqa: ANN401
+def _declared(cls: Any) -> Mapping[str, Knob]:  # noqa: ANN401  mypy: a type is not hashable
     hints = typing.get_type_hints(cls)
     found = {}
     for each in dataclasses.fields(cls):
@@ -337,7 +343,7 @@ def _declared(cls: Any) -> Mapping[str, Knob]:  # noqa: ANN401
         if about is None:
             continue
         kind, optional = _without_none(hints[each.name])
-        *_, first = (base for base in cls.__mro__ if each.name in _annotated(base))
+        *_, first = (b for b in cls.__mro__ if each.name in vars(b).get("__annotations__", {}))
         default = each.default
         if each.default_factory is not dataclasses.MISSING:
             default = each.default_factory()
@@ -347,14 +353,9 @@ def _declared(cls: Any) -> Mapping[str, Knob]:  # noqa: ANN401
             default=default,
             optional=optional,
             heading=first.heading,
-            **about | {"choices": about["choices"] or _choices(kind)},
+            **{"choices": _choices(kind)} | about,
         )
     return types.MappingProxyType(found)
-
-
-def _annotated(cls: Any) -> Mapping[str, Any]:  # noqa: ANN401
-    annotations: Mapping[str, Any] = vars(cls).get("__annotations__", {})
-    return annotations
 
 
 def is_number(value: object) -> typing.TypeGuard[float]:
@@ -497,7 +498,7 @@ def add_options(parser: argparse.ArgumentParser, *configs: type[Knobs]) -> None:
 
     ``num_steps`` becomes --num-steps, a bool --name and --no-name, a tuple takes words between
     commas or spaces, and "none" stands for None. A nested class gives an option for each of its
-    knobs, and its ``name`` or ``kind`` is spelt as the class. Mappings are for files alone. What
+    knobs, and its ``name`` or ``kind`` is spelt as the class. Mappings are for files only. What
     is not given is absent from the namespace, which ``from_options`` reads.
 
     Args:

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from bdense.diffusion.conditions import Unconditional
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid
 from bdense.diffusion.solvers import DPMSolverPP
-from bdense.methods.trajectories import LiveTrajectories, TrajectoryBatch
+from bdense.methods.trajectories import Trajectories, TrajectoryBatch
 from bdense.networks.song_unet import SongUNet, SongUNetConfig
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
 from benchmarks.timing import (
@@ -35,7 +36,7 @@ PEAK_RUNS = 3
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SyntheticTrajectories(LiveTrajectories):
+class SyntheticTrajectories(Trajectories):
     """One made-up batch served again and again, so that the student's cost alone is measured."""
 
     walk: TrajectoryBatch
@@ -102,9 +103,9 @@ def _setting(size: str, device: torch.device) -> tuple[NetworkDenoiser, Syntheti
     shape = (batch, *teacher.image_shape)
     start = 80 * torch.randn(shape, device=device)
     states = torch.randn(GRID.num_rows, *shape, device=device)
-    walk = TrajectoryBatch(GRID, start, states)
+    walk = TrajectoryBatch(GRID, start, states, Unconditional())
     return teacher, SyntheticTrajectories(
-        teacher, GRID, DPMSolverPP(), batch, sys.maxsize, seed=0, walk=walk
+        teacher, GRID, DPMSolverPP(), batch, sys.maxsize, 0, teacher.conditions, walk=walk
     )
 
 

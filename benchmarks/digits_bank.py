@@ -112,7 +112,7 @@ def _measured(job: Job) -> list[tuple[object, ...]]:
         store.record()
     stage = assets.method.stage(plan, assets.teacher, config, inputs)
     params = {"baseline": "plain"} if job.a == "plain" else {"a": float(job.a)}
-    weighting = space_of(params).weighting(params, assets.method.num_branches(config))
+    weighting = space_of(params).weighting(params, config.num_branches)
     total = plan.num_updates
     iterates: list[list[torch.Tensor]] = []
     inner = Evaluations(range(1, total), lambda _, student: iterates.append(_parameters(student)))

@@ -126,7 +126,9 @@ def _stages(given: argparse.Namespace, device: torch.device) -> dict[str, Traini
     method, inputs = Progressive(), Inputs(dataset=images)
     return {
         "sfd": SFDStage(
-            config=SFDConfig(kimg=8 * given.batch / 1000), trajectories=live, start=live.teacher
+            config=SFDConfig(kimg=8 * given.batch / 1000, batch=given.batch),
+            trajectories=live,
+            start=live.teacher,
         ),
         "progressive": method.stage(method.plan(pd)[0], live.teacher, pd, inputs),
         "teacher": TeacherStage(
@@ -329,7 +331,8 @@ def recordings(given: argparse.Namespace, device: torch.device) -> str:
             stamps.append(time.perf_counter())
 
         kimg = len(store) * given.batch / 1000
-        stage = SFDStage(config=SFDConfig(kimg=kimg), trajectories=store, start=live.teacher)
+        config = SFDConfig(kimg=kimg, batch=given.batch)
+        stage = SFDStage(config=config, trajectories=store, start=live.teacher)
         train(stage, FixedWeights(torch.ones(K)), on_iteration=stamp)
     iteration = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
     rows = [
@@ -356,7 +359,9 @@ def several(given: argparse.Namespace, device: torch.device) -> str:
     live = live_trajectories(given, device, 5)
     live.teacher.execute(Execution(precision="tf32"))
     stage = SFDStage(
-        config=SFDConfig(kimg=5 * given.batch / 1000), trajectories=live, start=live.teacher
+        config=SFDConfig(kimg=5 * given.batch / 1000, batch=given.batch),
+        trajectories=live,
+        start=live.teacher,
     )
 
     def seconds(count: int) -> float:

@@ -18,7 +18,7 @@ from bdense.diffusion.intervals import IntervalGrid
 from bdense.diffusion.solvers import DPMSolverPP, trajectory
 from bdense.errors import InputError
 from bdense.execution import CompileMode, Execution, Precision, exact_products
-from bdense.methods.trajectories import LiveTrajectories
+from bdense.methods.trajectories import Trajectories
 from bdense.models.zoo import CHECKPOINTS
 from benchmarks.common import parser, publish, table
 from benchmarks.timing import pick_device, seconds_per_iteration
@@ -48,7 +48,7 @@ class Cell:
     """
 
     execution: Execution
-    trajectories: LiveTrajectories
+    trajectories: Trajectories
     error: float
     seconds: dict[int, list[float]] = field(default_factory=lambda: {1: [], K: []})
     peaks: dict[int, list[int]] = field(default_factory=lambda: {1: [], K: []})
@@ -96,7 +96,7 @@ class Probe:
     denoised: Tensor
 
     @classmethod
-    def of(cls, trajectories: LiveTrajectories) -> "Probe":
+    def of(cls, trajectories: Trajectories) -> "Probe":
         """Walk from the first batch."""
         _, start, _ = trajectories.beginning(0, slice(None))
         teacher = trajectories.teacher
@@ -187,9 +187,7 @@ def _computes(device: torch.device, precision: Precision) -> bool:
     return True
 
 
-def live_trajectories(
-    given: argparse.Namespace, device: torch.device, count: int
-) -> LiveTrajectories:
+def live_trajectories(given: argparse.Namespace, device: torch.device, count: int) -> Trajectories:
     """Live ones of a new teacher, always of the same weights."""
     architecture = dict(CHECKPOINTS[NETWORK].architecture)
     # Dropout draws other masks compiled than eager: with it gradients could not be compared.
@@ -199,7 +197,7 @@ def live_trajectories(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         teacher = _awake(build_denoiser(architecture)).to(device).eval()
-    return LiveTrajectories(teacher, GRID, DPMSolverPP(), given.batch, count, seed=0)
+    return Trajectories(teacher, GRID, DPMSolverPP(), given.batch, count, 0, teacher.conditions)
 
 
 @torch.no_grad()

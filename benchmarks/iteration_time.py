@@ -105,7 +105,8 @@ MODULES = {
     "DPMSolverPP": ("solvers", "diffusion.solvers"),
     "Dataset": ("data", "data.datasets"),
     "IntervalGrid": ("intervals", "diffusion.intervals"),
-    "LiveTrajectories": ("trajectories", "methods.trajectories"),
+    "LiveTrajectories": ("trajectories", ""),
+    "Trajectories": ("", "methods.trajectories"),
     "NetworkDenoiser": ("denoiser", "diffusion.denoiser"),
     "PDConfig": ("progressive", "methods.progressive"),
     "SFDConfig": ("sfd", "methods.sfd"),
@@ -157,13 +158,15 @@ def block_of(kind: str, tick: Callable[..., None], *, is_old: bool) -> Callable[
         stage = method.stage(method.plan(rounds)[0], teacher, rounds, Inputs(dataset=data))
         return lambda: train(stage, FixedWeights(ones[:2] / 2), on_iteration=tick)
     teacher = of("NetworkDenoiser")(network).eval()
-    live = of("LiveTrajectories")(
+    own = {} if is_old else {"conditions": teacher.conditions}
+    live = of("LiveTrajectories" if is_old else "Trajectories")(
         teacher=teacher,
         grid=of("IntervalGrid")(num_intervals=3, substeps=4),
         solver=of("DPMSolverPP")(),
         batch=BATCH,
         count=ITERATIONS,
         seed=1,
+        **own,
     )
     recorded = of("TrajectoryStore")(live, Path(tempfile.mkdtemp())).record()
     if is_old:

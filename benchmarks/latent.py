@@ -23,7 +23,7 @@ from bdense.diffusion.guidance import guided
 from bdense.execution import Execution
 from bdense.methods.recordings import TrajectoryStore
 from bdense.methods.sfd import SFDConfig, SFDStage
-from bdense.methods.trajectories import LiveTrajectories, Trajectories
+from bdense.methods.trajectories import Trajectories
 from bdense.models.zoo import HUB_CHECKPOINTS
 from bdense.training.latent_digits import ARCHITECTURE
 from bdense.training.loop import IterationReport, train
@@ -49,7 +49,7 @@ def architecture(network: str) -> Mapping[str, Any]:
 
 def trajectories(
     network: str, device: torch.device, batch: int, count: int, precision: Any = "float32"
-) -> LiveTrajectories:
+) -> Trajectories:
     """The teacher's, under random prompts."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -57,9 +57,9 @@ def trajectories(
         told = torch.randn(8, TOKENS, teacher.model.text_dim)
     teacher.execute(Execution(precision=precision))
     config = SFDConfig(nfe=2, substeps=K, sigma_min=0.1, sigma_max=teacher.precond.sigma_max)
-    return LiveTrajectories(
+    return Trajectories(
         teacher=teacher,
-        grid=config.grid,
+        grid=config.grid(),
         solver=config.make_solver(),
         batch=batch,
         count=count,
@@ -115,11 +115,11 @@ def main() -> None:
 
 
 @torch.no_grad()
-def _calls(live: LiveTrajectories, pairs: int, device: torch.device) -> str:
+def _calls(live: Trajectories, pairs: int, device: torch.device) -> str:
     """A guided evaluation against two of the same network."""
     batch = live[0]
     told, sigma = batch.condition.arguments(), torch.tensor(2.0)
-    null = live.told.null()
+    null = live.conditions.null()
     assert null is not None
     ask = guided(live.teacher, 7.5, null.to(batch.start))
     one = lambda: live.teacher(batch.start, sigma, **told)  # noqa: E731
@@ -135,7 +135,7 @@ def _calls(live: LiveTrajectories, pairs: int, device: torch.device) -> str:
     )
 
 
-def _ways(live: LiveTrajectories, pairs: int) -> str:
+def _ways(live: Trajectories, pairs: int) -> str:
     """Iterations by the way of guidance, recorded and live."""
     rows = []
     for way, (theirs, own) in WAYS.items():

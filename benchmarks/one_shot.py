@@ -61,8 +61,9 @@ def read(path: Path) -> list[dict[str, str]]:
 def measure(assets: Assets, length: float, seed: int) -> None:
     """Train one student and append its FIDs."""
     own = assets.method.Config.read({**assets.spec.method.options, "kimg": KIMG, "tail": TAIL})
-    config, branches = own.told(length), assets.method.num_branches(own)
-    method = OneShot(assets.method, Coordinates.of(NormalisedSpace(), branches))
+    config, branches = own.for_one_shot(length), own.num_branches
+    space = NormalisedSpace()
+    method = OneShot(assets.method, Coordinates(space, branches, space.box))
     (plan,) = method.plan(config, assets.teacher)
     stage = method.stage(plan, assets.teacher, config, assets.inputs(seed))
     began = time.process_time()

@@ -8,7 +8,7 @@ from pathlib import Path
 from bdense.diffusion.intervals import IntervalGrid
 from bdense.methods.recordings import TrajectoryStore
 from bdense.methods.sfd import SFDConfig
-from bdense.methods.trajectories import LiveTrajectories
+from bdense.methods.trajectories import Trajectories
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
 from benchmarks.timing import (
     Paired,
@@ -39,13 +39,15 @@ def main() -> None:
     spec = read_spec(given.study)
     device = pick_device(spec.resources.threads)
     config = SFDConfig.read(spec.method.options)
-    live = LiveTrajectories(
-        teacher=untrained_teacher(spec, device),
-        grid=config.grid,
+    teacher = untrained_teacher(spec, device)
+    live = Trajectories(
+        teacher=teacher,
+        grid=config.grid(),
         solver=config.make_solver(),
         batch=config.batch,
         count=given.iterations + 1,
         seed=spec.seeds.training,
+        conditions=teacher.conditions,
     )
     substeps = config.substeps
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +70,7 @@ def main() -> None:
 
 
 def _body(
-    spec: StudySpec, live: LiveTrajectories, training: Paired, serving: Paired, recording: float
+    spec: StudySpec, live: Trajectories, training: Paired, serving: Paired, recording: float
 ) -> str:
     grid = live.grid
     assert isinstance(grid, IntervalGrid)  # of a study with one NFE

@@ -97,7 +97,9 @@ def seconds_per_iteration(
         stamps.append(time.perf_counter())
 
     kimg = (iterations + 1) * trajectories.batch / 1000
-    stage = SFDStage(config=SFDConfig(kimg=kimg), trajectories=trajectories, start=teacher)
+    grid = trajectories.grid
+    config = SFDConfig(kimg=kimg, batch=trajectories.batch, substeps=grid.substeps)
+    stage = SFDStage(config=config, trajectories=trajectories, start=teacher)
     train(stage, FixedWeights(uniform_weights()(num_branches)), on_iteration=on_iteration)
     return (stamps[-1] - stamps[0]) / iterations
 

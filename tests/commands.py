@@ -93,7 +93,7 @@ def distilled(
         model,
         made.Config.read(config),
         weighting,
-        Inputs(dataset=dataset, seed=seed, known=known),
+        Inputs(dataset=dataset, seed=seed, metadata=known),
         folder=folder,
     )
     return [denoiser_sha256(each.student) for each in stages]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bdense.diffusion.conditions import ClassLabels, Condition, Texts, Unconditional
+from bdense.diffusion.conditions import Condition, TensorCondition, Unconditional
 from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.schedules import Levels, Schedule
@@ -34,10 +34,10 @@ def condition_of(denoiser: NetworkDenoiser, rows: torch.Tensor | None) -> Condit
         return Unconditional()
     like = next(denoiser.parameters())
     if rows.is_floating_point():
-        return Texts(rows.to(like))
+        return TensorCondition("text", rows.to(like))
     # The class after the last is none: a row of zeros.
     one_hot = torch.nn.functional.one_hot(rows, denoiser.label_dim + 1)[:, :-1]
-    return ClassLabels(one_hot.to(like))
+    return TensorCondition("class_labels", one_hot.to(like))
 
 
 def process_of(info: dict) -> DDPMSchedule:

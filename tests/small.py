@@ -11,7 +11,7 @@ from bdense.diffusion.intervals import IntervalGrid
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import DPMSolverPP
 from bdense.methods.sfd import SFDConfig, SFDStage
-from bdense.methods.trajectories import LiveTrajectories, Trajectories
+from bdense.methods.trajectories import Trajectories
 from bdense.networks.song_unet import SongUNet, SongUNetConfig
 from bdense.training.loop import train
 from bdense.weights.weighting import BranchWeighting, FixedWeights
@@ -55,13 +55,19 @@ def small_trajectories(
     substeps: int = 4,
     afs: bool = True,
     schedule: Schedule | None = None,
-) -> LiveTrajectories:
+) -> Trajectories:
     """Live trajectories at NFE 2."""
     grid = IntervalGrid(
         num_intervals=3 if afs else 2, substeps=substeps, afs=afs, schedule=schedule or Schedule()
     )
-    return LiveTrajectories(
-        teacher=teacher, grid=grid, solver=DPMSolverPP(), batch=batch, count=count, seed=7
+    return Trajectories(
+        teacher=teacher,
+        grid=grid,
+        solver=DPMSolverPP(),
+        batch=batch,
+        count=count,
+        seed=7,
+        conditions=teacher.conditions,
     )
 
 
@@ -76,7 +82,12 @@ def sfd_stage(
 ) -> SFDStage:
     """SFD on these trajectories, of a student that starts as their teacher."""
     return SFDStage(
-        config=SFDConfig(kimg=images / 1000, **{"lr": 1e-3} | knobs),
+        config=SFDConfig(
+            kimg=images / 1000,
+            batch=trajectories.batch,
+            substeps=trajectories.grid.substeps,
+            **{"lr": 1e-3} | knobs,
+        ),
         trajectories=trajectories,
         start=start or trajectories.teacher,
         seed=seed,

@@ -74,11 +74,11 @@ class TestPrompts(ConditionContract):
                 call(dataset)
 
     def test_an_evaluated_image_has_the_prompt_of_its_number(self, conditions):
-        found = conditions.evaluation(7, range(3, 8)).embeddings
+        found = conditions.evaluation(7, range(3, 8)).values
         assert torch.equal(found, conditions.embeddings[[3, 4, 0, 1, 2]])
 
     def test_every_prompt_is_as_likely(self, conditions):
-        rows = conditions.drawn(0, 0, 5000).embeddings
+        rows = conditions.drawn(0, 0, 5000).values
         for prompt in conditions.embeddings:
             assert 900 < int((rows == prompt).flatten(1).all(1).sum()) < 1100
 
@@ -117,7 +117,7 @@ def test_one_class_may_be_asked_for():
     same = conditions_for(4, 2)
     assert same == OneClass(4, 2)
     for condition in (same.drawn(0, 0, 2), same.evaluation(0, range(2))):
-        assert condition.one_hot.tolist() == [[0.0, 0.0, 1.0, 0.0]] * 2
+        assert condition.values.tolist() == [[0.0, 0.0, 1.0, 0.0]] * 2
     with pytest.raises(InputError, match=r"class 4 is not one of the network's 4; .* 0\.\.3"):
         conditions_for(4, 4)
     with pytest.raises(InputError, match="class 0 was asked of an unconditional network"):

@@ -9,8 +9,8 @@ from bdense.cli import make_parser
 from bdense.errors import InputError
 from bdense.knobs import from_options
 from bdense.verbs.weight_options import WeightOptions, chosen_weighting, parameter_options
+from bdense.weights.learned import RULES
 from bdense.weights.log_linear import LogLinearWeights, normalised_weights
-from bdense.weights.rules import RULES
 from bdense.weights.weighting import BranchWeighting, LearnedWeights
 from tests.plugins import example_package
 

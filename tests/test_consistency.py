@@ -1,6 +1,7 @@
 """Consistency distillation, against its algorithm written out and a Gaussian's exact solution."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,8 +36,13 @@ DATA = Dataset("noise", IMAGES.to(torch.uint8), "", None)
 
 def stage_of(**knobs) -> ConsistencyStage:
     settings = {"steps": 6, "substeps": 1, "kimg": 0.024, "batch": 8, "lr": 1e-3} | knobs
+    teacher = small_teacher()
     return ConsistencyStage(
-        config=ConsistencyConfig(**settings), teacher=small_teacher(), dataset=DATA, seed=3
+        config=ConsistencyConfig(**settings),
+        teacher=teacher,
+        dataset=DATA,
+        seed=3,
+        conditions=teacher.conditions,
     )
 
 
@@ -47,7 +53,7 @@ def algorithm_2(stage: ConsistencyStage) -> NetworkDenoiser:
     online = copy.deepcopy(teacher)
     target = copy.deepcopy(teacher).requires_grad_(False)
     adam = torch.optim.Adam(online.parameters(), lr=config.lr, fused=True)
-    fine = config.levels.fine_grid(6, k)
+    fine = config.levels.grid(6 * k)
     for iteration in range(stage.num_updates):
         draw = generator(stage.seed, Stream.IMAGES, 0, iteration)
         clean = to_float(data[torch.randint(len(data), (count,), generator=draw)])
@@ -122,7 +128,7 @@ def test_branch_k_learns_from_the_teachers_kth_sub_step():
 def test_on_a_gaussian_the_exact_consistency_function_is_the_fixed_point(std):
     """f(x, t) = x sqrt((s^2 + e^2) / (s^2 + t^2)): each target equals f of the state before."""
     end = 0.006
-    fine = ConsistencyConfig().levels.fine_grid(200, 2)
+    fine = ConsistencyConfig().levels.grid(400)
 
     def exact(x, t):
         """The denoiser whose ``towards`` is the exact f."""
@@ -195,6 +201,4 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="teacher"):
         method.check(ConsistencyConfig(), small_teacher(), known)
     with pytest.raises(InputError, match="1 x 8 x 8"):
-        ConsistencyStage(
-            config=ConsistencyConfig(), teacher=small_teacher(channels=3), dataset=DATA, seed=3
-        )
+        replace(stage_of(), teacher=small_teacher(channels=3))

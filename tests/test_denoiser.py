@@ -10,7 +10,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.preconditioning import EDM, IDDPM, VE, VP
 from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.networks.song_unet import SongUNet, SongUNetConfig
-from tests.networks import TINY, image, tiny_denoiser
+from tests.networks import TINY, image
 from tests.small import small_teacher
 
 LEVELS = [1e-3, 0.02, 0.5, 1.2, 7.0, 80.0]
@@ -157,12 +157,6 @@ def test_a_head_without_the_variance_is_refused():
     net = SongUNet(SongUNetConfig(**TINY))
     with pytest.raises(ShapeError, match=r"predicts 2 channels .*'iddpm' takes 2 for each"):
         NetworkDenoiser(net, IDDPM())
-
-
-def test_only_edm_has_a_sigma_data():
-    assert tiny_denoiser().sigma_data == 0.5
-    with pytest.raises(InputError, match="precond='vp' has no sigma_data; EDM's loss"):
-        _ = tiny_denoiser(precond="vp").sigma_data
 
 
 def test_a_float64_level_leaves_the_images_dtype():

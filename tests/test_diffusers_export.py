@@ -15,8 +15,9 @@ import torch
 from bdense.diffusion.branches import widen_head
 from bdense.diffusion.ddpm import DDPMSchedule
 from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.pictures import to_uint8
 from bdense.diffusion.preconditioning import Cosine, native_schedule
-from bdense.diffusion.sampling import Sampler, to_uint8
+from bdense.diffusion.sampling import Sampler
 from bdense.diffusion.solvers import DDIM, Euler
 from bdense.errors import InputError
 from bdense.models.diffusers_export import export_pipeline

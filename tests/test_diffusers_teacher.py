@@ -149,7 +149,7 @@ def test_a_teachers_levels_are_the_default_where_it_knows_them(folder, method):
     assert 0.006 < teacher.precond.sigma_min < teacher.precond.sigma_max < 80
     own = METHODS[method]()
     given = {"steps": 4, "until": 2} if method == "progressive" else {}
-    own.check(own.Config.read({**own.usual(known, teacher), **given}), teacher, known)
+    own.check(own.Config.read({**own.Config.usual(known, teacher), **given}), teacher, known)
 
 
 def test_a_study_takes_a_folder_and_the_levels_that_it_knows(folder, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdense.diffusion.conditions import ClassLabels
+from bdense.diffusion.conditions import TensorCondition
 from bdense.diffusion.denoiser import NetworkDenoiser, call_for_states
 from bdense.diffusion.epd import EPD, read_table, write_table
 from bdense.diffusion.preconditioning import levels_on
@@ -202,11 +202,13 @@ def test_an_image_of_a_class_does_not_depend_on_its_batch():
     """Each point of an image sees that image's class."""
     denoiser, sampler = tiny_denoiser(label_dim=4).eval(), read_rows(steps=2)
     one_hot, noise = torch.eye(4)[[3, 0, 2]], torch.randn(3, *denoiser.image_shape)
-    whole = sampler(denoiser.given(ClassLabels(one_hot)), noise)
+    whole = sampler(denoiser.given(TensorCondition("class_labels", one_hot)), noise)
     for i in range(3):
-        alone = sampler(denoiser.given(ClassLabels(one_hot[i : i + 1])), noise[i : i + 1])
+        alone = sampler(
+            denoiser.given(TensorCondition("class_labels", one_hot[i : i + 1])), noise[i : i + 1]
+        )
         torch.testing.assert_close(alone[0], whole[i], rtol=1e-4, atol=1e-4)
-    others = sampler(denoiser.given(ClassLabels(one_hot.flip(0))), noise)
+    others = sampler(denoiser.given(TensorCondition("class_labels", one_hot.flip(0))), noise)
     assert (others[0] - whole[0]).abs().max() > 1e-3
 
 

@@ -19,7 +19,7 @@ from bdense.diffusion.sampling import Sampler
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import DPM2, analytical_first_step, make_solver, trajectory
 from bdense.methods.epd import EPDConfig, EPDStage, RawTable
-from bdense.methods.trajectories import LiveTrajectories
+from bdense.methods.trajectories import Trajectories
 from bdense.networks import Network
 from bdense.training.loop import train
 from bdense.weights.weighting import FixedWeights
@@ -223,7 +223,7 @@ def config_of(case: dict[str, Any], **knobs: Any) -> EPDConfig:
     )
 
 
-class TrajectoriesFromFile(LiveTrajectories):
+class TrajectoriesFromFile(Trajectories):
     """Of the file's noise; the teacher may take two steps in each of its sub-steps."""
 
     def __init__(self, teacher: NetworkDenoiser, case: dict, config: EPDConfig, noise: Tensor):
@@ -242,6 +242,7 @@ class TrajectoriesFromFile(LiveTrajectories):
             batch=noise.shape[1],
             count=len(noise),
             seed=0,
+            conditions=teacher.conditions,
         )
         object.__setattr__(self, "file", (noise, 2 if "TWO sub-steps" in name else 1))
 

@@ -14,7 +14,7 @@ from bdense.diffusion.guidance import guided
 from bdense.diffusion.intervals import IntervalGrid
 from bdense.methods.method import Inputs
 from bdense.methods.sfd import SFD, SFDConfig, SFDStage, branch_states
-from bdense.methods.trajectories import LiveTrajectories
+from bdense.methods.trajectories import Trajectories
 from bdense.training.loop import IterationReport, train
 from bdense.weights.weighting import FixedWeights
 from tests.goldens import close, settings, tensors
@@ -23,10 +23,10 @@ from tests.latent_goldens import condition_of, in_both_types, latent_files, netw
 pytestmark = pytest.mark.golden
 
 
-class TrajectoriesFromFile(LiveTrajectories):
+class TrajectoriesFromFile(Trajectories):
     """The method's own trajectories, with noise and conditions of a golden file."""
 
-    def __init__(self, own: LiveTrajectories, data: dict):
+    def __init__(self, own: Trajectories, data: dict):
         fields = ("teacher", "grid", "solver", "batch", "count", "seed", "conditions", "guidance")
         super().__init__(**{name: getattr(own, name) for name in fields})
         object.__setattr__(self, "data", data)

@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bdense.data.datasets import Dataset
 from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.conditions import Unconditional
 from bdense.diffusion.ddpm import DDPMSchedule
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.preconditioning import Cosine
@@ -321,10 +323,8 @@ class FileStage(PDStage):
     def batch(self, iteration: int, images: slice) -> ImageBatch:
         assert images == slice(0, self.batch_size)
         interval = self.steps - 1 - self.data["i"][iteration]
-        return ImageBatch(self.data["x"][iteration], self.data["eps"][iteration], interval)
-
-    def describe_batches(self) -> dict[str, Any]:
-        return {}
+        clean, noise = self.data["x"][iteration], self.data["eps"][iteration]
+        return ImageBatch(clean, noise, interval, Unconditional())
 
 
 def rounds_of(path: Path) -> list[dict[str, Tensor]]:
@@ -409,9 +409,10 @@ def check_round(
         start=teacher,
         levels=schedule,
         steps=steps,
-        dataset=None,
+        dataset=Dataset("file", torch.zeros(1, *teacher.image_shape, dtype=torch.uint8), ""),
         seed=0,
         substeps=training.substeps,
+        conditions=Unconditional(),
         data=data,
     )
     student = train(

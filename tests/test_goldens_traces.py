@@ -7,14 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from bdense.diffusion.branches import export_branch, widen_head
-from bdense.diffusion.conditions import ClassLabels, Condition, Unconditional
+from bdense.diffusion.conditions import Condition, TensorCondition, Unconditional
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid
 from bdense.diffusion.sampling import Sampler
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.step_condition import with_step_condition
 from bdense.methods.sfd import SFDConfig, SFDStage, branch_losses, branch_states
-from bdense.methods.trajectories import LiveTrajectories
+from bdense.methods.trajectories import Trajectories
 from bdense.randomness import Stream
 from bdense.training.loop import IterationReport, train
 from bdense.weights.weighting import FixedWeights
@@ -24,7 +24,7 @@ from tests.test_goldens_sfd import solver_from
 pytestmark = pytest.mark.golden
 
 
-class TrajectoriesFromFile(LiveTrajectories):
+class TrajectoriesFromFile(Trajectories):
     """Live trajectories whose random draws are those of a golden file."""
 
     def __init__(self, info: dict, data: dict):
@@ -38,6 +38,7 @@ class TrajectoriesFromFile(LiveTrajectories):
             batch=data["noise"].shape[1],
             count=len(data["noise"]),
             seed=0,
+            conditions=teacher.conditions,
             teacher_afs=bool(second and second["afs"]),
         )
         object.__setattr__(self, "file", (config, data))
@@ -58,7 +59,7 @@ class TrajectoriesFromFile(LiveTrajectories):
         if not self.teacher.label_dim:
             return Unconditional()
         index = self.file[1]["label_idx"][iteration]
-        return ClassLabels(F.one_hot(index, self.teacher.label_dim).float())
+        return TensorCondition("class_labels", F.one_hot(index, self.teacher.label_dim).float())
 
 
 class Float32Grid(IntervalGrid):
@@ -169,6 +170,7 @@ def test_trace(path: Path, reference_dropout):
         config=SFDConfig(
             kimg=config["iters"] * config["B"] / 1000,
             batch=config["B"],
+            substeps=grid.substeps,
             lr=config["lr"],
             dropout=config["dropout"],
         ),
@@ -210,7 +212,7 @@ def compare_outputs(
         close(out if student.num_branches > 1 else out[:, 0], golden, atol=atol)
     sampler = Sampler(num_intervals=points - 1, afs=grid.afs, schedule=grid.schedule)
     labelled = "sample_labels" in data
-    condition = ClassLabels(data["sample_labels"]) if labelled else None
+    condition = TensorCondition("class_labels", data["sample_labels"]) if labelled else None
     for when, net in (("init", start), ("final", export_branch(student))):
         drawn = sampler(net.given(condition, sampler.num_points), data["sample_noise"])
         close(drawn, data[f"samples_{when}{suffix}"], atol=1e-4 if when == "init" else atol)

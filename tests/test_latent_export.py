@@ -20,8 +20,9 @@ import bdense
 from bdense.diffusion.branches import widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.guidance import null_for
+from bdense.diffusion.pictures import to_uint8
 from bdense.diffusion.preconditioning import native_schedule
-from bdense.diffusion.sampling import SETUP, Sampler, served_metadata, to_uint8
+from bdense.diffusion.sampling import SETUP, Sampler, served_metadata
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import DDIM, DPMSolverPP, make_solver
 from bdense.errors import CheckpointError, InputError

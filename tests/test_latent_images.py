@@ -97,7 +97,7 @@ def plain_consistency(stage: ConsistencyStage, scales: tuple[float, float]) -> N
     target = copy.deepcopy(stage.teacher).requires_grad_(False)
     ask, aim = guided(stage.teacher, scales[0], null), guided(target, scales[1], null)
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, fused=True)
-    grid = stage.config.levels.fine_grid(3, 2)
+    grid = stage.config.levels.grid(6)
     for j in range(stage.num_updates):
         batch = stage.batch(j, ALL)
         told = batch.condition.arguments()
@@ -131,7 +131,7 @@ def test_a_plain_round_is_progressive_distillation_under_guidance(name, scales):
         seed=5,
         substeps=2,
         guidance=scales[0],
-        conditions=prompts,
+        conditions=prompts or teacher.conditions,
     )
     student = train(stage, FixedWeights(ONE))
     written, _ = plain_round(stage, scales, null_of(teacher, prompts))
@@ -150,7 +150,7 @@ def test_one_branch_is_consistency_distillation_under_guidance(name, scales):
         teacher=teacher,
         dataset=latents(),
         seed=5,
-        conditions=prompts,
+        conditions=prompts or teacher.conditions,
     )
     student, written = train(stage, FixedWeights(ONE)), plain_consistency(stage, scales)
     assert not same_weights(student, teacher)
@@ -219,8 +219,8 @@ def test_prompts_are_captions_of_each_image_or_each_class():
     of_classes, of_images = (
         Prompts(torch.arange(float(count)).view(-1, 1, 1)) for count in (7, 14)
     )
-    assert of_classes.of(found, index).embeddings.flatten().tolist() == [6, 0, 1]
-    assert of_images.of(found, index).embeddings.flatten().tolist() == [13, 0, 8]
+    assert of_classes.of(found, index).values.flatten().tolist() == [6, 0, 1]
+    assert of_images.of(found, index).values.flatten().tolist() == [13, 0, 8]
     with pytest.raises(InputError, match=r"3 prompts.* captions of noise, .*14 images and 7"):
         Prompts(torch.zeros(3, 1, 1)).require(found)
     unlabelled = replace(found, labels=None)
@@ -272,7 +272,7 @@ def test_a_student_is_distilled_further_as_it_draws():
         Inputs(dataset=latents()),
     )
     known = {**known, **student.metadata()}
-    usual = Progressive().usual(known, teacher)
+    usual = PDConfig.usual(known, teacher)
     assert usual["guidance_teacher"] == 3
     goes_on = {"steps": 2, "until": 1, "updates": 1, "batch": 4}
     Progressive().check(PDConfig(**goes_on | usual), teacher, known)

@@ -140,7 +140,7 @@ def test_evaluations_on_the_way_see_a_student_without_adapters(teacher):
 )
 def test_other_methods_train_adapters_too(teacher, tmp_path, method):
     kind = METHODS[method.pop("name")]()
-    known = kind.usual({}, teacher)
+    known = kind.Config.usual({}, teacher)
     chosen = kind.Config.read({"batch": 4, "lora_rank": RANK, "lr": 1e-3, **known, **method})
     digits = bdense.load_dataset("digits")
     one = lambda: FixedWeights(torch.ones(1))  # noqa: E731

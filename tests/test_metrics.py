@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from bdense.data.datasets import Dataset, load_dataset, to_float
-from bdense.diffusion.sampling import to_uint8
+from bdense.diffusion.pictures import to_uint8
 from bdense.errors import BdenseError, InputError, NonFiniteError, ShapeError
 from bdense.metrics.extractors import load_extractor
 from bdense.metrics.metrics import (

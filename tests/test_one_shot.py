@@ -15,7 +15,7 @@ from bdense.errors import InputError, ShapeError
 from bdense.methods import METHODS
 from bdense.methods.distill import distill
 from bdense.methods.method import Inputs
-from bdense.methods.one_shot import Coordinates, OneShot, OneShotStage, ToldDenoiser
+from bdense.methods.one_shot import Coordinates, OneShot, OneShotDenoiser, OneShotStage
 from bdense.training.loop import train
 from bdense.weights.free import FreeSpace, PerIntervalSpace
 from bdense.weights.learned import LearnedSpace
@@ -55,7 +55,7 @@ def inputs(seed: int = 5) -> Inputs:
 
 
 def method_of(name: str, space: WeightSpace = SPACES[0]) -> OneShot:
-    return OneShot(METHODS[name](), Coordinates.of(space, 4))
+    return OneShot(METHODS[name](), Coordinates(space, 4, space.box))
 
 
 def uniform() -> FixedWeights:
@@ -98,7 +98,7 @@ def test_no_update_waits_for_its_device(name):
 
 @EACH_SPACE
 def test_a_draw_is_of_seed_and_index_alone_and_covers_each_coordinate_evenly(space):
-    coordinates, count = Coordinates.of(space, 4), 16
+    coordinates, count = Coordinates(space, 4, space.box), 16
     points = coordinates.draw(count, 3, 0, 7)
     assert points.shape == (count, len(space.axes))
     torch.randn(5)  # the global generator has no part in it
@@ -108,13 +108,13 @@ def test_a_draw_is_of_seed_and_index_alone_and_covers_each_coordinate_evenly(spa
     for column, bounds in zip(points.T, space.box, strict=True):
         share = (column - bounds.low) / (bounds.high - bounds.low)
         assert sorted((share * count).floor().int().tolist()) == list(range(count))
-    told = coordinates.told(points)
+    told = coordinates.embedded(points)
     assert bool((told >= 2).all() and (told <= 8).all())
 
 
 @pytest.mark.parametrize("space", [SPACES[0], SPACES[1], SPACES[3]], ids=lambda s: s.name)
 def test_weights_of_each_image_are_the_space_s_own_with_sum_k(space):
-    coordinates = Coordinates.of(space, 4)
+    coordinates = Coordinates(space, 4, space.box)
     points = coordinates.draw(6, 0)
     weights = coordinates.weights(points)
     for point, own in zip(points.tolist(), weights.T, strict=True):
@@ -134,11 +134,11 @@ def test_weights_that_follow_the_training_have_no_coordinates_to_be_told():
 def test_weights_that_differ_between_intervals_are_each_interval_s_own():
     stage = stage_of("sfd", PerIntervalSpace(intervals=2))
     batch, points = stage.batch(0, ALL)
-    alike = Coordinates.of(NormalisedSpace(), 4)
+    alike = Coordinates(NormalisedSpace(), 4, NormalisedSpace().box)
     student = widen_head(stage.start, 4)
     for update, slopes in zip(stage.updates(0, (batch, points)), points.T, strict=True):
         update(student.branches)  # the next begins where it ends
-        assert torch.equal(update.own, alike.weights(slopes[:, None]))
+        assert torch.equal(update.weights, alike.weights(slopes[:, None]))
 
 
 # ---- losses ----
@@ -161,7 +161,7 @@ def test_images_that_are_told_one_point_have_the_gradient_of_its_fixed_weights(n
     fixed = coordinates.weights(point)[:, 0]
     own_batch = in_float64(stage.batch(0, ALL)[0])
     student = widen_head(stage.start, 4).train()
-    told = coordinates.told(point)
+    told = coordinates.embedded(point)
 
     def gradients(update: Any, branches: Any, weights: torch.Tensor) -> list[torch.Tensor]:
         torch.manual_seed(1)  # the same dropout
@@ -208,7 +208,7 @@ def test_a_student_starts_as_its_teacher_wherever_it_is_told_to_be(space):
     method = method_of("sfd", space)
     student = with_step_condition(teacher, seed=0, values=len(space.axes))
     x, sigma = image(channels=1), torch.tensor([0.1, 1.0, 20.0])
-    for point in itertools.islice(Coordinates.of(space, 4).draw(4, 0).tolist(), 3):
+    for point in itertools.islice(Coordinates(space, 4, space.box).draw(4, 0).tolist(), 3):
         told = method.student_at(student, tuple(point))
         assert torch.equal(told(x, sigma), teacher(x, sigma))
     assert not told.step_condition
@@ -275,9 +275,9 @@ def test_a_teacher_a_network_or_a_method_that_cannot_be_told_is_refused():
     with pytest.raises(InputError, match="TinyConv takes no step condition"):
         method_of("sfd").check(sfd, small_conv(), {})
     with pytest.raises(InputError, match=r"nfe \[2, 3\]"):
-        METHODS["sfd"].Config(**KNOBS["sfd"] | {"nfe": (2, 3)}).told(3)
+        METHODS["sfd"].Config(**KNOBS["sfd"] | {"nfe": (2, 3)}).for_one_shot(3)
     with pytest.raises(InputError, match="no losses of single images"):
-        METHODS["consistency"].Config().told(3)
+        METHODS["consistency"].Config().for_one_shot(3)
 
 
 def test_a_network_of_several_values_takes_no_single_number():
@@ -288,4 +288,4 @@ def test_a_network_of_several_values_takes_no_single_number():
             student(x, sigma, num_points=wrong)
     one = student(x, sigma, num_points=torch.ones(1, 2))
     assert torch.equal(one, student(x, sigma, num_points=torch.ones(3, 2)))
-    assert torch.equal(one, ToldDenoiser(student, torch.ones(2))(x, sigma))
+    assert torch.equal(one, OneShotDenoiser(student, torch.ones(2))(x, sigma))

@@ -180,7 +180,7 @@ def test_the_first_to_fail_is_blamed():
         followers._ends[end] = 1
     followers._watch()
     with pytest.raises(RuntimeError, match="no memory"):
-        followers.miss()
+        followers.raise_peer_error()
 
 
 def gone() -> None:
@@ -238,14 +238,14 @@ def test_a_distillation_ends_by_what_a_follower_raises(tmp_path, monkeypatch):
 def test_an_iteration_in_which_a_follower_failed_is_not_reported(tmp_path):
     """NCCL's sums, once ended, give numbers and raise nothing."""
 
-    def miss() -> None:
+    def raise_peer_error() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     stage = sfd_stage(small_trajectories(small_teacher()))
     path, reports = tmp_path / "training.safetensors", []
     with pytest.raises(torch.OutOfMemoryError):
         bdense.training.loop._train(
-            Team(0, 1, miss=miss),
+            Team(0, 1, raise_peer_error=raise_peer_error),
             stage,
             FixedWeights(torch.ones(4)),
             path,

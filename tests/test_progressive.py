@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bdense.data.datasets import Dataset, to_float
-from bdense.diffusion.conditions import ClassLabels
+from bdense.diffusion.conditions import Unconditional
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.preconditioning import DDPM, Cosine
 from bdense.diffusion.sampling import Sampler
@@ -72,10 +72,7 @@ class OnNoise(PDStage):
     def batch(self, iteration: int, images: slice) -> ImageBatch:
         draw = torch.Generator().manual_seed(iteration)
         clean, noise = torch.randn(2, 8, 1, 8, 8, generator=draw, dtype=torch.float64)
-        return ImageBatch(0.5 * clean, noise, torch.arange(8) % self.steps)
-
-    def describe_batches(self) -> dict[str, Any]:
-        return {}
+        return ImageBatch(0.5 * clean, noise, torch.arange(8) % self.steps, Unconditional())
 
 
 def on_noise(teacher: NetworkDenoiser, steps: int = 2, **changes: Any) -> OnNoise:
@@ -89,9 +86,10 @@ def on_noise(teacher: NetworkDenoiser, steps: int = 2, **changes: Any) -> OnNois
         start=start,
         levels=COSINE,
         steps=steps,
-        dataset=None,
+        dataset=noise_images(channels=1, classes=3),
         seed=5,
         substeps=substeps,
+        conditions=teacher.conditions,
     )
 
 
@@ -122,7 +120,7 @@ class TestProgressive(MethodContract):
 
 def test_a_conditional_teacher_and_its_student_are_told_the_classes():
     stage = stage_on(tiny_denoiser(precond="cosine", label_dim=3))
-    assert isinstance(stage.batch(0, ALL).condition, ClassLabels)
+    assert stage.batch(0, ALL).condition.name == "class_labels"
     student = train(stage, FixedWeights(ONE))
     plain, norms = plain_round(stage)
     assert max(norms) > stage.config.clip_norm
@@ -315,7 +313,7 @@ def test_a_student_is_distilled_further_on_its_own_levels():
     # Levels of a schedule are taken over.
     own = config(schedule="logsnr", sigma_max=20.0)
     known = {"sampler": method.teacher_sampler(own, teacher).describe()}
-    assert config(**method.usual(known, teacher)).levels(teacher) == own.levels(teacher)
+    assert config(**PDConfig.usual(known, teacher)).levels(teacher) == own.levels(teacher)
     euler = Sampler(num_intervals=8, afs=False)
     with pytest.raises(InputError, match="draws by euler"):
         method.check(config(), teacher, {"sampler": euler.describe()})
@@ -354,7 +352,7 @@ def test_batches_are_images_of_the_set_with_their_classes():
     drawn = [stage.batch(j, ALL) for j in range(30)]
     seen = set()
     for batch in drawn:
-        for pixels, label in zip(batch.clean, batch.condition.one_hot, strict=True):
+        for pixels, label in zip(batch.clean, batch.condition.values, strict=True):
             (which,) = (clean == pixels).flatten(1).all(1).nonzero().flatten().tolist()
             assert label.tolist() == [float(c == which % 3) for c in range(3)]
             seen.add(which)
@@ -365,9 +363,9 @@ def test_batches_are_images_of_the_set_with_their_classes():
     assert float(noise.mean()) == pytest.approx(0, abs=0.03)
     assert float(noise.std()) == pytest.approx(1, abs=0.03)
     labels = hashlib.sha256(b"[12]" + dataset.labels.numpy().tobytes()).hexdigest()
-    assert stage.describe_batches()["labels"] == labels
+    assert stage.describe(FixedWeights(TWO))["batches.labels"] == labels
     untold = stage_on(tiny_denoiser(precond="cosine"))
-    assert "labels" not in untold.describe_batches()
+    assert "batches.labels" not in untold.describe(FixedWeights(TWO))
     # Each round draws its own.
     other = stage_on(tiny_denoiser(precond="cosine"), steps=16, until=8)
     assert not torch.equal(untold.batch(0, ALL).noise, other.batch(0, ALL).noise)

@@ -6,13 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from bdense.diffusion.pictures import image_grid, save_grid, to_uint8
 from bdense.diffusion.sampling import (
     Sampler,
     draw_images,
-    image_grid,
     sampler_from,
-    save_grid,
-    to_uint8,
 )
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import DDIM, DPMSolverPP, Euler

@@ -4,7 +4,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from bdense.weights.rules import SCALE_RULES
+from bdense.weights.learned import SCALE_RULES
 from search.errors import SpecError
 from search.spec.space import make_pruner, make_sampler, search_space
 from tests.studies import LEARNED, METHODS, NORMALISED, of_kind, spec

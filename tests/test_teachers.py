@@ -4,11 +4,13 @@ import copy
 import itertools
 import math
 import re
+from typing import get_args
 
 import pytest
 import torch
 
 from bdense.data.datasets import Dataset, load_dataset, to_float
+from bdense.diffusion import LevelWeight
 from bdense.diffusion.conditions import Unconditional
 from bdense.diffusion.ddpm import DDPMSchedule
 from bdense.diffusion.denoiser import NetworkDenoiser
@@ -19,7 +21,7 @@ from bdense.diffusion.preconditioning import (
     Preconditioning,
     native_schedule,
 )
-from bdense.diffusion.snr_weights import LOSSES, snr_weight
+from bdense.diffusion.snr_weights import snr_weight
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.models.store import load_denoiser
@@ -86,7 +88,8 @@ def losses_of(
 ) -> torch.Tensor:
     """[B], of an update on these images; EDM's without ``loss``."""
     batch = NoisyBatch(clean=clean, noise=noise, sigma=sigma, condition=Unconditional())
-    update = DenoisingUpdate(stream=(0,), batch=batch, loss=loss, sigma_data=0.5)
+    process = config() if loss is None else config(precond={"name": "cosine"}, loss=loss)
+    update = DenoisingUpdate(stream=(0,), batch=batch, weight=process.loss_weight)
     return update(denoiser.branches).per_image[0]
 
 
@@ -149,7 +152,7 @@ def test_the_loss_of_an_untrained_network_is_one_at_every_level():
         assert loss.mean().item() == pytest.approx(1.0, abs=0.08)
 
 
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("kind", get_args(LevelWeight))
 def test_the_weights_of_a_process_by_hand(kind):
     """SNR = 1 / sigma^2 = 4, 1 and 1/4."""
     expected = {
@@ -294,7 +297,7 @@ def test_a_batch_goes_with_the_classes_of_its_images(digits):
     """Every image finds itself in the set again, and its class is the one that went with it."""
     known = to_float(digits.images)
     for batch in batches(conditional(images=48, label_dim=12), digits):
-        classes = batch.condition.one_hot
+        classes = batch.condition.values
         assert classes.shape == (16, 12)
         assert torch.equal(classes.sum(dim=1), torch.ones(16))
         for image, label in zip(batch.clean, classes, strict=True):

@@ -97,7 +97,7 @@ SFD_IDENTITY = {
     "trajectories.teacher_afs": False,
     "trajectories.precision": "float32",
     "trajectories.grid": {
-        "levels": [float(t) for t in SFDConfig().levels.fine_grid(3, 2)],
+        "levels": [float(t) for t in SFDConfig().levels.grid(6)],
         "substeps": 2,
         "afs": True,
     },

@@ -8,8 +8,8 @@ import torch
 
 from bdense.diffusion.solvers import Euler
 from bdense.errors import CheckpointError, InputError
+from bdense.methods.method import Recordings
 from bdense.methods.recordings import TrajectoryStore
-from bdense.methods.trajectories import LiveTrajectories
 from tests.small import small_teacher, small_trajectories
 
 
@@ -32,9 +32,7 @@ def test_a_store_is_recorded_once_and_by_shards(tmp_path, monkeypatch):
     store.record_shard(1)
     stamp = store.shard_path(1).stat().st_mtime_ns
     assert store.missing() == [0, 2]
-    done = []
-    recorded = store.record(done.append)
-    assert done == [1, 2, 3]
+    recorded = store.record()
     assert store.shard_path(1).stat().st_mtime_ns == stamp
     for i in range(5):
         assert torch.equal(recorded[i].states, live[i].states)
@@ -50,18 +48,18 @@ def test_rows_read_ahead_are_the_same_whatever_is_asked_for_next(tmp_path):
     """As on a GPU: in order, by parts, again, and from elsewhere."""
     live = small_trajectories(small_teacher(), count=5)
     plain = TrajectoryStore(live, tmp_path).record()
-    ahead = replace(plain, ahead=True)
+    ahead, cpu = replace(plain), torch.device("cpu")
     halves = slice(0, 2), slice(2, 4)
     for iteration in (0, 1, 2, 2, 4, 0, 3, 4):
         for images in (*halves, slice(None)):
-            found = ahead.part(iteration, images).states
+            found = ahead._rows_ahead(iteration, images, cpu)
             assert torch.equal(found, plain.part(iteration, images).states)
             # What is asked for next is being read, and nothing beside it.
             expected = {iteration + 1} if iteration < 4 else set()
             assert {i for i, _ in ahead._next.values()} >= expected
             assert len(ahead._next) <= 3
     assert "_reader" not in plain.__dict__
-    assert torch.equal(ahead.on(torch.device("cpu"))[1].states, plain[1].states)
+    assert torch.equal(ahead.on(cpu)[1].states, plain[1].states)
 
 
 def test_whatever_changes_the_numbers_changes_the_folder(tmp_path):
@@ -72,12 +70,8 @@ def test_whatever_changes_the_numbers_changes_the_folder(tmp_path):
         small_trajectories(teacher, batch=5),
         small_trajectories(teacher, count=5),
         small_trajectories(teacher, substeps=3),
-        LiveTrajectories(
-            teacher=teacher, grid=base.grid, solver=Euler(), batch=4, count=4, seed=7
-        ),
-        LiveTrajectories(
-            teacher=teacher, grid=base.grid, solver=base.solver, batch=4, count=4, seed=8
-        ),
+        replace(base, solver=Euler()),
+        replace(base, seed=8),
     ]
     folders = {TrajectoryStore(live, tmp_path).folder for live in [base, *others]}
     assert len(folders) == 7
@@ -107,5 +101,5 @@ def test_size_is_refused_before_it_is_spent(tmp_path):
     with pytest.raises(InputError, match=r"make room or set trajectories\.mode to live"):
         huge.require_room()
     assert not store.folder.exists()
-    with pytest.raises(InputError, match="dtype 'int8' is unknown"):
-        TrajectoryStore(small_trajectories(small_teacher()), tmp_path, "int8")
+    with pytest.raises(InputError, match="got str 'int8'"):
+        Recordings(tmp_path, "int8")

@@ -9,7 +9,7 @@ from bdense.errors import InputError
 from bdense.methods import METHODS
 from bdense.weights import WEIGHT_SPACES, space_of
 from bdense.weights.free import FreeSpace, PerIntervalSpace
-from bdense.weights.learned import LearnedSpace
+from bdense.weights.learned import RULES, LearnedSpace
 from bdense.weights.log_linear import (
     LogLinearSpace,
     LogLinearWeights,
@@ -17,7 +17,6 @@ from bdense.weights.log_linear import (
     normalised_weights,
     uniform_weights,
 )
-from bdense.weights.rules import RULES
 from bdense.weights.space import Choice, Range, Uniform, require_point
 from tests.contracts.weight_spaces import WeightSpaceContract
 
@@ -134,7 +133,7 @@ def test_there_are_as_many_slopes_as_the_method_trains_intervals():
 )
 def test_a_method_tells_how_many_intervals_every_iteration_trains(method, knobs, intervals):
     made = METHODS[method]()
-    assert made.num_intervals(made.Config.read(knobs)) == intervals
+    assert made.Config.read(knobs).num_intervals == intervals
 
 
 # ---- log-linear weights ----

@@ -8,7 +8,7 @@ call. B images, L tokens of a prompt, E channels of a token.
 import functools
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol, Self
 
 import torch
@@ -79,23 +79,25 @@ class Conditions(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ClassLabels:
-    """Each image's class.
+class TensorCondition:
+    """A condition of one tensor.
 
     Attributes:
-        one_hot: [B, label_dim].
+        name: The network's argument, such as ``class_labels``.
+        values: [B, ..], a row for each image.
     """
 
-    one_hot: Tensor
+    name: str
+    values: Tensor
 
     def arguments(self) -> Mapping[str, Tensor]:
-        return {"class_labels": self.one_hot}
+        return {self.name: self.values}
 
-    def part(self, images: slice) -> "ClassLabels":
-        return ClassLabels(self.one_hot[images])
+    def part(self, images: slice) -> Self:
+        return replace(self, values=self.values[images])
 
-    def to(self, like: Tensor) -> "ClassLabels":
-        return ClassLabels(moved(self.one_hot, like))
+    def to(self, like: Tensor) -> Self:
+        return replace(self, values=moved(self.values, like))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +144,11 @@ class Classes:
     label_dim: int
     has_null: bool = field(default=False, kw_only=True)
 
-    def drawn(self, seed: int, iteration: int, count: int) -> ClassLabels:
+    def drawn(self, seed: int, iteration: int, count: int) -> TensorCondition:
         draw = generator(seed, Stream.LABELS, iteration)
         return self._labels(torch.randint(self.label_dim, (count,), generator=draw))
 
-    def evaluation(self, seed: int, images: range) -> ClassLabels:
+    def evaluation(self, seed: int, images: range) -> TensorCondition:
         draws = [generator(seed, Stream.EVALUATION_LABELS, i) for i in images]
         index = [torch.randint(self.label_dim, (1,), generator=draw) for draw in draws]
         return self._labels(torch.cat(index))
@@ -154,17 +156,21 @@ class Classes:
     def require(self, dataset: LabelledImages) -> None:
         dataset.require_labels(self.label_dim)
 
-    def of(self, dataset: LabelledImages, index: Tensor) -> ClassLabels:
+    def of(self, dataset: LabelledImages, index: Tensor) -> TensorCondition:
         return self._labels(dataset.require_labels(self.label_dim)[index])
 
-    def null(self) -> ClassLabels | None:
-        return ClassLabels(torch.zeros(1, self.label_dim)) if self.has_null else None
+    def null(self) -> TensorCondition | None:
+        return (
+            TensorCondition("class_labels", torch.zeros(1, self.label_dim))
+            if self.has_null
+            else None
+        )
 
     def describe(self) -> dict[str, Any]:
         return {}
 
-    def _labels(self, index: Tensor) -> ClassLabels:
-        return ClassLabels(F.one_hot(index, self.label_dim).float())
+    def _labels(self, index: Tensor) -> TensorCondition:
+        return TensorCondition("class_labels", F.one_hot(index, self.label_dim).float())
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,34 +190,14 @@ class OneClass(Classes):
                 f"choose from 0..{self.label_dim - 1}"
             )
 
-    def drawn(self, seed: int, iteration: int, count: int) -> ClassLabels:
+    def drawn(self, seed: int, iteration: int, count: int) -> TensorCondition:
         return self._labels(torch.full((count,), self.index))
 
-    def evaluation(self, seed: int, images: range) -> ClassLabels:
+    def evaluation(self, seed: int, images: range) -> TensorCondition:
         return self._labels(torch.full((len(images),), self.index))
 
     def describe(self) -> dict[str, Any]:
         return {"class": self.index}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Texts:
-    """Each image's prompt, as the network sees it.
-
-    Attributes:
-        embeddings: [B, L, E].
-    """
-
-    embeddings: Tensor
-
-    def arguments(self) -> Mapping[str, Tensor]:
-        return {"text": self.embeddings}
-
-    def part(self, images: slice) -> "Texts":
-        return Texts(self.embeddings[images])
-
-    def to(self, like: Tensor) -> "Texts":
-        return Texts(moved(self.embeddings, like))
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,27 +228,28 @@ class Prompts:
                 f"got {list(self.empty.shape)}"
             )
 
-    def drawn(self, seed: int, iteration: int, count: int) -> Texts:
+    def drawn(self, seed: int, iteration: int, count: int) -> TensorCondition:
         draw = generator(seed, Stream.LABELS, iteration)
-        return Texts(
-            self.embeddings[torch.randint(len(self.embeddings), (count,), generator=draw)]
-        )
+        return self._texts(torch.randint(len(self.embeddings), (count,), generator=draw))
 
-    def evaluation(self, seed: int, images: range) -> Texts:
+    def evaluation(self, seed: int, images: range) -> TensorCondition:
         """Image i has prompt i, from the start again after the last; the seed does not matter."""
-        return Texts(self.embeddings[[i % len(self.embeddings) for i in images]])
+        return self._texts(torch.tensor([i % len(self.embeddings) for i in images]))
 
     def require(self, dataset: LabelledImages) -> None:
         captions(len(self.embeddings), dataset)
 
-    def of(self, dataset: LabelledImages, index: Tensor) -> Texts:
-        return Texts(self.embeddings[captions(len(self.embeddings), dataset)[index]])
+    def of(self, dataset: LabelledImages, index: Tensor) -> TensorCondition:
+        return self._texts(captions(len(self.embeddings), dataset)[index])
 
-    def null(self) -> Texts | None:
-        return None if self.empty is None else Texts(self.empty)
+    def null(self) -> TensorCondition | None:
+        return None if self.empty is None else TensorCondition("text", self.empty)
 
     def describe(self) -> dict[str, Any]:
         return {"prompts": self._sha256}
+
+    def _texts(self, index: Tensor) -> TensorCondition:
+        return TensorCondition("text", self.embeddings[index])
 
     @functools.cached_property
     def _sha256(self) -> str:
@@ -277,27 +264,10 @@ class Prompts:
 class NeedsText:
     """The kind of a network that is conditioned on text, where no prompts are given."""
 
-    def drawn(self, seed: int, iteration: int, count: int) -> NoReturn:
-        raise _no_prompts()
+    def _refuse(self, *_: object) -> NoReturn:
+        raise InputError("the network is conditioned on text; give prompts")
 
-    def evaluation(self, seed: int, images: range) -> NoReturn:
-        raise _no_prompts()
-
-    def require(self, dataset: LabelledImages) -> NoReturn:
-        raise _no_prompts()
-
-    def of(self, dataset: LabelledImages, index: Tensor) -> NoReturn:
-        raise _no_prompts()
-
-    def null(self) -> NoReturn:
-        raise _no_prompts()
-
-    def describe(self) -> NoReturn:
-        raise _no_prompts()
-
-
-def _no_prompts() -> InputError:
-    return InputError("the network is conditioned on text; give prompts")
+    drawn = evaluation = require = of = null = describe = _refuse
 
 
 def captions(count: int, dataset: LabelledImages) -> Tensor:

@@ -109,20 +109,6 @@ class NetworkDenoiser(nn.Module):
                 "inside them (sigma_min, sigma_max)"
             )
 
-    @property
-    def sigma_data(self) -> float:
-        """Standard deviation of the images, which EDM's loss weighs its levels by.
-
-        Raises:
-            InputError: The preconditioning is not EDM's and has none.
-        """
-        if not isinstance(self.precond, EDM):
-            raise InputError(
-                f"a denoiser with precond={self.precond.name!r} has no sigma_data; "
-                "EDM's loss needs precond='edm'"
-            )
-        return self.precond.sigma_data
-
     def branches(
         self,
         x: Tensor,
@@ -311,7 +297,7 @@ def restore(
 
 @contextlib.contextmanager
 def without_memory(most: int = 10_000) -> Iterator[None]:
-    """Build a network's shapes alone (torch's meta device), of at most so many modules.
+    """Build only a network's shapes (torch's meta device), of at most ``most`` modules.
 
     Raises:
         CheckpointError: It has more, or sizes that no memory has.

@@ -194,8 +194,8 @@ def epd_step(
         for each in (t_point, t_point - t, (t_next - t) * row.w * row.o)
     )
     x_point = x[:, None] + step * e[:, None]  # [B, P, C, H, W]
-    told = moved(row.s * t_point, x).repeat(len(x))
-    denoised = denoise(x_point.flatten(0, 1), told).view_as(x_point)
+    scaled = moved(row.s * t_point, x).repeat(len(x))
+    denoised = denoise(x_point.flatten(0, 1), scaled).view_as(x_point)
     return x + (weight * (x_point - denoised) / at).sum(1), d
 
 

@@ -57,8 +57,8 @@ def guided(denoiser: Conditional, scale: float, null: Condition | None) -> Condi
                 )
             both[name] = torch.cat([value.to(rows), rows])
         levels = torch.cat([sigma, sigma]) if sigma.dim() and len(sigma) == count else sigma
-        unguided, told = denoiser(torch.cat([x, x]), levels, **both).chunk(2)
-        return unguided + scale * (told - unguided)
+        unguided, conditional = denoiser(torch.cat([x, x]), levels, **both).chunk(2)
+        return unguided + scale * (conditional - unguided)
 
     return call
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from bdense.diffusion.schedules import Schedule
-from bdense.errors import InputError
 from bdense.randomness import Stream, generator
 
 
@@ -28,15 +27,6 @@ class IntervalGrid:
     substeps: int
     afs: bool = True
     schedule: Schedule = field(default_factory=Schedule)
-
-    def __post_init__(self) -> None:
-        if self.substeps < 1:
-            raise InputError(f"substeps (K) must be at least 1, got {self.substeps}")
-        if self.nfe < 1:
-            raise InputError(
-                f"num_intervals={self.num_intervals} with afs={self.afs} leaves no network "
-                "evaluation; NFE must be at least 1"
-            )
 
     @property
     def nfe(self) -> int:
@@ -60,7 +50,7 @@ class IntervalGrid:
 
     def fine(self) -> Tensor:
         """[N * K + 1] float64: the teacher's grid."""
-        return self.schedule.fine_grid(self.num_intervals, self.substeps)
+        return self.schedule.grid(self.num_intervals * self.substeps)
 
     def student(self) -> Tensor:
         """[N + 1] float64: every K-th level of the teacher's grid."""
@@ -92,17 +82,10 @@ class VariableGrid:
         afs: As in ``IntervalGrid``.
     """
 
-    num_intervals: tuple[int, ...] = (3, 4, 5, 6)
+    num_intervals: tuple[int, ...]
     substeps: int
     afs: bool = True
     schedule: Schedule = field(default_factory=Schedule)
-
-    def __post_init__(self) -> None:
-        if not self.num_intervals or len(set(self.num_intervals)) < len(self.num_intervals):
-            raise InputError(
-                f"num_intervals must be different numbers to draw from, got {self.num_intervals}"
-            )
-        self.grids()
 
     def grids(self) -> list[IntervalGrid]:
         """One for each N."""

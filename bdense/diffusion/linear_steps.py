@@ -2,7 +2,7 @@
 
 With e_j = (x_j - D(x_j; t_j)) / t_j, the noise that call j of the network predicts, the state of
 the next call is x_{i+1} = k_i x_i + sum_{j <= i} c_ij e_j + g_i z_i, z_i new unit noise. All
-solvers here are of this form but those that clip or threshold.
+solvers here have this form except those that clip or threshold.
 """
 
 import itertools

@@ -5,11 +5,9 @@ B batch, C channels, H x W pixels.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from bdense.arguments import require_types
@@ -19,6 +17,7 @@ from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.guidance import calls, null_for
+from bdense.diffusion.pictures import to_uint8
 from bdense.diffusion.preconditioning import Preconditioning
 from bdense.diffusion.schedules import Levels, Schedule, require_grid
 from bdense.diffusion.solvers import (
@@ -31,12 +30,9 @@ from bdense.diffusion.solvers import (
     solver_from,
 )
 from bdense.diffusion.vp import CosineSchedule
-from bdense.errors import InputError, NonFiniteError
-from bdense.files import atomic_write
+from bdense.errors import InputError
 from bdense.randomness import Stream, image_noise
 
-GRID_COLUMNS = 16  # of a picture of samples
-_GAP, _GREY = 2, 96  # pixels between its images, and their value
 # Metadata of what a student's FID was measured with, see ``bdense.metrics.setup``.
 SETUP = "fid_setup"
 
@@ -176,7 +172,7 @@ def measured_samplers(metadata: Mapping[str, Any]) -> list[Sampler]:
 
 
 def as_measured(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """A student's metadata, whose ``samplers_from`` are now its ``measured_samplers``."""
+    """Metadata with the samplers that the student's FID was measured with."""
     measured = measured_samplers(metadata)
     if measured == samplers_from(metadata):
         return dict(metadata)
@@ -184,19 +180,19 @@ def as_measured(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return others | served_metadata(measured)
 
 
-def levels_of(known: Mapping[str, Any], precond: Preconditioning) -> dict[str, Any]:
+def levels_of(metadata: Mapping[str, Any], precond: Preconditioning) -> dict[str, Any]:
     """The knobs of a student's noise levels; none for a process of its own.
 
     A teacher's are those that are usual for it, if it names any, else the default bounds where it
     was trained for these, and its own where it was not.
     """
-    if not (served := samplers_from(known)):
+    if not (served := samplers_from(metadata)):
         usual = Schedule()
         bounds = {
             "sigma_min": max(usual.sigma_min, precond.sigma_min),
             "sigma_max": min(usual.sigma_max, precond.sigma_max),
         }
-        return {**bounds, **known.get("levels", {})}
+        return {**bounds, **metadata.get("levels", {})}
     if not isinstance(levels := served[0].schedule, Schedule):
         return {}
     described = levels.describe()
@@ -205,7 +201,7 @@ def levels_of(known: Mapping[str, Any], precond: Preconditioning) -> dict[str, A
 
 
 def served_metadata(samplers: Sequence[Sampler]) -> dict[str, Any]:
-    """What ``samplers_from`` reads back; the samplers differ in their NFE alone."""
+    """What ``samplers_from`` reads back; the samplers differ only in their NFE."""
     ordered = sorted(samplers, key=lambda sampler: sampler.nfe)
     several = {"nfe": [sampler.nfe for sampler in ordered]} if len(ordered) > 1 else {}
     return {"sampler": ordered[0].describe(), **several}
@@ -225,7 +221,7 @@ def draw_images(
 ) -> Tensor:
     """Draw images as a user's files would hold them.
 
-    Image i depends on (seed, i) alone, and not on the batch size or the number of images.
+    Image i depends on (seed, i) only, not on the batch size or the number of images.
 
     Args:
         denoiser: In eval mode.
@@ -234,7 +230,7 @@ def draw_images(
         seed: Of the latents.
         batch: Images at a time.
         class_index: The class of all images; None draws the network's condition for each.
-        conditions: In place of the network's own, such as prompts.
+        conditions: Override the network's own, for example with prompts.
         codec: What makes images of latents, on the denoiser's device; None keeps what is drawn.
         on_image: Called with the number of images drawn so far.
 
@@ -294,55 +290,9 @@ def _own_sampler(denoiser: NetworkDenoiser, asked: Sampler | None) -> Sampler:
 
 
 def step_noise(seed: int, images: range, shape: tuple[int, ...]) -> StepNoise:
-    """What a stochastic solver draws with: of (seed, image, interval) alone, on the CPU."""
+    """Noise of a stochastic solver, on the CPU; depends on (seed, image, interval) only."""
 
     def draw(interval: int) -> Tensor:
         return image_noise(seed, Stream.EVALUATION_STEPS, images, shape, interval)
 
     return draw
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] to 0..255 as EDM writes files: clip(127.5 x + 128), fractions cut off; any shape.
-
-    Raises:
-        NonFiniteError: An image holds NaN or infinity, which no byte stands for.
-    """
-    if not bool(torch.isfinite(images).all()):
-        bad = int((~torch.isfinite(images)).sum())
-        raise NonFiniteError(
-            f"{bad} of {images.numel()} pixel values of images {list(images.shape)} are not "
-            "finite; the model diverged"
-        )
-    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
-
-
-def image_grid(images: Tensor, columns: int, gap: int = 0) -> Tensor:
-    """Tile uint8 images [n, C, H, W] row by row into one picture [H', W', 3 or 1 channels].
-
-    ``gap`` pixels of grey lie between two images.
-    """
-    if images.dtype != torch.uint8:
-        raise InputError(f"a picture is made of uint8 images, got {images.dtype}; see to_uint8")
-    if images.dim() != 4:
-        raise InputError(f"a picture is made of images [n, C, H, W], got {list(images.shape)}")
-    if columns < 1:
-        raise InputError(f"columns must be at least 1, got {columns}")
-    n, c, h, w = images.shape
-    columns = min(columns, max(n, 1))
-    rows = -(-n // columns)
-    canvas = images.new_full((rows * columns, c, h + gap, w + gap), _GREY)
-    canvas[:, :, :h, :w] = 0
-    canvas[:n, :, :h, :w] = images
-    tiled = canvas.view(rows, columns, c, h + gap, w + gap).permute(0, 3, 1, 4, 2)
-    whole = tiled.reshape(rows * (h + gap), columns * (w + gap), c)
-    return whole[: whole.shape[0] - gap, : whole.shape[1] - gap]
-
-
-def save_grid(images: Tensor, path: Path, columns: int = GRID_COLUMNS) -> None:
-    """Write uint8 images [n, C, H, W] as one PNG, small ones enlarged to 32 pixels at least."""
-    zoom = max(1, 32 // images.shape[-1])
-    enlarged = images.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
-    picture = image_grid(enlarged, columns, gap=_GAP).squeeze(-1).numpy()
-    with atomic_write(path) as scratch:
-        Image.fromarray(picture).save(scratch, format="PNG")

@@ -113,10 +113,6 @@ class Schedule:
         """sigma at positions from 0, the highest level, to 1, the lowest."""
         return _GRIDS[self.kind](self, position)
 
-    def fine_grid(self, num_intervals: int, substeps: int) -> Tensor:
-        """[N * K + 1] float64: the teacher's grid, whose every K-th entry is the student's."""
-        return self.grid(num_intervals * substeps)
-
     def start(self, noise: Tensor) -> Tensor:
         """[B, C, H, W] noise of the first level, without what is left of an image there."""
         return self.grid(1)[0] * noise

@@ -1,13 +1,9 @@
 """How much each noise level counts in a denoising loss (Salimans & Ho 2022, section 4)."""
 
-from typing import get_args
-
 import torch
 from torch import Tensor
 
 from bdense.diffusion import LevelWeight
-
-LOSSES: tuple[LevelWeight, ...] = get_args(LevelWeight)
 
 
 def snr_weight(sigma: Tensor, kind: LevelWeight) -> Tensor:

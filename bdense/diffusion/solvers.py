@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from bdense.diffusion.denoiser import Denoiser
 
-# Unit noise [B, C, H, W] of interval i, which depends on the seed, the image and i alone.
+# Unit noise [B, C, H, W] of interval i, which depends only on the seed, the image and i.
 StepNoise = Callable[[int], "Tensor"]
 
 
@@ -73,7 +73,7 @@ class Solver(Knobs, abc.ABC):
             x: [B, C, H, W] state at ``sigmas[0]``; its dtype is kept.
             sigmas: [n + 1] float64 on the CPU, decreasing and positive; the last may be 0 where
                 ``reaches_zero``.
-            noise: What a stochastic solver adds in each interval; others leave it alone.
+            noise: What a stochastic solver adds in each interval; deterministic ones ignore it.
         """
 
     def nfe(self, num_intervals: int) -> int:
@@ -174,7 +174,7 @@ class DPM2(Solver):
     """DPM-Solver-2 (Lu et al. 2022, arXiv 2206.00927, algorithm 4), 2 NFE an interval.
 
     Near r = 0 the second slope is taken at t, at r = 1 at t', which makes it Heun's. 1/2, the
-    geometric mean, uses that slope alone.
+    geometric mean, uses only that slope.
     """
 
     name: ClassVar[str] = "dpm2"
@@ -349,9 +349,9 @@ def _noise_step(x: Tensor, differences: list[Tensor], lambdas: list[float]) -> T
     return x - t_next * (phi_1 * m0 + phi_2 * higher[0] + phi_3 * higher[1])
 
 
-def dynamic_threshold(denoised: Tensor, quantile: float = 0.995) -> Tensor:
-    """Clamp each image to s = max(its ``quantile`` of |x|, 1) and divide by s: [B, C, H, W]."""
-    limit = denoised.abs().flatten(1).quantile(quantile, dim=1).clamp(min=1)
+def dynamic_threshold(denoised: Tensor) -> Tensor:
+    """Clamp each image to s = max(99.5 % quantile of |x|, 1) and divide by s: [B, C, H, W]."""
+    limit = denoised.abs().flatten(1).quantile(0.995, dim=1).clamp(min=1)
     limit = limit[:, None, None, None]
     return denoised.clamp(-limit, limit) / limit
 
@@ -375,9 +375,7 @@ def analytical_slope(x: Tensor, sigma: Tensor) -> Tensor:
     return x / (1 + sigma**2).sqrt()
 
 
-def trajectory(
-    solver: Solver, denoise: Denoiser, x: Tensor, sigmas: Tensor, *, denoise_to_zero: bool = False
-) -> Tensor:
+def trajectory(solver: Solver, denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
     """Every state of the walk, the start included.
 
     Args:
@@ -385,10 +383,9 @@ def trajectory(
         denoise: D(x; sigma).
         x: [B, C, H, W] state at ``sigmas[0]``.
         sigmas: [n + 1] float64 on the CPU.
-        denoise_to_zero: Append D at the last level, for one more NFE.
 
     Returns:
-        [n + 1, B, C, H, W], or [n + 2, ...] with ``denoise_to_zero``.
+        [n + 1, B, C, H, W].
 
     Raises:
         InputError: The solver is stochastic.
@@ -396,16 +393,13 @@ def trajectory(
     import torch
 
     with torch.no_grad():
-        states = [x, *solver.steps(denoise, x, sigmas)]
-        if denoise_to_zero:
-            states.append(denoise(states[-1], sigmas[-1]))
-        return torch.stack(states)
+        return torch.stack([x, *solver.steps(denoise, x, sigmas)])
 
 
 def solve(
     solver: Solver, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
 ) -> Tensor:
-    """The last state of the walk alone: [B, C, H, W]; arguments as of ``Solver.steps``."""
+    """The last state of the walk: [B, C, H, W]; arguments as of ``Solver.steps``."""
     import torch
 
     with torch.no_grad():

@@ -3,7 +3,7 @@
 The network's input N + 1, the sampler's number of time stamps, has its own layers: ``map_step``,
 ``map_step_layer0``, ``map_step_layer1``, and in each block ``affine_step``; in a network of
 diffusers ``affine_step`` adds to each of its time embeddings. A one-shot student
-(``bdense.methods.one_shot``) is told the branch weights it is trained under through them.
+(``bdense.methods.one_shot``) gets the branch weights that it is trained under through them.
 """
 
 from typing import Literal

@@ -24,27 +24,27 @@ from bdense.data.datasets import Dataset
 from bdense.diffusion.conditions import Condition, Conditions
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.guidance import calls, guided, null_for
-from bdense.diffusion.preconditioning import levels_on
-from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
+from bdense.diffusion.sampling import Sampler, samplers_from
 from bdense.diffusion.solvers import Solver, StepNoise, make_solver, no_noise, trajectory
 from bdense.errors import InputError
 from bdense.execution import moved
 from bdense.knobs import knob, knob_of
-from bdense.methods.images import ImageBatch, ImageDraw
+from bdense.methods.images import ImageBatch, image_batch
 from bdense.methods.method import (
     GridConfig,
     GuidanceKnobs,
     Inputs,
     Method,
     MethodConfig,
+    MethodStage,
     StagePlan,
-    require_images,
     require_pixels,
+    require_shape,
 )
 from bdense.methods.perceptual import LPIPS
 from bdense.models.store import denoiser_sha256
-from bdense.training.average import Average
-from bdense.training.stage import Branches, BranchMeans, Configured, WholeIteration
+from bdense.training.optimisation import Average
+from bdense.training.stage import Branches, BranchMeans
 from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights.weighting import BranchWeighting
 
@@ -100,6 +100,10 @@ class ConsistencyConfig(GridConfig, GuidanceKnobs):
                 f"huber_c={self.huber_c:g} needs loss=pseudo-huber, got loss={self.loss}; drop it"
             )
 
+    @property
+    def num_branches(self) -> int:
+        return self.substeps
+
     def intervals_at(self, iteration: int) -> int:
         """N at that iteration."""
         if self.target_schedule == "fixed":
@@ -143,7 +147,7 @@ def towards(denoised: Tensor, x: Tensor, ratio: Tensor) -> Tensor:
 
 
 @dataclass(eq=False, kw_only=True)
-class ConsistencyStage(Configured):
+class ConsistencyStage(MethodStage):
     """The one stage: a student, and the average of it that makes its targets.
 
     Attributes:
@@ -151,7 +155,7 @@ class ConsistencyStage(Configured):
         teacher: One branch, on the device to train on; the student starts as it.
         dataset: Images, drawn with replacement.
         seed: Of images, noise, intervals, flips and dropout.
-        conditions: Of the images; None is the teacher's own kind.
+        conditions: Of the images.
     """
 
     kind: ClassVar[str] = "consistency"
@@ -160,31 +164,19 @@ class ConsistencyStage(Configured):
     teacher: NetworkDenoiser
     dataset: Dataset
     seed: int
-    conditions: Conditions | None = None
+    conditions: Conditions
 
     def __post_init__(self) -> None:
         self.teacher.execution.require_training("consistency distillation")
-        require_images(self.dataset, self.teacher, self.told)
-        self.config.require_null(self.told)
-        self._levels = levels_on(self.config.levels, self.teacher.precond)
+        require_shape(self.dataset, self.teacher.image_shape)
+        self.conditions.require(self.dataset)
+        self.config.require_null(self.conditions)
+        self._levels = self.config.levels_for(self.teacher)
         self.teacher.require_levels(self._levels)
         self._solver = make_solver(self.config.solver)
         self._perceptual = LPIPS() if self.config.loss == "lpips" else None
         self._student: NetworkDenoiser | None = None
         self._target: Average | None = None
-
-    @property
-    def told(self) -> Conditions:
-        """The kind of condition of a batch."""
-        return self.teacher.conditions if self.conditions is None else self.conditions
-
-    @property
-    def num_updates(self) -> int:
-        return self.config.num_updates
-
-    @property
-    def num_branches(self) -> int:
-        return self.config.substeps
 
     @property
     def start(self) -> NetworkDenoiser:
@@ -201,20 +193,19 @@ class ConsistencyStage(Configured):
             guidance=self.config.guidance_student,
         )
 
-    def metadata(self) -> dict[str, Any]:
-        return served_metadata([self.sampler])
-
     def batch(self, iteration: int, images: slice) -> ImageBatch:
         """Images, noise and intervals; runs of one seed see the same, whatever their weights."""
-        config = self.config
-        draw = ImageDraw(
-            dataset=self.dataset,
-            conditions=self.told,
-            count=config.batch,
+        return image_batch(
+            self.dataset,
+            self.conditions,
+            iteration,
+            images,
+            count=self.config.batch,
+            num_intervals=self.config.intervals_at(iteration),
             seed=self.seed,
-            flip=config.flip,
+            flip=self.config.flip,
+            like=next(self.teacher.parameters()),
         )
-        return draw(self.teacher, iteration, config.intervals_at(iteration), images)
 
     def updates(self, iteration: int, batch: ImageBatch) -> Iterator["ConsistencyUpdate"]:
         """One update."""
@@ -249,12 +240,12 @@ class ConsistencyStage(Configured):
         self._target.add(self._student, 1 - self.config.decay_at(iteration))
 
     def _null(self, scale: float, batch: ImageBatch) -> Condition | None:
-        return null_for(scale, self.told, like=batch.clean)
+        return null_for(scale, self.conditions, like=batch.clean)
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
         perceptual = {} if self._perceptual is None else {"lpips": self._perceptual.describe()}
-        prompts = {} if self.conditions is None else self.conditions.describe()
-        labelled = bool(self.teacher.label_dim or prompts)
+        conditions = self.conditions.describe()
+        labelled = bool(self.teacher.label_dim or conditions)
         return {
             "numerics": NUMERICS,
             "teacher": denoiser_sha256(self.teacher),
@@ -263,7 +254,7 @@ class ConsistencyStage(Configured):
             **{f"config.{name}": value for name, value in self.config.identity().items()},
             **perceptual,
             "data": self.dataset.sha256,
-            **prompts,
+            **conditions,
             **({"labels": self.dataset.labels_sha256} if labelled else {}),
             "seed": self.seed,
         }
@@ -302,8 +293,10 @@ def consistency_targets(target: Denoiser, states: Tensor, levels: Tensor, end: f
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ConsistencyUpdate(WholeIteration):
+class ConsistencyUpdate:
     """One update for states ``x`` [B, C, H, W] at ``level`` [B, 1, 1, 1]."""
+
+    where: ClassVar[Mapping[str, int]] = {}
 
     stream: tuple[int, ...]
     x: Tensor
@@ -360,16 +353,13 @@ class Consistency(Method):
         nfe, updates = config.nfe * calls(config.guidance_student), config.num_updates
         return (StagePlan(name="", label=f"{nfe} NFE", num_updates=updates, nfe=nfe),)
 
-    def num_branches(self, config: ConsistencyConfig) -> int:
-        return config.substeps
-
     def check(
-        self, config: ConsistencyConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]
+        self, config: ConsistencyConfig, teacher: NetworkDenoiser, metadata: Mapping[str, Any]
     ) -> None:
-        config.require_guidable(teacher, known)
-        require_pixels(config, {"flip": (True,), "loss": ("lpips",)}, teacher, known)
+        config.require_guidable(teacher, metadata)
+        require_pixels(config, {"flip": (True,), "loss": ("lpips",)}, teacher, metadata)
         teacher.require_levels(config.levels)
-        if samplers_from(known):
+        if samplers_from(metadata):
             raise InputError(
                 "the teacher is a student, which knows the levels it was distilled for alone; "
                 "give its own teacher"
@@ -382,11 +372,10 @@ class Consistency(Method):
         config: ConsistencyConfig,
         inputs: Inputs,
     ) -> ConsistencyStage:
-        dataset = inputs.require_dataset(self.name)
         return ConsistencyStage(
             config=config,
             teacher=teacher,
-            dataset=dataset,
+            dataset=inputs.require_dataset(self.name),
             seed=inputs.seed,
-            conditions=inputs.conditions,
+            conditions=inputs.conditions_for(teacher),
         )

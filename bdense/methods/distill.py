@@ -152,7 +152,7 @@ class _Run:
         metadata = self._metadata(stage, weighting)
         student.samplers = tuple(samplers_from(metadata))
         if path is not None:
-            if self.replace:  # those of the student that was there
+            if self.replace:  # delete the branches of the previous student
                 branches_path(path).unlink(missing_ok=True)
             keep_student(path, student, branched, metadata)
         return TrainedStage(
@@ -257,7 +257,7 @@ def distill(
             f"config must be a {method.Config.__name__} of the method {method.name}, got "
             f"{type(config).__name__}; {method.Config.__name__}.read takes a mapping"
         )
-    method.check(config, teacher, inputs.known)
+    method.check(config, teacher, inputs.metadata)
     require_adaptable(teacher.model, config)
     plans = method.plan(config, teacher)
     if len({plan.nfe for plan in plans}) < len(plans):

@@ -18,18 +18,23 @@ from bdense.diffusion import SOLVERS
 from bdense.diffusion.denoiser import NetworkDenoiser, call_for_states
 from bdense.diffusion.epd import EPD, Table, walk
 from bdense.diffusion.intervals import IntervalGrid
-from bdense.diffusion.preconditioning import levels_on
-from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
-from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.sampling import Sampler, samplers_from
 from bdense.diffusion.solvers import Solver, analytical_first_step, make_solver
 from bdense.errors import InputError
 from bdense.knobs import KnobError, knob, knob_of
-from bdense.methods.method import GridConfig, Inputs, Method, MethodConfig, StagePlan
-from bdense.methods.trajectories import LiveTrajectories, TrajectoryBatch
+from bdense.methods.method import (
+    GridConfig,
+    Inputs,
+    Method,
+    MethodConfig,
+    MethodStage,
+    StagePlan,
+)
+from bdense.methods.trajectories import Trajectories, TrajectoryBatch
 from bdense.networks import Network
 from bdense.randomness import Stream, generator
 from bdense.training.optimisation import LRSchedule
-from bdense.training.stage import Branches, BranchMeans, Configured, Stateless
+from bdense.training.stage import Branches, BranchMeans
 from bdense.weights.weighting import BranchWeighting
 
 Loss = Literal["l2", "l1"]
@@ -179,7 +184,7 @@ class TabledNetwork(Network):
 
 
 @dataclass(eq=False, kw_only=True)
-class EPDStage(Configured, Stateless):
+class EPDStage(MethodStage):
     """The one stage, which trains a table.
 
     Attributes:
@@ -192,7 +197,7 @@ class EPDStage(Configured, Stateless):
     kind: ClassVar[str] = "epd"
 
     config: EPDConfig
-    trajectories: LiveTrajectories
+    trajectories: Trajectories
     table: RawTable
     seed: int
     start: NetworkDenoiser = field(init=False)
@@ -205,14 +210,6 @@ class EPDStage(Configured, Stateless):
         self.start = start.execute(teacher.execution)
 
     @property
-    def num_updates(self) -> int:
-        return self.config.num_updates
-
-    @property
-    def num_branches(self) -> int:
-        return 1
-
-    @property
     def sampler(self) -> Sampler:
         """With the table as it is trained so far."""
         return Sampler(
@@ -221,9 +218,6 @@ class EPDStage(Configured, Stateless):
             schedule=self.trajectories.grid.schedule,
             solver=self.table.solver(),
         )
-
-    def metadata(self) -> dict[str, Any]:
-        return served_metadata([self.sampler])
 
     def batch(self, iteration: int, images: slice) -> TrajectoryBatch:
         return self.trajectories.part(iteration, images)
@@ -321,21 +315,19 @@ class EPDMethod(Method):
     def plan(
         self, config: EPDConfig, teacher: NetworkDenoiser | None = None
     ) -> tuple[StagePlan, ...]:
-        row = (0.5,) * config.points
-        rows = (row,) * config.steps
-        solver = EPD(r=rows, w=rows, o=rows, s=rows)  # its size counts
+        row = ((0.5,) * config.points,)
+        solver = EPD(r=row, w=row, o=row, s=row)  # its size counts
         nfe = solver.nfe(config.steps) - config.afs
         calls = solver.sequential_nfe(config.steps) - config.afs
         label, updates = f"{nfe} NFE, {calls} one after another", config.num_updates
         return (StagePlan(name="", label=label, num_updates=updates, nfe=nfe, branched=False),)
 
-    def num_branches(self, config: EPDConfig) -> int:
-        return 1
-
-    def check(self, config: EPDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-        teacher.require_levels(levels_on(config.levels, teacher.precond))
+    def check(
+        self, config: EPDConfig, teacher: NetworkDenoiser, metadata: Mapping[str, Any]
+    ) -> None:
+        teacher.require_levels(config.levels_for(teacher))
         teacher.execution.require_training("a table")
-        if samplers_from(known):
+        if samplers_from(metadata):
             raise InputError(
                 "the teacher is a student, which has a sampler already; give its own teacher"
             )
@@ -348,23 +340,21 @@ class EPDMethod(Method):
     def stage(
         self, plan: StagePlan, teacher: NetworkDenoiser, config: EPDConfig, inputs: Inputs
     ) -> EPDStage:
-        levels = levels_on(config.levels, teacher.precond)
-        assert isinstance(levels, Schedule)
         # AFS is the student's; the teacher's states are wanted after the first step as well.
         grid = IntervalGrid(
             num_intervals=config.steps,
             substeps=config.substeps,
             afs=False,
-            schedule=levels,
+            schedule=config.levels_for(teacher),
         )
-        trajectories = LiveTrajectories(
+        trajectories = Trajectories(
             teacher=teacher,
             grid=grid,
             solver=config.make_solver(),
             batch=config.batch,
             count=config.num_updates,
             seed=inputs.seed,
-            conditions=inputs.conditions,
+            conditions=inputs.conditions_for(teacher),
         )
         table = RawTable.drawn(config, inputs.seed)
         return EPDStage(config=config, trajectories=trajectories, table=table, seed=inputs.seed)

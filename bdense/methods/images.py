@@ -3,14 +3,13 @@
 B batch, C channels, H x W pixels.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bdense.data.datasets import Dataset
-from bdense.diffusion.conditions import Condition, Conditions, Unconditional
-from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.conditions import Condition, Conditions
 from bdense.execution import moved
 from bdense.randomness import Stream, generator
 
@@ -29,49 +28,53 @@ class ImageBatch:
     clean: Tensor
     noise: Tensor
     interval: Tensor
-    condition: Condition = field(default_factory=Unconditional)
+    condition: Condition
 
     def levels(self, fine: Tensor, substeps: int) -> Tensor:
         """[K + 1, B] t_{n,0}..t_{n,K} of each image's own interval, for levels [N K + 1]."""
         return fine[substeps * self.interval + torch.arange(substeps + 1)[:, None]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageDraw:
-    """Draws batches of images, with replacement; each depends on (seed, round, iteration) alone.
+def image_batch(
+    dataset: Dataset,
+    conditions: Conditions,
+    iteration: int,
+    images: slice,
+    *,
+    count: int,
+    num_intervals: int,
+    seed: int,
+    round: int = 0,
+    flip: bool = False,
+    like: Tensor,
+) -> ImageBatch:
+    """Some images of that iteration's batch, drawn with replacement.
 
-    Attributes:
+    The whole batch depends on (seed, round, iteration) alone.
+
+    Args:
         dataset: Where images come from.
-        conditions: What is told of them.
+        conditions: Of the images.
+        iteration: Counted from 0.
+        images: Of the batch.
         count: B of the whole batch.
+        num_intervals: N.
         seed: Of images, noise, intervals and flips.
         round: Keeps the draws of several stages of one seed apart.
         flip: Mirror each image with probability 1/2.
+        like: Has the type and device of the batch.
     """
-
-    dataset: Dataset
-    conditions: Conditions
-    count: int
-    seed: int
-    round: int = 0
-    flip: bool = False
-
-    def __call__(
-        self, student: NetworkDenoiser, iteration: int, num_intervals: int, images: slice
-    ) -> ImageBatch:
-        """Some images of that iteration's batch, on the student's device."""
-        like = next(student.parameters())
-        draw = generator(self.seed, Stream.IMAGES, self.round, iteration)
-        index = torch.randint(len(self.dataset.images), (self.count,), generator=draw)
-        clean = self.dataset.clean(index)
-        noise = torch.randn(clean.shape, generator=draw)
-        interval = torch.randint(num_intervals, (self.count,), generator=draw)
-        if self.flip:
-            mirrored = torch.rand(self.count, generator=draw) < 0.5
-            clean[mirrored] = clean[mirrored].flip(-1)
-        return ImageBatch(
-            moved(clean[images], like),
-            moved(noise[images], like),
-            interval[images],
-            self.conditions.of(self.dataset, index[images]).to(like),
-        )
+    draw = generator(seed, Stream.IMAGES, round, iteration)
+    index = torch.randint(len(dataset.images), (count,), generator=draw)
+    clean = dataset.clean(index)
+    noise = torch.randn(clean.shape, generator=draw)
+    interval = torch.randint(num_intervals, (count,), generator=draw)
+    if flip:
+        mirrored = torch.rand(count, generator=draw) < 0.5
+        clean[mirrored] = clean[mirrored].flip(-1)
+    return ImageBatch(
+        moved(clean[images], like),
+        moved(noise[images], like),
+        interval[images],
+        conditions.of(dataset, index[images]).to(like),
+    )

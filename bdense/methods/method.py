@@ -6,10 +6,10 @@ entry point of the group ``bdense.methods``.
 """
 
 import abc
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeAlias
 
 from bdense.arguments import require_types
 from bdense.data.datasets import Dataset
@@ -17,14 +17,17 @@ from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.grid_knobs import GridKnobs
 from bdense.diffusion.guidance import no_null, null_for
-from bdense.diffusion.sampling import Sampler, levels_of
+from bdense.diffusion.preconditioning import levels_on
+from bdense.diffusion.sampling import Sampler, levels_of, served_metadata
+from bdense.diffusion.schedules import Schedule
 from bdense.errors import InputError
 from bdense.knobs import KnobError, Knobs, knob
 from bdense.methods import YOUNGER
 from bdense.methods.plan import StagePlan as StagePlan
 from bdense.models.latents import draws_latents
+from bdense.models.store import plain_json
 from bdense.training.optimisation import OptimisationConfig
-from bdense.training.stage import Training
+from bdense.training.stage import Stateless, Training
 from bdense.weights.weighting import BranchWeighting
 
 if TYPE_CHECKING:
@@ -50,10 +53,20 @@ class MethodConfig(OptimisationConfig):
                 "divisor of it",
             )
 
-    def told(self, length: float) -> Self:
-        """For a one-shot student (``bdense.methods.one_shot``): so many times as long.
+    @property
+    def num_branches(self) -> int:
+        """K with dense supervision."""
+        return 1
 
-        A method whose losses take weights [K, B] overrides it.
+    @property
+    def num_intervals(self) -> int:
+        """S, the intervals that every iteration trains, by an update each; 1 where they vary."""
+        return 1
+
+    def for_one_shot(self, length: float) -> Self:
+        """The config of a one-shot training, ``length`` times as long.
+
+        See ``bdense.methods.one_shot``. A method whose losses take weights [K, B] overrides it.
 
         Raises:
             InputError: No student of the method, or of these knobs, can be told its weights.
@@ -63,12 +76,19 @@ class MethodConfig(OptimisationConfig):
             "single images; choose sfd or progressive, or search without one_shot"
         )
 
+    @classmethod
+    def usual(cls, metadata: Mapping[str, Any], teacher: NetworkDenoiser) -> dict[str, Any]:
+        """Knobs that the teacher settles where they are not given, such as noise levels.
+
+        Args:
+            metadata: Of its file; a student's names its own levels.
+            teacher: The first teacher.
+        """
+        return {}
+
     def as_dict(self) -> dict[str, Any]:
         """The knobs as ``read`` takes them and a file holds them: lists stand for tuples."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+        return plain_json(asdict(self))
 
     def identity(self) -> dict[str, Any]:
         """``as_dict`` without those of ``YOUNGER`` that change nothing."""
@@ -102,15 +122,15 @@ class GuidanceKnobs(Knobs):
         for scale in (self.guidance_teacher, self.guidance_student):
             null_for(scale, conditions)
 
-    def require_guidable(self, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
+    def require_guidable(self, teacher: NetworkDenoiser, metadata: Mapping[str, Any]) -> None:
         """Refuse guidance of a teacher that was not trained for it.
 
         Args:
             teacher: The first teacher.
-            known: Metadata of its file.
+            metadata: Of its file.
         """
         network = teacher.model
-        if known.get("guidance", bool(network.text_dim) or network.has_null_class):
+        if metadata.get("guidance", bool(network.text_dim) or network.has_null_class):
             return
         for name in ("guidance_teacher", "guidance_student"):
             if (scale := getattr(self, name)) != 1:
@@ -142,6 +162,17 @@ class GridConfig(MethodConfig, GridKnobs):
         """ceil(images / batch)."""
         return -(-self.images // self.batch)
 
+    def levels_for(self, teacher: NetworkDenoiser) -> Schedule:
+        """The noise levels, discrete ones in the teacher's own times."""
+        levels = levels_on(self.levels, teacher.precond)
+        assert isinstance(levels, Schedule)
+        return levels
+
+    @classmethod
+    def usual(cls, metadata: Mapping[str, Any], teacher: NetworkDenoiser) -> dict[str, Any]:
+        """The noise levels that the teacher knows."""
+        return levels_of(metadata, teacher.precond)
+
 
 @dataclass(frozen=True, slots=True)
 class Recordings:
@@ -149,11 +180,14 @@ class Recordings:
 
     Attributes:
         root: Folder; each recording has a folder of its own in it.
-        dtype: ``float32`` or ``float16``.
+        dtype: Of the stored states.
     """
 
     root: Path
-    dtype: str = "float32"
+    dtype: Literal["float32", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -165,14 +199,14 @@ class Inputs:
         seed: Seed of batches, noise and dropout.
         recordings: Where a method that can record its teacher's trajectories keeps them; None
             computes them anew for each student.
-        known: Metadata of the first teacher's file; a student's names its levels.
-        conditions: In place of the teacher's own, such as prompts.
+        metadata: Of the first teacher's file; a student's names its levels.
+        conditions: Override the teacher's own, for example with prompts.
     """
 
     dataset: Dataset | None = None
     seed: int = 0
     recordings: Recordings | None = None
-    known: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
@@ -188,32 +222,26 @@ class Inputs:
             raise InputError(f"method {method} learns from images; give a data set (data)")
         return self.dataset
 
-
-def require_images(dataset: Dataset, teacher: NetworkDenoiser, conditions: Conditions) -> None:
-    """Refuse a data set of other images than the teacher's, or without its conditions.
-
-    Raises:
-        InputError: Says in what they differ.
-    """
-    require_shape(dataset, teacher)
-    conditions.require(dataset)
+    def conditions_for(self, teacher: NetworkDenoiser) -> Conditions:
+        """The kind of condition of a batch."""
+        return teacher.conditions if self.conditions is None else self.conditions
 
 
 def require_pixels(
     config: "MethodConfig",
     of_pixels: Mapping[str, Collection[object]],
     teacher: NetworkDenoiser,
-    known: Mapping[str, Any],
+    metadata: Mapping[str, Any],
 ) -> None:
-    """Refuse settings that make sense of pixels alone for a teacher of latents.
+    """Refuse settings that only make sense for pixels with a teacher of latents.
 
     Args:
         config: Of a method.
         of_pixels: Values of its knobs.
         teacher: The first teacher.
-        known: Metadata of its file.
+        metadata: Of its file.
     """
-    if not draws_latents(teacher, known):
+    if not draws_latents(teacher, metadata):
         return
     for name, values in of_pixels.items():
         if (value := getattr(config, name)) in values:
@@ -221,15 +249,10 @@ def require_pixels(
             raise KnobError(name, f"{said} is for pixels, and the teacher works on latents")
 
 
-def require_shape(dataset: Dataset, teacher: NetworkDenoiser) -> None:
-    """Refuse a data set of images of another shape than the teacher's."""
-    require_same_shape(dataset, dataset.shape, teacher.image_shape)
-
-
-def require_same_shape(dataset: Dataset, theirs: Sequence[int], own: Sequence[int]) -> None:
-    """Refuse a data set whose (C, H, W) is not the teacher's."""
-    if tuple(theirs) != tuple(own):
-        given, wanted = (" x ".join(map(str, shape)) for shape in (theirs, own))
+def require_shape(dataset: Dataset, shape: tuple[int, ...]) -> None:
+    """Refuse a data set whose images are not of the teacher's shape (C, H, W)."""
+    if dataset.shape != shape:
+        given, wanted = (" x ".join(map(str, each)) for each in (dataset.shape, shape))
         raise InputError(
             f"data {dataset.name} has images of {given}, and the teacher is a network for "
             f"{wanted}; give the data set that it was trained on, with the same padding"
@@ -245,6 +268,40 @@ class Stage(Training, Protocol):
 
     def metadata(self) -> dict[str, Any]:
         """Metadata of the student's file, with its ``sampler``, as JSON values."""
+
+
+class MethodStage(Stateless, abc.ABC):
+    """What a stage of a method takes from its config and its sampler; it keeps no state."""
+
+    config: AnyConfig
+
+    @property
+    @abc.abstractmethod
+    def sampler(self) -> Sampler:
+        """How its student draws images."""
+
+    @property
+    def num_updates(self) -> int:
+        return int(self.config.num_updates)
+
+    @property
+    def num_branches(self) -> int:
+        return int(self.config.num_branches)
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.config.batch)
+
+    @property
+    def dropout(self) -> bool:
+        return bool(self.config.dropout)
+
+    @property
+    def optimisation(self) -> AnyConfig:
+        return self.config
+
+    def metadata(self) -> dict[str, Any]:
+        return served_metadata([self.sampler])
 
 
 class Method(abc.ABC):
@@ -263,21 +320,15 @@ class Method(abc.ABC):
         """The stages in order; with a teacher, those that it needs."""
 
     @abc.abstractmethod
-    def num_branches(self, config: AnyConfig) -> int:
-        """K with dense supervision."""
-
-    def num_intervals(self, config: AnyConfig) -> int:
-        """S, the intervals that every iteration trains, by an update each; 1 where they vary."""
-        return 1
-
-    @abc.abstractmethod
-    def check(self, config: AnyConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
+    def check(
+        self, config: AnyConfig, teacher: NetworkDenoiser, metadata: Mapping[str, Any]
+    ) -> None:
         """Refuse a teacher that cannot be distilled so, before anything is spent.
 
         Args:
             config: Of the method.
             teacher: The first teacher.
-            known: Metadata of its file.
+            metadata: Of its file.
 
         Raises:
             InputError: Levels, steps or the prediction type do not fit, or the teacher is itself
@@ -297,15 +348,6 @@ class Method(abc.ABC):
             config: Of the method.
             inputs: What is learned from besides.
         """
-
-    def usual(self, known: Mapping[str, Any], teacher: NetworkDenoiser) -> dict[str, Any]:
-        """Knobs that the teacher settles where they are not given: noise levels that it knows.
-
-        Args:
-            known: Metadata of its file; a student names its own levels.
-            teacher: The first teacher.
-        """
-        return levels_of(known, teacher.precond) if issubclass(self.Config, GridKnobs) else {}
 
     def teacher_sampler(self, config: AnyConfig, teacher: NetworkDenoiser) -> Sampler | None:
         """How the teacher itself is measured beside its students; None: it is not."""

@@ -10,13 +10,12 @@ B batch, K branches, C channels, H x W pixels, d coordinates.
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.sampling import Sampler
 from bdense.diffusion.step_condition import require_no_condition_yet, with_step_condition
 from bdense.errors import InputError
 from bdense.methods.method import AnyConfig, Inputs, Method, MethodConfig, Stage, StagePlan
@@ -44,15 +43,6 @@ class Coordinates:
     num_branches: int
     box: tuple[Uniform, ...]
 
-    @classmethod
-    def of(cls, space: WeightSpace, num_branches: int) -> Self:
-        """The coordinates of a whole space.
-
-        Raises:
-            InputError: It has none that a student can be told.
-        """
-        return cls(space, num_branches, space.box)
-
     def __len__(self) -> int:
         """The number d of coordinates."""
         return len(self.box)
@@ -78,7 +68,7 @@ class Coordinates:
         low, high = self._bounds()
         return low + (high - low) * share
 
-    def told(self, points: Tensor) -> Tensor:
+    def embedded(self, points: Tensor) -> Tensor:
         """[B, d] float64 points as the student is told them: the box becomes 2 to 8."""
         low, high = self._bounds()
         width = torch.where(high > low, high - low, 1.0)
@@ -112,23 +102,24 @@ class Coordinates:
         return {"space": self.space.name, **{name: [each.low, each.high] for name, each in axes}}
 
 
-class ToldDenoiser(NetworkDenoiser):
+class OneShotDenoiser(NetworkDenoiser):
     """A one-shot student at given points as an ordinary denoiser; it shares the network.
 
     Args:
         student: With a step condition.
-        told: [d] what all images are told, or [B, d] what each of a batch is.
+        embedded: [d] the point of all images, or [B, d] of each of a batch
+            (``Coordinates.embedded``).
     """
 
-    def __init__(self, student: NetworkDenoiser, told: Tensor) -> None:
+    def __init__(self, student: NetworkDenoiser, embedded: Tensor) -> None:
         super().__init__(student.model, student.precond)
         self.train(student.training)
         self.execution = student.execution
-        self.told = told
+        self.embedded = embedded
 
     @property
     def step_condition(self) -> bool:
-        """Those who call it tell it nothing."""
+        """Callers do not pass ``num_points``."""
         return False
 
     def branches(
@@ -138,64 +129,64 @@ class ToldDenoiser(NetworkDenoiser):
         class_labels: Tensor | None = None,
         **given: Any,  # noqa: ANN401  of the network
     ) -> Tensor:
-        """As in ``NetworkDenoiser``."""
-        return super().branches(x, sigma, class_labels, num_points=self.told, **given)
+        return super().branches(x, sigma, class_labels, num_points=self.embedded, **given)
 
 
 @dataclass(frozen=True, eq=False)
-class ToldLosses:
-    """Losses of images that each have weights of their own, [K, B]."""
+class OneShotLosses:
+    """Losses of images that each have branch weights of their own, [K, B]."""
 
     losses: BranchLosses
-    own: Tensor
+    weights: Tensor
 
     @property
     def per_branch(self) -> Tensor:
-        """As in ``BranchLosses``."""
         return self.losses.per_branch
 
     @property
     def keeps_graph(self) -> bool:
-        """As in ``BranchLosses``."""
         return self.losses.keeps_graph
 
     def weighted(self, weights: Tensor) -> Tensor:
         """For ``weights`` [K] that scale the images' own, 1 or, of sum 1, 1 / K."""
-        return self.losses.weighted(weights.to(self.own)[:, None] * self.own)
+        return self.losses.weighted(weights.to(self.weights)[:, None] * self.weights)
 
 
 @dataclass(frozen=True, eq=False)
-class ToldUpdate:
-    """An update whose images are told their points."""
+class OneShotUpdate:
+    """An update in which the student is called with each image's point.
+
+    Attributes:
+        update: The method's own.
+        embedded: [B, d] the points.
+        weights: [K, B] branch weights there.
+    """
 
     update: Update
-    told: Tensor
-    own: Tensor
+    embedded: Tensor
+    weights: Tensor
 
     @property
     def stream(self) -> tuple[int, ...]:
-        """As in ``Update``."""
         return self.update.stream
 
     @property
     def where(self) -> Mapping[str, int]:
-        """As in ``Update``."""
         return self.update.where
 
-    def __call__(self, branches: Branches) -> ToldLosses:
-        """As in ``Update``."""
-        told = functools.partial(branches, num_points=self.told)
-        return ToldLosses(self.update(told), self.own)
+    def __call__(self, branches: Branches) -> OneShotLosses:
+        at_points = functools.partial(branches, num_points=self.embedded)
+        return OneShotLosses(self.update(at_points), self.weights)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class OneShotStage:
-    """A stage whose student is told its weights.
+    """A method's stage whose student is told its weights; what is not here is that stage's own.
 
     Attributes:
         coordinates: Of the space.
         make: Makes the method's own stage for a teacher.
-        teacher: Of the stage; a ``ToldDenoiser`` where it is told the images' points, too.
+        teacher: Of the stage; a ``OneShotDenoiser`` where it is told the images' points, too.
         start: What the student starts as, with a step condition.
         index: Keeps the draws of several stages of one seed apart.
         stage: The method's own.
@@ -211,38 +202,14 @@ class OneShotStage:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stage", self.make(self.teacher))
 
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  whatever a stage has
+        if name == "stage":  # not there yet, as in unpickling
+            raise AttributeError(name)
+        return getattr(self.stage, name)
+
     @property
     def kind(self) -> str:
-        """As in ``Training``, with the rest."""
         return f"{self.stage.kind}-one-shot"
-
-    @property
-    def num_updates(self) -> int:
-        return self.stage.num_updates
-
-    @property
-    def num_branches(self) -> int:
-        return self.stage.num_branches
-
-    @property
-    def batch_size(self) -> int:
-        return self.stage.batch_size
-
-    @property
-    def seed(self) -> int:
-        return self.stage.seed
-
-    @property
-    def dropout(self) -> bool:
-        return self.stage.dropout
-
-    @property
-    def optimisation(self) -> Any:  # noqa: ANN401  the config's own class
-        return self.stage.optimisation
-
-    @property
-    def sampler(self) -> Sampler:
-        return self.stage.sampler
 
     def metadata(self) -> dict[str, Any]:
         return self.stage.metadata() | {"one_shot": self.coordinates.describe()}
@@ -252,36 +219,27 @@ class OneShotStage:
         points = self.coordinates.draw(self.batch_size, self.seed, self.index, iteration)
         return self.stage.batch(iteration, images), points[images]
 
-    def updates(self, iteration: int, batch: tuple[Any, Tensor]) -> Iterator[ToldUpdate]:
+    def updates(self, iteration: int, batch: tuple[Any, Tensor]) -> Iterator[OneShotUpdate]:
         own_batch, points = batch
-        told, weights = self.coordinates.told(points), self.coordinates.weights(points)
-        if isinstance(self.teacher, ToldDenoiser):
-            self.teacher.told = told
+        embedded, weights = self.coordinates.embedded(points), self.coordinates.weights(points)
+        if isinstance(self.teacher, OneShotDenoiser):
+            self.teacher.embedded = embedded
         for index, update in enumerate(self.stage.updates(iteration, own_batch)):
-            yield ToldUpdate(update, told, weights if weights.dim() == 2 else weights[index])
+            yield OneShotUpdate(
+                update, embedded, weights if weights.dim() == 2 else weights[index]
+            )
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
-        own = {f"one_shot.{name}": value for name, value in self.coordinates.describe().items()}
-        return self.stage.describe(weighting) | own
+        return self.stage.describe(weighting) | _described(self.coordinates)
 
     def on(self, device: torch.device) -> "OneShotStage":
         return replace(self, teacher=self.teacher.on(device), start=self.start.on(device))
 
-    def begin(self, student: NetworkDenoiser) -> None:
-        self.stage.begin(student)
-
-    def end(self, iteration: int) -> None:
-        self.stage.end(iteration)
-
-    def state(self) -> Mapping[str, Tensor]:
-        return self.stage.state()
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.stage.restore(state)
-
 
 class OneShot(Method):
-    """A method whose students are told their weights; its config is the method's ``told``.
+    """A method whose students are told their weights.
+
+    Its config is ``for_one_shot`` of the method's.
 
     Args:
         method: Any with losses of single images.
@@ -296,24 +254,20 @@ class OneShot(Method):
     def __init__(self, method: Method, coordinates: Coordinates) -> None:
         self.method, self.coordinates = method, coordinates
 
-    def student_at(self, student: NetworkDenoiser, point: tuple[float, ...]) -> ToldDenoiser:
+    def student_at(self, student: NetworkDenoiser, point: tuple[float, ...]) -> OneShotDenoiser:
         """The student told one point of the space, [d]."""
         points = torch.tensor([point], dtype=torch.float64)
-        return ToldDenoiser(student, self.coordinates.told(points)[0])
+        return OneShotDenoiser(student, self.coordinates.embedded(points)[0])
 
     def plan(
         self, config: AnyConfig, teacher: NetworkDenoiser | None = None
     ) -> tuple[StagePlan, ...]:
         return self.method.plan(config, teacher)
 
-    def num_branches(self, config: AnyConfig) -> int:
-        return self.method.num_branches(config)
-
-    def num_intervals(self, config: AnyConfig) -> int:
-        return self.method.num_intervals(config)
-
-    def check(self, config: AnyConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-        self.method.check(config, teacher, known)
+    def check(
+        self, config: AnyConfig, teacher: NetworkDenoiser, metadata: Mapping[str, Any]
+    ) -> None:
+        self.method.check(config, teacher, metadata)
         if teacher.step_condition:
             raise InputError(
                 "the teacher has a step condition already, through which a one-shot student would "
@@ -329,16 +283,13 @@ class OneShot(Method):
             return make(teacher)
         if teacher.step_condition:  # the student of the stage before
             start: NetworkDenoiser = teacher
-            teacher = ToldDenoiser(teacher, torch.full((len(self.coordinates),), FIRST))
+            teacher = OneShotDenoiser(teacher, torch.full((len(self.coordinates),), FIRST))
         else:
             start = with_step_condition(teacher, seed=inputs.seed, values=len(self.coordinates))
-        return OneShotStage(
-            coordinates=self.coordinates,
-            make=make,
-            teacher=teacher,
-            start=start,
-            index=plan.nfe,
+        stage = OneShotStage(
+            coordinates=self.coordinates, make=make, teacher=teacher, start=start, index=plan.nfe
         )
+        return cast("Stage", stage)
 
     def _own_stage(
         self, plan: StagePlan, config: AnyConfig, inputs: Inputs, teacher: NetworkDenoiser
@@ -352,8 +303,12 @@ class OneShot(Method):
         inputs: Inputs,
         weighting: BranchWeighting,
     ) -> dict[str, Any]:
-        own = {f"one_shot.{name}": value for name, value in self.coordinates.describe().items()}
-        return self.method.identity(config, teacher, _live(inputs), weighting) | own
+        own = self.method.identity(config, teacher, _live(inputs), weighting)
+        return own | _described(self.coordinates)
+
+
+def _described(coordinates: Coordinates) -> dict[str, Any]:
+    return {f"one_shot.{name}": value for name, value in coordinates.describe().items()}
 
 
 def _live(inputs: Inputs) -> Inputs:

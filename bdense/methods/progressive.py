@@ -26,26 +26,27 @@ from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.grid_knobs import GridKnobs, NativeGridKnobs
 from bdense.diffusion.guidance import calls, guided, null_for
 from bdense.diffusion.preconditioning import levels_on, make_preconditioning
-from bdense.diffusion.sampling import Sampler, levels_of, samplers_from, served_metadata
+from bdense.diffusion.sampling import Sampler, levels_of, samplers_from
 from bdense.diffusion.schedules import Levels
 from bdense.diffusion.snr_weights import snr_weight
 from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
 from bdense.execution import moved
 from bdense.knobs import KnobError, knob, knob_of, knobs_of
-from bdense.methods.images import ImageBatch, ImageDraw
+from bdense.methods.images import ImageBatch, image_batch
 from bdense.methods.method import (
     GuidanceKnobs,
     Inputs,
     Method,
     MethodConfig,
+    MethodStage,
     StagePlan,
-    require_images,
     require_pixels,
+    require_shape,
 )
 from bdense.models.store import denoiser_sha256
 from bdense.training.optimisation import LRSchedule
-from bdense.training.stage import Branches, Configured, ImageLosses, Stateless, WholeIteration
+from bdense.training.stage import Branches, ImageLosses
 from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights.weighting import BranchWeighting
 
@@ -106,9 +107,25 @@ class PDConfig(MethodConfig, NativeGridKnobs, GuidanceKnobs):
             if getattr(self, name) == knobs_of(GridKnobs)[name].default:
                 object.__setattr__(self, name, None)
 
-    def told(self, length: float) -> Self:
+    @property
+    def num_branches(self) -> int:
+        return self.substeps
+
+    @property
+    def num_updates(self) -> int:
+        """Iterations of each round."""
+        return self.updates
+
+    def for_one_shot(self, length: float) -> Self:
         self.require_one_call()
         return replace(self, updates=max(1, round(length * self.updates)))
+
+    @classmethod
+    def usual(cls, metadata: Mapping[str, Any], teacher: NetworkDenoiser) -> dict[str, Any]:
+        """A student's own levels and guidance; a teacher's process has its own levels."""
+        if not (served := samplers_from(metadata)):
+            return {}
+        return {**levels_of(metadata, teacher.precond), "guidance_teacher": served[0].guidance}
 
     @property
     def rounds(self) -> tuple[int, ...]:
@@ -146,7 +163,7 @@ def _require_dividing(first: int, last: int, substeps: int) -> None:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PDStage(Configured, Stateless):
+class PDStage(MethodStage):
     """A round: a student whose N steps follow the teacher's K N, or one that is converted.
 
     Attributes:
@@ -155,11 +172,11 @@ class PDStage(Configured, Stateless):
         start: What the student starts as.
         levels: Noise levels of both grids.
         steps: N of the student.
-        dataset: Images, drawn with replacement; None in a subclass that has its own batches.
+        dataset: Images, drawn with replacement.
         seed: Of images, noise, times, flips and dropout.
         substeps: K; 1 in a round that converts the teacher and keeps its steps.
         guidance: Of the teacher in this round.
-        conditions: Of the images; None is the teacher's own kind.
+        conditions: Of the images.
     """
 
     kind: ClassVar[str] = "pd"
@@ -169,28 +186,19 @@ class PDStage(Configured, Stateless):
     start: NetworkDenoiser
     levels: Levels
     steps: int
-    dataset: Dataset | None
+    dataset: Dataset
     seed: int
     substeps: int
+    conditions: Conditions
     guidance: float = 1.0
-    conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
         self.teacher.execution.require_training("progressive distillation")
         self.teacher.require_levels(self.levels)
-        if self.dataset is not None:
-            require_images(self.dataset, self.teacher, self.told)
+        require_shape(self.dataset, self.teacher.image_shape)
+        self.conditions.require(self.dataset)
         for scale in (self.guidance, self.config.guidance_student):
-            null_for(scale, self.told)
-
-    @property
-    def told(self) -> Conditions:
-        """The kind of condition of a batch."""
-        return self.teacher.conditions if self.conditions is None else self.conditions
-
-    @property
-    def num_updates(self) -> int:
-        return self.config.updates
+            null_for(scale, self.conditions)
 
     @property
     def num_branches(self) -> int:
@@ -203,28 +211,26 @@ class PDStage(Configured, Stateless):
             self.levels, self.steps, clip=config.clip_samples, guidance=config.guidance_student
         )
 
-    def metadata(self) -> dict[str, Any]:
-        return served_metadata([self.sampler])
-
     def batch(self, iteration: int, images: slice) -> ImageBatch:
         """Images, noise and steps; two runs of one seed see the same, whatever their weights."""
-        assert self.dataset is not None
-        config = self.config
-        draw = ImageDraw(
-            dataset=self.dataset,
-            conditions=self.told,
-            count=config.batch,
+        return image_batch(
+            self.dataset,
+            self.conditions,
+            iteration,
+            images,
+            count=self.config.batch,
+            num_intervals=self.steps,
             seed=self.seed,
             round=self.steps,
-            flip=config.flip,
+            flip=self.config.flip,
+            like=next(self.start.parameters()),
         )
-        return draw(self.start, iteration, self.steps, images)
 
     def updates(self, iteration: int, batch: ImageBatch) -> Iterator["RoundUpdate"]:
         levels = batch.levels(self.levels.grid(self.steps * self.substeps), self.substeps)
         x = batch.clean + _per_image(levels[0], batch.clean) * batch.noise
         own = self.config.guidance_student
-        theirs, null = (null_for(scale, self.told, like=x) for scale in (self.guidance, own))
+        theirs, null = (null_for(scale, self.conditions, like=x) for scale in (self.guidance, own))
         denoise = self.teacher.given(batch.condition, guidance=self.guidance, null=theirs)
         yield RoundUpdate(
             stream=(self.steps, iteration),
@@ -245,6 +251,11 @@ class PDStage(Configured, Stateless):
     def describe_run(self, weighting: BranchWeighting) -> dict[str, Any]:
         """The identity of a run without its numbers of steps."""
         config, added = self.config, self.config.changed()
+        conditions = self.conditions.describe()
+        if self.start.label_dim or conditions:
+            conditions["labels"] = self.dataset.labels_sha256
+        drawn = {"batch": config.batch, "seed": self.seed, "flip": config.flip}
+        batches = {"data": self.dataset.sha256, **drawn, **conditions}
         scales = {"teacher": self.guidance, "student": config.guidance_student}
         added |= {f"guidance_{who}": scale for who, scale in scales.items() if scale != 1}
         weights: Any = weighting.describe()
@@ -279,17 +290,8 @@ class PDStage(Configured, Stateless):
             "schedule": self.levels.describe(),
             "weights": weights,
             **{f"config.{name}": value for name, value in fields.items()},
-            **{f"batches.{name}": value for name, value in self.describe_batches().items()},
+            **{f"batches.{name}": value for name, value in batches.items()},
         }
-
-    def describe_batches(self) -> dict[str, Any]:
-        """What the batches depend on, as JSON values."""
-        assert self.dataset is not None
-        labels = {} if self.conditions is None else self.conditions.describe()
-        if self.start.label_dim or labels:
-            labels["labels"] = self.dataset.labels_sha256
-        drawn = {"batch": self.config.batch, "seed": self.seed, "flip": self.config.flip}
-        return {"data": self.dataset.sha256, **drawn, **labels}
 
     def on(self, device: torch.device) -> "PDStage":
         teacher = self.teacher.on(device)
@@ -298,8 +300,10 @@ class PDStage(Configured, Stateless):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RoundUpdate(WholeIteration):
+class RoundUpdate:
     """One update of a round, for states ``x`` [B, C, H, W] at the first of ``levels``."""
+
+    where: ClassVar[Mapping[str, int]] = {}
 
     stream: tuple[int, ...]
     x: Tensor
@@ -336,7 +340,7 @@ def dense_targets(denoise: Denoiser, x: Tensor, levels: Tensor, *, clip: bool = 
 
     D*^k = sum_{j<=k} (r_j - r_{j-1}) / (r_k - r_0) D(x_{j-1}), r = 1 / t: a convex combination, so
     that nothing cancels. D*^1 is the teacher's own prediction at x; where t_K = 0, r_K = infinity
-    leaves the last prediction alone, the reference's rule for its last interval.
+    leaves only the last prediction, the reference's rule for its last interval.
 
     Args:
         denoise: The teacher, its conditions bound.
@@ -502,19 +506,18 @@ class Progressive(Method):
         first = (plan(config.steps, branched=False),) if converts else ()
         return first + tuple(plan(steps) for steps in config.rounds)
 
-    def num_branches(self, config: PDConfig) -> int:
-        return config.substeps
-
-    def check(self, config: PDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
+    def check(
+        self, config: PDConfig, teacher: NetworkDenoiser, metadata: Mapping[str, Any]
+    ) -> None:
         teacher.execution.require_training("progressive distillation")
-        config.require_guidable(teacher, known)
+        config.require_guidable(teacher, metadata)
         names = ("clip_targets", "clip_samples", "flip")
-        require_pixels(config, dict.fromkeys(names, (True,)), teacher, known)
+        require_pixels(config, dict.fromkeys(names, (True,)), teacher, metadata)
         levels = config.levels(teacher)
         teacher.require_levels(levels)
         if not self.plan(config, teacher)[0].branched:
             reparameterised(teacher, str(config.prediction_type))
-        for own in samplers_from(known):
+        for own in samplers_from(metadata):
             if not isinstance(own.solver, DDIM):
                 raise InputError(
                     f"the teacher is a student that draws by {own.solver.name}, and progressive "
@@ -534,12 +537,6 @@ class Progressive(Method):
                     f"{config.guidance_teacher:g}: the teacher is a student that draws at "
                     f"guidance {own.guidance:g}; take that, or leave it out",
                 )
-
-    def usual(self, known: Mapping[str, Any], teacher: NetworkDenoiser) -> dict[str, Any]:
-        """A student's own levels and guidance; a teacher's process has its own levels."""
-        if not (served := samplers_from(known)):
-            return {}
-        return {**levels_of(known, teacher.precond), "guidance_teacher": served[0].guidance}
 
     def teacher_sampler(self, config: PDConfig, teacher: NetworkDenoiser) -> Sampler | None:
         """The number of steps that the first round begins with."""
@@ -571,7 +568,7 @@ class Progressive(Method):
             seed=inputs.seed,
             substeps=config.substeps if plan.branched else 1,
             guidance=served[0].guidance if served else config.guidance_teacher,
-            conditions=inputs.conditions,
+            conditions=inputs.conditions_for(teacher),
         )
 
     def identity(

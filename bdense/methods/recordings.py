@@ -17,24 +17,21 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bdense.diffusion.conditions import Conditions
-from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.intervals import IntervalGrid, VariableGrid
+from bdense.diffusion.intervals import IntervalGrid
 from bdense.errors import CheckpointError, InputError
 from bdense.execution import moved
 from bdense.files import atomic_write, file_lock
-from bdense.methods.trajectories import LiveTrajectories, TrajectoryBatch
+from bdense.methods.trajectories import Trajectories, TrajectoryBatch
 
 # A shard is what a worker records at once and loses when it dies.
 MAX_SHARD_BYTES = 32 * 2**20
 MIN_SHARDS = 16
-STORED_DTYPES = ("float32", "float16")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,15 +41,9 @@ class TrajectoryStore:
     The folder's name is the fingerprint of all that its numbers depend on.
     """
 
-    live: LiveTrajectories
+    live: Trajectories
     root: Path
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        if self.dtype not in STORED_DTYPES:
-            raise InputError(
-                f"trajectory dtype {self.dtype!r} is unknown; choose from {list(STORED_DTYPES)}"
-            )
+    dtype: Literal["float32", "float16"] = "float32"
 
     @functools.cached_property
     def folder(self) -> Path:
@@ -160,23 +151,11 @@ class TrajectoryStore:
             with atomic_write(path) as scratch, scratch.open("wb") as file:
                 np.save(file, rows)
 
-    def record(self, on_iteration: Callable[[int], None] | None = None) -> "RecordedTrajectories":
-        """Record whatever is missing and open the store.
-
-        Args:
-            on_iteration: Called with the number of iterations recorded by this call.
-        """
+    def record(self) -> "RecordedTrajectories":
+        """Record whatever is missing and open the store."""
         self.require_room()
-        done = 0
         for shard in self.missing():
-            base = done
-
-            def report(i: int, base: int = base) -> None:
-                if on_iteration is not None:
-                    on_iteration(base + i)
-
-            self.record_shard(shard, report)
-            done += len(self.iterations(shard))
+            self.record_shard(shard)
         return self.open()
 
     def open(self) -> "RecordedTrajectories":
@@ -191,7 +170,7 @@ class TrajectoryStore:
                 f"{self.folder}; record them first"
             )
         shards = [self._map(shard) for shard in range(self.num_shards)]
-        return RecordedTrajectories(self, shards)
+        return RecordedTrajectories(**vars(self.live), store=self, shards=shards)
 
     def _map(self, shard: int) -> np.ndarray:
         path = self.shard_path(shard)
@@ -212,64 +191,37 @@ class TrajectoryStore:
         return rows
 
 
-@dataclass(frozen=True, eq=False)
-class RecordedTrajectories:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RecordedTrajectories(Trajectories):
     """A complete store, read through memory maps that all processes share.
 
-    Attributes:
-        ahead: Whether a thread reads the rows of the next iteration while this one trains; None
-            does on a GPU, where this process only launches kernels in the meantime.
+    On a GPU a thread reads the rows of the next iteration while this one trains: this process
+    only launches kernels in the meantime.
     """
 
     store: TrajectoryStore
     shards: list[np.ndarray]
-    ahead: bool | None = None
     # What is being read, by the images that are asked for.
     _next: dict[tuple[int, int], tuple[int, Future[Tensor]]] = field(
         default_factory=dict, init=False
     )
 
-    @property
-    def grid(self) -> IntervalGrid | VariableGrid:
-        return self.store.live.grid
-
-    @property
-    def batch(self) -> int:
-        return self.store.live.batch
-
-    @property
-    def teacher(self) -> NetworkDenoiser:
-        return self.store.live.teacher
-
-    @property
-    def told(self) -> Conditions:
-        return self.store.live.told
-
-    def on(self, device: torch.device) -> "RecordedTrajectories":
-        store = replace(self.store, live=self.store.live.on(device))
-        return replace(self, store=store)
+    def on(self, device: torch.device) -> Self:
+        live = self.store.live.on(device)
+        return replace(self, teacher=live.teacher, store=replace(self.store, live=live))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickled, a memory map would be copied whole.
         return TrajectoryStore.open, (self.store,)
 
-    def __len__(self) -> int:
-        return self.store.live.count
-
-    def __getitem__(self, iteration: int) -> TrajectoryBatch:
-        return self.part(iteration, slice(None))
-
     def part(self, iteration: int, images: slice) -> TrajectoryBatch:
-        if not 0 <= iteration < len(self):
-            raise IndexError(iteration)
-        grid, start, condition = self.store.live.beginning(iteration, images)
-        states = moved(self._rows_ahead(iteration, images, start.device), start)
+        grid, start, condition = self.beginning(iteration, images)
+        rows = self._rows_ahead if start.is_cuda else self._rows
+        states = moved(rows(iteration, images, start.device), start)
         return TrajectoryBatch(grid, start, states, condition)
 
     def _rows_ahead(self, iteration: int, images: slice, device: torch.device) -> Tensor:
         """As ``_rows``; the next iteration's are read while this one trains."""
-        if not (device.type == "cuda" if self.ahead is None else self.ahead):
-            return self._rows(iteration, images, device)
         share = images.indices(self.batch)[:2]
         found = self._next.pop(share, None)
         if found is not None and found[0] == iteration:
@@ -302,4 +254,4 @@ class RecordedTrajectories:
 
     def describe(self) -> dict[str, Any]:
         stored = {} if self.store.dtype == "float32" else {"dtype": self.store.dtype}
-        return self.store.live.describe() | stored
+        return super().describe() | stored

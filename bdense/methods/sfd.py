@@ -7,7 +7,7 @@ B batch, K branches, C channels, H x W pixels, N student intervals.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.epd import read_table
 from bdense.diffusion.guidance import guided, null_for
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
-from bdense.diffusion.preconditioning import levels_on
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Solver, analytical_slope, make_solver
@@ -33,15 +32,16 @@ from bdense.methods.method import (
     Inputs,
     Method,
     MethodConfig,
+    MethodStage,
     StagePlan,
     require_pixels,
 )
 from bdense.methods.perceptual import LPIPS
 from bdense.methods.recordings import TrajectoryStore
-from bdense.methods.trajectories import LiveTrajectories, Trajectories, TrajectoryBatch
+from bdense.methods.trajectories import Trajectories, TrajectoryBatch
 from bdense.models.store import denoiser_sha256
 from bdense.training.optimisation import LRSchedule
-from bdense.training.stage import Branches, BranchMeans, Configured, Stateless
+from bdense.training.stage import Branches, BranchMeans
 from bdense.weights.weighting import BranchWeighting
 
 Perceptual = Literal["none", "lpips", "lpips-sfd"]
@@ -110,7 +110,7 @@ class SFDConfig(GridConfig, GuidanceKnobs):
             raise KnobError("nfe", f"must be one number or several different ones, got {several}")
         kept = tuple(sorted(several)) if len(several) > 1 else several[0]
         object.__setattr__(self, "nfe", kept)
-        _ = self.grid  # which refuses what does not fit together
+        self.grid()  # which refuses what does not fit together
         try:
             solver = self.make_solver()
             # The highest order is the default: given or not, the config is the same.
@@ -135,7 +135,7 @@ class SFDConfig(GridConfig, GuidanceKnobs):
 
     @classmethod
     def read_all(cls, tree: Mapping[str, Any], where: str = "") -> Self:
-        """As in ``Knobs``, with the usual values for several NFE or a second stage."""
+        """With the usual values for several NFE or a second stage."""
         usual: Mapping[str, Any] = {}
         if tree.get("second_stage") is True:
             usual = _SECOND_STAGE
@@ -149,31 +149,46 @@ class SFDConfig(GridConfig, GuidanceKnobs):
         return self.nfe if isinstance(self.nfe, tuple) else (self.nfe,)
 
     @property
-    def grid(self) -> IntervalGrid | VariableGrid:
-        """The student's intervals and the teacher's sub-steps."""
-        return self.grid_at(self.levels)
-
-    def grid_at(self, levels: Schedule) -> IntervalGrid | VariableGrid:
-        """``grid`` at levels that are bound to a network."""
-        intervals = tuple(nfe + self.afs for nfe in self.several_nfe)
-        shared: dict[str, Any] = {"substeps": self.substeps, "afs": self.afs}
-        shared["schedule"] = levels
-        if len(intervals) > 1:
-            return VariableGrid(num_intervals=intervals, **shared)
-        return IntervalGrid(num_intervals=intervals[0], **shared)
+    def num_branches(self) -> int:
+        return self.substeps
 
     @property
-    def samplers(self) -> tuple[Sampler, ...]:
-        """How the student draws, by NFE."""
-        return self.samplers_at(self.levels)
+    def num_intervals(self) -> int:
+        grid = self.grid()
+        return 1 if isinstance(grid, VariableGrid) else len(grid.trained)
 
-    def samplers_at(self, levels: Schedule) -> tuple[Sampler, ...]:
-        """``samplers`` at levels that are bound to a network."""
-        shared: dict[str, Any] = {"afs": self.afs, "schedule": levels}
-        shared["guidance"] = self.guidance_student
-        return tuple(Sampler(num_intervals=nfe + self.afs, **shared) for nfe in self.several_nfe)
+    def grid(self, levels: Schedule | None = None) -> IntervalGrid | VariableGrid:
+        """The student's intervals and the teacher's sub-steps.
 
-    def told(self, length: float) -> Self:
+        Args:
+            levels: Bound to a network; None is ``self.levels``.
+        """
+        schedule, numbers = levels or self.levels, self._several_intervals
+        if len(numbers) > 1:
+            return VariableGrid(
+                num_intervals=numbers, substeps=self.substeps, afs=self.afs, schedule=schedule
+            )
+        return IntervalGrid(
+            num_intervals=numbers[0], substeps=self.substeps, afs=self.afs, schedule=schedule
+        )
+
+    def samplers(self, levels: Schedule | None = None) -> tuple[Sampler, ...]:
+        """How the student draws, by NFE; ``levels`` as of ``grid``."""
+        return tuple(
+            Sampler(
+                num_intervals=number,
+                afs=self.afs,
+                schedule=levels or self.levels,
+                guidance=self.guidance_student,
+            )
+            for number in self._several_intervals
+        )
+
+    @property
+    def _several_intervals(self) -> tuple[int, ...]:
+        return tuple(nfe + self.afs for nfe in self.several_nfe)
+
+    def for_one_shot(self, length: float) -> Self:
         if len(self.several_nfe) > 1:
             raise KnobError(
                 "nfe",
@@ -206,7 +221,7 @@ class SFDConfig(GridConfig, GuidanceKnobs):
         if self.order is not None:
             raise KnobError("order", f"{self.order} is the table's own with `epd_table`; drop it")
         table = read_table(self.epd_table, self.guidance_teacher)
-        walked = [(nfe + self.afs) * self.substeps for nfe in self.several_nfe]
+        walked = [number * self.substeps for number in self._several_intervals]
         levels = table.schedule
         if isinstance(levels, DiscreteSchedule):  # these are not bound to a network yet
             levels = replace(levels, process=None)
@@ -220,23 +235,13 @@ class SFDConfig(GridConfig, GuidanceKnobs):
         return table
 
 
-class PerceptualLoss(Protocol):
-    """How unlike images look to people."""
-
-    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
-        """0-dim distance of [B, C, H, W] images in [-1, 1] from their targets."""
-
-    def describe(self) -> dict[str, Any]:
-        """JSON values; equal descriptions make equal losses."""
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SFDStage(Configured, Stateless):
+class SFDStage(MethodStage):
     """A student that follows its teacher's trajectories.
 
     Attributes:
         config: Length, step size.
-        trajectories: Batches by iteration, on the training device.
+        trajectories: As many as the config asks for, on the training device.
         seed: Of dropout; the noise is the trajectories' own.
         start: What the student starts as.
         perceptual: Added at the end of the last interval, C * H * W times, as in the reference's
@@ -249,33 +254,10 @@ class SFDStage(Configured, Stateless):
     trajectories: Trajectories
     start: NetworkDenoiser
     seed: int = 0
-    perceptual: PerceptualLoss | None = None
+    perceptual: LPIPS | None = None
 
     def __post_init__(self) -> None:
-        grid = self.trajectories.grid
-        if isinstance(grid, VariableGrid) and not self.start.step_condition:
-            raise InputError(
-                f"a student for several numbers of intervals {list(grid.num_intervals)} needs a "
-                "step condition; start it from with_step_condition(teacher, seed=...)"
-            )
-        if self.num_updates > len(self.trajectories):
-            raise InputError(
-                f"{self.config.images} images make {self.num_updates} iterations, and the "
-                f"trajectories hold {len(self.trajectories)}; record more or train on fewer images"
-            )
-        self.config.require_null(self.trajectories.told)
-
-    @property
-    def num_updates(self) -> int:
-        return -(-self.config.images // self.batch_size)
-
-    @property
-    def num_branches(self) -> int:
-        return self.trajectories.grid.substeps
-
-    @property
-    def batch_size(self) -> int:
-        return self.trajectories.batch
+        self.config.require_null(self.trajectories.conditions)
 
     @property
     def sampler(self) -> Sampler:
@@ -285,7 +267,7 @@ class SFDStage(Configured, Stateless):
     @property
     def samplers(self) -> tuple[Sampler, ...]:
         """How the student draws, by NFE."""
-        return self.config.samplers_at(self.trajectories.grid.schedule)
+        return self.config.samplers(self.trajectories.grid.schedule)
 
     def metadata(self) -> dict[str, Any]:
         stage = {"stage": 2} if self.config.second_stage else {}
@@ -303,7 +285,7 @@ class SFDStage(Configured, Stateless):
             x = first_interval_without_network(x, grid.interval(0))
         points = {"num_points": grid.num_points} if self.start.step_condition else {}
         guidance = self.config.guidance_student
-        null = null_for(guidance, self.trajectories.told, like=x)
+        null = null_for(guidance, self.trajectories.conditions, like=x)
         for row, n in enumerate(grid.trained):
             update = IntervalUpdate(
                 stream=(iteration, n),
@@ -358,7 +340,7 @@ class IntervalUpdate:
     given: Mapping[str, Any]
     guidance: float
     null: Condition | None
-    perceptual: PerceptualLoss | None
+    perceptual: LPIPS | None
     end: Tensor = field(init=False)
 
     def __call__(self, branches: Branches) -> BranchMeans:
@@ -376,7 +358,7 @@ class IntervalLosses(BranchMeans):
 
     states: Tensor
     targets: Tensor
-    perceptual: PerceptualLoss | None
+    perceptual: LPIPS | None
 
     def weighted(self, weights: Tensor) -> Tensor:
         if weights.dim() == 1:
@@ -451,22 +433,18 @@ class SFD(Method):
     def plan(
         self, config: SFDConfig, teacher: NetworkDenoiser | None = None
     ) -> tuple[StagePlan, ...]:
-        several = [sampler.nfe for sampler in config.samplers]
+        several = [sampler.nfe for sampler in config.samplers()]
         label = f"{', '.join(map(str, several))} NFE"
         return (StagePlan(name="", label=label, num_updates=config.num_updates, nfe=several[0]),)
 
-    def num_branches(self, config: SFDConfig) -> int:
-        return config.substeps
-
-    def num_intervals(self, config: SFDConfig) -> int:
-        return 1 if isinstance(config.grid, VariableGrid) else len(config.grid.trained)
-
-    def check(self, config: SFDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-        config.require_guidable(teacher, known)
-        require_pixels(config, {"perceptual": ("lpips", "lpips-sfd")}, teacher, known)
-        levels = _levels(config, teacher)
+    def check(
+        self, config: SFDConfig, teacher: NetworkDenoiser, metadata: Mapping[str, Any]
+    ) -> None:
+        config.require_guidable(teacher, metadata)
+        require_pixels(config, {"perceptual": ("lpips", "lpips-sfd")}, teacher, metadata)
+        levels = config.levels_for(teacher)
         teacher.require_levels(levels)
-        served = {sampler.num_intervals: sampler for sampler in samplers_from(known)}
+        served = {sampler.num_intervals: sampler for sampler in samplers_from(metadata)}
         if config.second_stage:
             _check_second_stage(config, served, levels)
         elif served:
@@ -503,32 +481,25 @@ class SFD(Method):
         return TrajectoryStore(live, inputs.recordings.root, inputs.recordings.dtype)
 
 
-def _live(config: SFDConfig, teacher: NetworkDenoiser, inputs: Inputs) -> LiveTrajectories:
+def _live(config: SFDConfig, teacher: NetworkDenoiser, inputs: Inputs) -> Trajectories:
     """The teacher's trajectories, computed anew for every batch."""
     teacher_afs = False
     if config.second_stage:
-        served = {sampler.num_intervals: sampler for sampler in samplers_from(inputs.known)}
+        served = {sampler.num_intervals: sampler for sampler in samplers_from(inputs.metadata)}
         teacher_afs = served[_walked(config)].afs
     elif (table := config.teacher_table()) is not None:
         teacher_afs = table.afs
-    return LiveTrajectories(
+    return Trajectories(
         teacher=teacher,
-        grid=config.grid_at(_levels(config, teacher)),
+        grid=config.grid(config.levels_for(teacher)),
         solver=config.make_solver(),
         batch=config.batch,
         count=config.num_updates,
         seed=inputs.seed,
         teacher_afs=teacher_afs,
-        conditions=inputs.conditions,
+        conditions=inputs.conditions_for(teacher),
         guidance=config.guidance_teacher,
     )
-
-
-def _levels(config: SFDConfig, teacher: NetworkDenoiser) -> Schedule:
-    """The noise levels, discrete ones in the teacher's own times."""
-    levels = levels_on(config.levels, teacher.precond)
-    assert isinstance(levels, Schedule)
-    return levels
 
 
 def _walked(config: SFDConfig) -> int:
@@ -539,7 +510,7 @@ def _walked(config: SFDConfig) -> int:
 def _check_second_stage(
     config: SFDConfig, served: Mapping[int, Sampler], levels: Schedule
 ) -> None:
-    """A teacher that is a student: on its own grid, by its own steps.
+    """Refuse a teacher that is not a student of this grid and these steps.
 
     A student for several NFE gets the number of points of the grid it walks.
     """

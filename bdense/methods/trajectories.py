@@ -3,14 +3,14 @@
 R supervising rows, B batch, C channels, H x W pixels.
 """
 
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol, Self
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from bdense import NUMERICS
-from bdense.diffusion.conditions import Condition, Conditions, Unconditional
+from bdense.diffusion.conditions import Condition, Conditions
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.guidance import null_for
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
@@ -34,46 +34,11 @@ class TrajectoryBatch:
     grid: IntervalGrid
     start: Tensor
     states: Tensor
-    condition: Condition = field(default_factory=Unconditional)
-
-
-class Trajectories(Protocol):
-    """Batches by iteration, however they come about."""
-
-    @property
-    def grid(self) -> IntervalGrid | VariableGrid:
-        """The student's intervals and the teacher's sub-steps."""
-
-    @property
-    def batch(self) -> int:
-        """B, trajectories an iteration."""
-
-    def __len__(self) -> int:
-        """Iterations it can serve."""
-
-    def __getitem__(self, iteration: int) -> TrajectoryBatch:
-        """The batch of that iteration, on the training device."""
-
-    def part(self, iteration: int, images: slice) -> TrajectoryBatch:
-        """Some images of that batch, as a process of several takes its share."""
-
-    @property
-    def teacher(self) -> NetworkDenoiser:
-        """Whose trajectories they are."""
-
-    @property
-    def told(self) -> Conditions:
-        """The kind of condition of a batch."""
-
-    def on(self, device: torch.device) -> Self:
-        """The same, with the teacher and the batches on another device."""
-
-    def describe(self) -> dict[str, Any]:
-        """What its numbers depend on, as JSON values; equal descriptions serve equal batches."""
+    condition: Condition
 
 
 @dataclass(frozen=True, eq=False)
-class LiveTrajectories:
+class Trajectories:
     """The teacher walks its fine grid anew for every batch.
 
     Attributes:
@@ -81,7 +46,7 @@ class LiveTrajectories:
         seed: Training seed; noise and classes of iteration i follow from (seed, i).
         teacher_afs: The teacher's first sub-step is analytical too: for a teacher that is itself
             a student distilled with AFS (SFD's second stage).
-        conditions: What is drawn for each batch; None is the teacher's own kind.
+        conditions: Of the images of each batch.
         guidance: Of the teacher's walk.
     """
 
@@ -91,33 +56,31 @@ class LiveTrajectories:
     batch: int
     count: int
     seed: int
+    conditions: Conditions
     teacher_afs: bool = False
-    conditions: Conditions | None = None
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
         self.teacher.require_levels(self.grid.schedule)
-        null_for(self.guidance, self.told)  # refuses what cannot be guided
-
-    @property
-    def told(self) -> Conditions:
-        """The kind of condition of a batch."""
-        return self.teacher.conditions if self.conditions is None else self.conditions
+        null_for(self.guidance, self.conditions)  # refuses what cannot be guided
 
     def __len__(self) -> int:
+        """Iterations it can serve."""
         return self.count
 
     def __getitem__(self, iteration: int) -> TrajectoryBatch:
+        """The batch of that iteration, on the training device."""
         return self.part(iteration, slice(None))
 
     def part(self, iteration: int, images: slice) -> TrajectoryBatch:
-        if not 0 <= iteration < self.count:
-            raise IndexError(iteration)
+        """Some images of that batch, as a process of several takes its share."""
         grid, start, condition = self.beginning(iteration, images)
         return TrajectoryBatch(grid, start, self._states(grid, start, condition), condition)
 
     def beginning(self, iteration: int, images: slice) -> tuple[IntervalGrid, Tensor, Condition]:
         """Start of an iteration: grid, x_T [B, C, H, W] and condition."""
+        if not 0 <= iteration < self.count:
+            raise IndexError(iteration)
         grid, like = self.grid_at(iteration), next(self.teacher.parameters())
         start = grid.fine()[0] * moved(self.noise(iteration)[images], like)
         return grid, start, self.condition(iteration).part(images).to(like)
@@ -133,15 +96,16 @@ class LiveTrajectories:
 
     def condition(self, iteration: int) -> Condition:
         """Of the batch of that iteration, on the CPU."""
-        return self.told.drawn(self.seed, iteration, self.batch)
+        return self.conditions.drawn(self.seed, iteration, self.batch)
 
     def on(self, device: torch.device) -> Self:
+        """The same, with the teacher and the batches on another device."""
         return replace(self, teacher=self.teacher.on(device))
 
     def _states(self, grid: IntervalGrid, start: Tensor, condition: Condition) -> Tensor:
         """The teacher's walk from ``start``: [R, B, C, H, W]."""
         fine = grid.fine()
-        null = null_for(self.guidance, self.told, like=start)
+        null = null_for(self.guidance, self.conditions, like=start)
         denoise = self.teacher.given(
             condition,
             num_points=len(fine),
@@ -154,6 +118,7 @@ class LiveTrajectories:
         return states[len(states) - grid.num_rows :]
 
     def describe(self) -> dict[str, Any]:
+        """What its numbers depend on, as JSON values; equal descriptions serve equal batches."""
         return {
             "numerics": NUMERICS,
             "teacher": denoiser_sha256(self.teacher),
@@ -163,6 +128,6 @@ class LiveTrajectories:
             "solver": {"name": type(self.solver).__name__} | asdict(self.solver),  # type: ignore[call-overload]
             "batch": self.batch,
             "seed": self.seed,
-            **self.told.describe(),
+            **self.conditions.describe(),
             **({} if self.guidance == 1 else {"guidance": self.guidance}),
         }

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.sampling import Sampler, draw_images, measured_samplers, save_grid
+from bdense.diffusion.pictures import save_grid
+from bdense.diffusion.sampling import Sampler, draw_images, measured_samplers
 from bdense.errors import InputError
 from bdense.files import atomic_folder, require_new
 from bdense.models.card import EXAMPLE_PROMPTS, folder_card, readable_json

@@ -142,7 +142,6 @@ class DiffusersNetwork(TakesSteps, Network):
 
     @classmethod
     def build(cls, options: Mapping[str, Any], *, num_branches: int, outputs: int) -> Self:
-        """As in ``Network``."""
         require_diffusers()
         steps = {"step_condition", "step_values"} & set(options)
         if set(options) - steps != {"img_channels", cls.part}:
@@ -161,7 +160,6 @@ class DiffusersNetwork(TakesSteps, Network):
         return network
 
     def checkpoint_blocks(self, on: bool) -> None:
-        """As in ``Network``, by the model's own switch."""
         if on:
             # diffusers' default function cannot be pickled.
             self.inner.enable_gradient_checkpointing(checkpointed)

@@ -51,7 +51,7 @@ class DiffusersUNet(DiffusersNetwork):
         augment_labels: Tensor | None = None,
         num_points: int | Tensor | None = None,
     ) -> Tensor:
-        """As in ``Network``; ``noise_labels`` are times in 0..T - 1, or between them."""
+        """``noise_labels`` are times in 0..T - 1, or between them."""
         check_inputs(self, x, class_labels, num_points)
         check_labels("augment_labels", augment_labels, 0, len(x))
         if class_labels is None and self.label_dim:
@@ -124,7 +124,7 @@ class DiffusersTextUNet(DiffusersNetwork):
         num_points: int | Tensor | None = None,
         text: Tensor | None = None,
     ) -> Tensor:
-        """As in ``Network``, with ``text``: [B, L, E] or [1, L, E] embeddings of the prompts.
+        """``text`` is [B, L, E] or [1, L, E], embeddings of the prompts.
 
         Raises:
             InputError: There is no text.
@@ -142,10 +142,10 @@ class DiffusersTextUNet(DiffusersNetwork):
             raise ShapeError(
                 f"text must be [{len(x)}, L, {width}] for {len(x)} images, got {list(text.shape)}"
             )
-        told = text.to(x).expand(len(x), -1, -1)
+        text_rows = text.to(x).expand(len(x), -1, -1)
         times = times_of(noise_labels, x)
         self.tell_step(num_points, x)
-        sample: Tensor = self.unet(x, times, told, return_dict=False)[0]
+        sample: Tensor = self.unet(x, times, text_rows, return_dict=False)[0]
         return sample
 
     def example(self) -> dict[str, Any]:

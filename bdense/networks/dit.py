@@ -62,7 +62,7 @@ class DiT(DiffusersNetwork):
         augment_labels: Tensor | None = None,
         num_points: int | Tensor | None = None,
     ) -> Tensor:
-        """As in ``Network``; ``noise_labels`` are times in 0..T - 1, or between them."""
+        """``noise_labels`` are times in 0..T - 1, or between them."""
         check_inputs(self, x, class_labels, num_points)
         check_labels("augment_labels", augment_labels, 0, len(x))
         if class_labels is None:

@@ -52,34 +52,25 @@ XAVIER = Init()
 NEARLY_ZERO = Init(weight=1e-5)
 
 
-class Linear(nn.Module):
-    """x W^T + b."""
+class Linear(nn.Linear):
+    """torch's, with weights as ``init`` draws them."""
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = True, init: Init = XAVIER
     ) -> None:
-        super().__init__()
-        self.in_features = in_features
         self.init = init
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.reset_parameters()
+        super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
         """Draw the initial weights anew from the global generator."""
-        fan_out, fan_in = self.weight.shape
-        self.init.fill(self.weight, self.bias, fan_in=fan_in, fan_out=fan_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in_features] -> [B, out_features]."""
-        return F.linear(x, self.weight, self.bias)
+        self.init.fill(self.weight, self.bias, fan_in=self.in_features, fan_out=self.out_features)
 
 
 class Conv2d(nn.Module):
     """A same-size convolution, after doubling or halving the image where asked.
 
     Args:
-        kernel: Side of the filter; 0 leaves the resampling alone, without weights.
+        kernel: Side of the filter; 0 only resamples, without weights.
         up: Double the image first, by the transposed ``resample_filter``.
         down: Halve the image first, by ``resample_filter`` at stride 2.
         convolve_first: Convolve the whole image and halve it afterwards. This differs at the
@@ -197,11 +188,11 @@ class PositionalEmbedding(nn.Module):
 
 
 class FourierEmbedding(nn.Module):
-    """cos and sin of the input at random frequencies N(0, scale^2) per turn (NCSN++)."""
+    """cos and sin of the input at random frequencies N(0, 16^2) per turn (NCSN++)."""
 
-    def __init__(self, num_channels: int, *, scale: float = 16.0) -> None:
+    def __init__(self, num_channels: int) -> None:
         super().__init__()
-        self.register_buffer("freqs", torch.randn(num_channels // 2) * scale)
+        self.register_buffer("freqs", torch.randn(num_channels // 2) * 16)
         self.freqs: Tensor
 
     def forward(self, x: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ class Network(nn.Module, abc.ABC):
         return widened
 
     def select(self, branch: int) -> Self:
-        """A copy with one branch alone, k in 1..K.
+        """A copy with branch k only, k in 1..K.
 
         Raises:
             InputError: There is no such branch.
@@ -217,7 +217,7 @@ class Network(nn.Module, abc.ABC):
         draw = torch.Generator().manual_seed(0)
         side = self.img_resolution
         x = torch.randn(1, self.img_channels, side, side, generator=draw).to(like)
-        told = {
+        inputs = {
             name: value.to(like) if isinstance(value, Tensor) else value
             for name, value in original.example().items()
         }
@@ -225,7 +225,7 @@ class Network(nn.Module, abc.ABC):
         def predict(network: Network) -> Tensor:
             """[K, P, H, W] without dropout; not by a compiled call."""
             is_training = network.training
-            out = network.eval().forward(x, x.new_full((1,), 0.5), **told)
+            out = network.eval().forward(x, x.new_full((1,), 0.5), **inputs)
             network.train(is_training)
             return out.view(network.num_branches, -1, side, side)
 
@@ -271,8 +271,8 @@ def check_inputs(
         )
     if isinstance(num_points, Tensor):
         values = network.step_values
-        told = num_points[..., None] if values == 1 and num_points.dim() < 2 else num_points
-        if told.shape[-1] != values or tuple(told.shape[:-1]) not in ((), (1,), (len(x),)):
+        rows = num_points[..., None] if values == 1 and num_points.dim() < 2 else num_points
+        if rows.shape[-1] != values or tuple(rows.shape[:-1]) not in ((), (1,), (len(x),)):
             wanted = f"one number or [{len(x)}]" if values == 1 else f"[{len(x)}, {values}]"
             raise ShapeError(f"num_points must be {wanted}, got {list(num_points.shape)}")
     elif network.step_values > 1:

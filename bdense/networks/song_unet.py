@@ -151,7 +151,7 @@ class SongUNet(UNet):
             )
 
     def _after_level(self, level: int, side: int, cout: int) -> None:
-        """The image of this level; with a standard decoder, of the last one alone."""
+        """The image of this level; with a standard decoder, of the last level only."""
         config, group = self.config, self.prediction_channels
         if level and config.decoder_type == "standard":
             return

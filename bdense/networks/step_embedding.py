@@ -63,7 +63,7 @@ class StepShift(Linear):
         embedding.register_forward_hook(self._shift)  # a method, so that a copy has its own
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a copy is told is its own; and torch copies no tensor that has a gradient's history.
+        # Each copy has its own input; and torch copies no tensor that has a gradient's history.
         return {**self.__dict__, "emb": None}
 
     def draw(self) -> None:

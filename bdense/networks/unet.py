@@ -126,7 +126,7 @@ class UNet(TakesSteps, Network):
 
     @classmethod
     def build(cls, options: Mapping[str, Any], *, num_branches: int, outputs: int) -> Self:
-        """As in ``Network``, from ``config.options()``."""
+        """``options`` are ``config.options()``."""
         config = cls.config_class(**options)
         channels = outputs * config.img_channels
         return cls(config, num_branches=num_branches, prediction_channels=channels)
@@ -190,7 +190,6 @@ class UNet(TakesSteps, Network):
         return cout
 
     def checkpoint_blocks(self, on: bool) -> None:
-        """As in ``Network``."""
         for module in self.modules():
             if isinstance(module, UNetBlock):
                 module.gradient_checkpointing = on

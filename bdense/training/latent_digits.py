@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bdense.data.datasets import Dataset, load_dataset, to_float
-from bdense.diffusion.conditions import Texts
+from bdense.diffusion.conditions import TensorCondition
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.files import atomic_folder, file_lock
 from bdense.models.diffusers_files import INDEX
@@ -226,7 +226,7 @@ class _PromptedLatents(TeacherStage):
             clean=clean[images],
             noise=noise[images],
             sigma=sigma[images],
-            condition=Texts(self.texts[prompts[images]]),
+            condition=TensorCondition("text", self.texts[prompts[images]]),
         )
 
 

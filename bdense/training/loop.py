@@ -7,7 +7,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError, NonFiniteLossError, StoppedError
 from bdense.execution import moved
 from bdense.randomness import Stream, seeded
-from bdense.training.average import Average
 from bdense.training.checkpoint import TrainingCheckpoint
 from bdense.training.lora import add_adapters, merged
+from bdense.training.optimisation import Average
 from bdense.training.parallel import Team, team_of
 from bdense.training.stage import Branches, BranchLosses, Training, Update
 from bdense.weights.weighting import BranchWeighting, Observed
@@ -57,11 +57,11 @@ class Evaluations:
     Attributes:
         after: Iterations after which to evaluate, from 1 to one less than all.
         evaluate: Called with that number and a copy of branch K in eval mode. Its exceptions end
-            the run. A run resumed at an evaluation repeats it.
+            the run. A run resumed at an evaluation repeats it. None in the processes that wait.
     """
 
     after: Collection[int] = ()
-    evaluate: Callable[[int, NetworkDenoiser], None] = field(default=lambda *_: None)
+    evaluate: Callable[[int, NetworkDenoiser], None] | None = None
 
     def within(self, num_updates: int) -> frozenset[int]:
         """``after``, checked against the length of the run.
@@ -126,9 +126,9 @@ def train(
     )
     _require_fitting(stage, weighting)
     if devices is None or len(devices) == 1:
-        return lead(Team.alone())
+        return lead(Team())
     Team(0, len(devices)).parts_of(stage.batch_size, stage.optimisation.accumulate)
-    waits = Evaluations(tuple(evaluations.after), _not_here)
+    waits = Evaluations(tuple(evaluations.after))
     with team_of(devices, _follow, (stage, weighting, checkpoint, waits)) as team:
         return lead(team)
 
@@ -140,10 +140,6 @@ def _follow(
 ) -> None:
     stage, weighting, checkpoint, waits = job
     _train(team, stage.on(device), weighting, checkpoint, waits)
-
-
-def _not_here(after: int, student: NetworkDenoiser) -> None:
-    raise AssertionError(f"a follower was to evaluate its student after {after} iterations")
 
 
 def _train(
@@ -203,7 +199,7 @@ def _train(
         done = iteration + 1
         # Before the save: a caller that has lost its right to the checkpoint ends the run here.
         try:
-            team.miss()
+            team.raise_peer_error()
             if on_iteration is not None:
                 on_iteration(_report(iteration, stage.num_updates, lr, steps))
         except StoppedError:
@@ -211,12 +207,12 @@ def _train(
             raise
         if done in evaluated or done == stage.num_updates or kept.is_due:
             kept.save(done)
-    return _whole(trained, stage).eval()
+    return _without_adapters(trained, stage).eval()
 
 
-def _whole(trained: NetworkDenoiser, stage: Training) -> NetworkDenoiser:
-    """Without adapters, whose products its weights have taken up."""
-    return merged(trained) if stage.optimisation.lora_rank else trained
+def _without_adapters(student: NetworkDenoiser, stage: Training) -> NetworkDenoiser:
+    """A student whose weights have taken up its adapters."""
+    return merged(student) if stage.optimisation.lora_rank else student
 
 
 def _require_fitting(stage: Training, weighting: BranchWeighting) -> None:
@@ -250,11 +246,12 @@ def _other_updates(weighted: int) -> InputError:
 def _evaluate(
     evaluations: Evaluations, after: int, student: NetworkDenoiser, stage: Training
 ) -> None:
-    evaluations.evaluate(after, export_branch(_whole(student, stage)).eval())
+    if evaluations.evaluate is not None:
+        evaluations.evaluate(after, export_branch(_without_adapters(student, stage)).eval())
 
 
 @dataclass(frozen=True, slots=True)
-class _Done:
+class _UpdateResult:
     """What one update did; K losses and weights."""
 
     losses: list[float]
@@ -263,7 +260,9 @@ class _Done:
     gradient_norm: float
 
 
-def _report(iteration: int, iterations: int, lr: float, steps: Sequence[_Done]) -> IterationReport:
+def _report(
+    iteration: int, iterations: int, lr: float, steps: Sequence[_UpdateResult]
+) -> IterationReport:
     return IterationReport(
         iteration=iteration,
         iterations=iterations,
@@ -303,7 +302,7 @@ class _Step:
         if self.team.size > 1:
             self._branches = self.team.wrap(_Branches(self.student))
 
-    def __call__(self, iteration: int, index: int, parts: Sequence[Update]) -> _Done:
+    def __call__(self, iteration: int, index: int, parts: Sequence[Update]) -> _UpdateResult:
         """Make an iteration's update, unless a loss or gradient is not finite.
 
         Args:
@@ -314,18 +313,17 @@ class _Step:
         optimisation, team, count = self.stage.optimisation, self.team, len(parts)
         progress = iteration / self.stage.num_updates
         if count > 1 and self.weighting.learns:  # from the whole batch, before its first gradient
-            self._observe(
-                [self._look(part, update, count) for part, update in enumerate(parts)], progress
-            )
+            measured = [self._measure_part(*each, count) for each in enumerate(parts)]
+            self._observe(measured, progress)
         self.optimizer.zero_grad(set_to_none=True)
         per_branch, minimised = [], []
         for part, update in enumerate(parts):
-            with self._summed_later(count - 1 - part):
+            with self._no_sync(count - 1 - part):
                 with self._shared_features() as shared, self._dropout(update, part, count):
                     losses = update(self._branches)
                 per_branch.append(losses.per_branch.detach())
                 if count == 1 and self.weighting.learns:
-                    self._observe([self._measured(losses.per_branch, shared)], progress)
+                    self._observe([self._measure(losses.per_branch, shared)], progress)
                 weights = optimisation.scaled(self._weights(index))
                 loss = losses.weighted(weights) / count
                 loss.backward(retain_graph=losses.keeps_graph)  # type: ignore[no-untyped-call]
@@ -337,19 +335,19 @@ class _Step:
         # The only wait for a GPU.
         read = torch.hstack((seen, moved(weights, seen), total, norm.to(seen))).tolist()
         if not all(map(math.isfinite, read)):
-            raise self._named(parts, seen, weights, iteration)
+            raise self._diagnose(parts, seen, weights, iteration)
         *branches, value, length = read
         optimisation.clip(gradients, length)
         self.optimizer.step()
-        return _Done(branches[: len(seen)], branches[len(seen) :], value, length)
+        return _UpdateResult(branches[: len(seen)], branches[len(seen) :], value, length)
 
-    def _look(self, part: int, update: Update, count: int) -> tuple[Tensor, ...]:
+    def _measure_part(self, part: int, update: Update, count: int) -> tuple[Tensor, ...]:
         """What is seen of a part of the batch before it is trained on."""
         with self._shared_features() as shared, self._dropout(update, part, count):
             losses = update(self.student.branches)
-        return self._measured(losses.per_branch, shared)
+        return self._measure(losses.per_branch, shared)
 
-    def _summed_later(self, parts_left: int) -> contextlib.AbstractContextManager[None]:
+    def _no_sync(self, parts_left: int) -> contextlib.AbstractContextManager[None]:
         """Where more parts follow, gradients are not averaged over the team yet."""
         if self.team.size == 1 or not parts_left:
             return contextlib.nullcontext()
@@ -388,9 +386,10 @@ class _Step:
         finally:
             hook.remove()
 
-    def _measured(self, losses: Tensor, shared: list[Tensor]) -> tuple[Tensor, ...]:
-        """[K] losses; with shared features the squares of d loss_k / d shared, and its products
-        with that of branch K, backwards through the head alone.
+    def _measure(self, losses: Tensor, shared: list[Tensor]) -> tuple[Tensor, ...]:
+        """Losses [K]; with shared features also |g_k|^2 and g_k . g_K.
+
+        g_k = d loss_k / d features, backwards through the head alone.
         """
         if not shared:
             return (losses.detach(),)
@@ -418,10 +417,10 @@ class _Step:
             compared = {"gradient_norms": norms, "cosines": cosines}
         self.weighting.observe(Observed(losses=losses, progress=progress, **compared))
 
-    def _named(
+    def _diagnose(
         self, parts: Sequence[Update], seen: Tensor, weights: Tensor, iteration: int
     ) -> NonFiniteLossError:
-        """What is not finite and by which branch: each is tried alone, with the same draws."""
+        """What is not finite and by which branch; each is tried alone, with the same draws."""
         where = {"iteration": iteration, **parts[0].where}
         for k, loss in enumerate(seen, 1):
             if not bool(loss.isfinite()):

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.knobs import KnobError, Knobs, knob
+from bdense.models.store import plain_json
 
 Optimizer = Literal["adam", "adamw", "sgd"]
 LRSchedule = Literal["constant", "linear", "step"]
@@ -158,8 +160,22 @@ class OptimisationConfig(Knobs):
         """
         defaults = {each.name: each.default for each in fields(type(self))}
         found = {each.name: getattr(self, each.name) for each in fields(OptimisationConfig)}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in found.items()
-            if value != defaults[name]
-        }
+        return plain_json({k: value for k, value in found.items() if value != defaults[k]})
+
+
+@dataclass(frozen=True, eq=False)
+class Average:
+    """A network in eval mode whose weights follow those of a student."""
+
+    network: NetworkDenoiser
+
+    @classmethod
+    def of(cls, student: NetworkDenoiser) -> Self:
+        """A new one, equal to the student."""
+        copied = student.on(next(student.parameters()).device)
+        return cls(copied.eval().requires_grad_(False))
+
+    @torch.no_grad()
+    def add(self, student: NetworkDenoiser, share: float) -> None:
+        """Move by that share of the way to the student's weights."""
+        torch._foreach_lerp_(list(self.network.parameters()), list(student.parameters()), share)

@@ -28,9 +28,9 @@ from bdense.errors import InputError
 # Timeout of an all-reduce. A process that has ended is noticed at once.
 PATIENCE = timedelta(minutes=10)
 # Polling interval while waiting for another process.
-_ASK_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 # Timeouts: of the leader for a follower's error, and of a follower for its own end.
-_TELL_SECONDS, _END_SECONDS = 5.0, 30.0
+_REPORT_SECONDS, _END_SECONDS = 5.0, 30.0
 _HOST = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # A follower's work, given its team, its device and the leader's job.
@@ -43,24 +43,20 @@ def _no_followers() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """The processes of one training, seen from one of them.
+    """The processes of one training, seen from one of them; by default, this one alone.
 
     Attributes:
         rank: Of this process, from 0; rank 0 leads.
         size: Number of processes.
         store: torch's key-value store, in the leader's process; None for a team of one.
-        miss: Re-raises a follower's error in the leader; an all-reduce without it is invalid.
+        raise_peer_error: Re-raises a follower's error in the leader; an all-reduce without it is
+            invalid.
     """
 
-    rank: int
-    size: int
+    rank: int = 0
+    size: int = 1
     store: Any = field(default=None, repr=False, compare=False)
-    miss: Callable[[], None] = field(default=_no_followers, repr=False, compare=False)
-
-    @classmethod
-    def alone(cls) -> "Team":
-        """A team of this process only."""
-        return cls(0, 1)
+    raise_peer_error: Callable[[], None] = field(default=_no_followers, repr=False, compare=False)
 
     @property
     def leads(self) -> bool:
@@ -88,9 +84,7 @@ class Team:
         return [slice(size * i, size * (i + 1)) for i in range(first, first + count)]
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module, with gradients averaged over the team."""
-        if self.size == 1:
-            return module
+        """The module, with gradients averaged over a team of several."""
         # EDM's augmentation layer has no part in distillation: to look for unused parameters in
         # each update would cost a walk over its graph.
         unused = [name for name, _ in module.named_parameters() if "map_augment" in name]
@@ -107,7 +101,7 @@ class Team:
         return total / self.size
 
     def while_others_wait(self, name: str, work: Callable[[], object]) -> None:
-        """Work of the leader alone; the others poll, as ``PATIENCE`` would end an all-reduce.
+        """Work of the leader; the others poll, as ``PATIENCE`` would end an all-reduce.
 
         Args:
             name: Unique name of this work.
@@ -119,7 +113,7 @@ class Team:
                 self.store.set(name, "done")
             return
         while not self.store.check([name]):
-            time.sleep(_ASK_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
 
 @contextlib.contextmanager
@@ -147,9 +141,9 @@ def team_of(devices: Sequence[torch.device], follow: Follow, job: object) -> Ite
     )
     followers = _Followers(devices, store)
     # The failed process is found before the group is left, which breaks the others' all-reduce.
-    with followers, contextlib.ExitStack() as group, followers.blamed():
+    with followers, contextlib.ExitStack() as group, followers.prefer_peer_error():
         followers.start(follow, job)
-        yield group.enter_context(_joined(store, 0, devices, followers.miss))
+        yield group.enter_context(_joined(store, 0, devices, followers.raise_peer_error))
         followers.wait()
 
 
@@ -208,29 +202,29 @@ class _Followers:
         names = [_about_to_join(rank) for rank in range(1, len(self._devices))]
         last = time.monotonic() + PATIENCE.total_seconds()
         while not self._store.check(names):
-            self.miss()
+            self.raise_peer_error()
             if time.monotonic() > last:
                 raise RuntimeError(f"the processes of a training did not start in {PATIENCE}")
-            time.sleep(_ASK_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
-    def miss(self) -> None:
+    def raise_peer_error(self) -> None:
         """Raise the error of the first that failed."""
         if self._failure is not None:
             raise self._failure
 
     def wait(self) -> None:
-        """Wait until all are done; raises like ``miss``."""
+        """Wait until all are done; raises like ``raise_peer_error``."""
         self._watcher.join()
-        self.miss()
+        self.raise_peer_error()
 
     @contextlib.contextmanager
-    def blamed(self) -> Iterator[None]:
-        """A block that raises a follower's error in place of what it caused here."""
+    def prefer_peer_error(self) -> Iterator[None]:
+        """Raise a follower's error instead of the error it caused in this process."""
         try:
             yield
         except Exception as error:
             # A closed connection is a RuntimeError here; the follower's report comes before.
-            self._failed.wait(_TELL_SECONDS if isinstance(error, RuntimeError) else 0)
+            self._failed.wait(_REPORT_SECONDS if isinstance(error, RuntimeError) else 0)
             if self._failure is not None and self._failure is not error:
                 raise self._failure from error
             raise
@@ -243,12 +237,12 @@ class _Followers:
         while self._ends:
             ready = multiprocessing.connection.wait(list(self._ends))
             # The first to fail is the cause; others fail later in an all-reduce without it.
-            failures = sorted(filter(None, map(self._told, ready)), key=lambda told: told[0])
-            if failures:
-                self._fail(failures[0][1])
+            outcomes = filter(None, map(self._read_outcome, ready))
+            if failures := sorted(outcomes, key=lambda outcome: outcome[0]):
+                self._set_failure(failures[0][1])
                 return
 
-    def _told(self, end: Any) -> tuple[float, Exception] | None:  # noqa: ANN401
+    def _read_outcome(self, end: Any) -> tuple[float, Exception] | None:  # noqa: ANN401
         """When and how a follower failed."""
         rank = self._ends.pop(end)
         try:
@@ -262,7 +256,7 @@ class _Followers:
     def _died(self, rank: int, how: str = "") -> RuntimeError:
         if not how:
             process = self._processes[rank - 1]
-            process.join(_TELL_SECONDS)
+            process.join(_REPORT_SECONDS)
             code = process.exitcode
             how = f"ended with exit code {code}"
             if code is not None and code < 0:
@@ -272,16 +266,16 @@ class _Followers:
             "its error output has it"
         )
 
-    def _fail(self, error: Exception) -> None:
+    def _set_failure(self, error: Exception) -> None:
         with self._lock:
             if self._over:  # ended on purpose
                 return
             self._failure = error
             self._failed.set()
-            _end_sums()
+            _abort_all_reduce()
 
 
-def _end_sums() -> None:
+def _abort_all_reduce() -> None:
     """Abort this process' NCCL operations; gloo's end by themselves with the connection."""
     if dist.is_initialized() and dist.get_backend() == "nccl":
         dist.group.WORLD.abort()  # type: ignore[union-attr]
@@ -296,7 +290,7 @@ def _joined(
     store: Any,  # noqa: ANN401  a dist.Store, which torch's stubs lack
     rank: int,
     devices: Sequence[torch.device],
-    miss: Callable[[], None] = _no_followers,
+    raise_peer_error: Callable[[], None] = _no_followers,
 ) -> Iterator[Team]:
     on_gpus = devices[rank].type == "cuda"
     if on_gpus:
@@ -316,11 +310,11 @@ def _joined(
     try:
         # NCCL connects in its first operation, which cannot be aborted: do it before all else.
         dist.all_reduce(first)
-        yield Team(rank, len(devices), store, miss)
+        yield Team(rank, len(devices), store, raise_peer_error)
     except BaseException:
         # NCCL would wait for the others, which wait in an all-reduce.
         with contextlib.suppress(RuntimeError):
-            _end_sums()
+            _abort_all_reduce()
         raise
     finally:
         dist.destroy_process_group()
@@ -340,7 +334,7 @@ def _follow(
     _end_with(leader)
     # Ctrl-C reaches the whole process group; the leader ends its followers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.ExitStack() as group, _telling(outcome, devices[rank]):
+    with contextlib.ExitStack() as group, _report_outcome(outcome, devices[rank]):
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
         store = dist.TCPStore(_HOST, port, len(devices), is_master=False)  # type: ignore[attr-defined]
@@ -359,7 +353,7 @@ def _end_with(leader: int) -> None:
 
 
 @contextlib.contextmanager
-def _telling(
+def _report_outcome(
     outcome: Any,  # noqa: ANN401  a Connection
     device: torch.device,
 ) -> Iterator[None]:

@@ -117,24 +117,6 @@ class Training(Protocol):
         """Put back what ``state`` gave."""
 
 
-class Configured:
-    """What a stage reads off its method's config."""
-
-    config: Any
-
-    @property
-    def batch_size(self) -> int:
-        return int(self.config.batch)
-
-    @property
-    def dropout(self) -> bool:
-        return bool(self.config.dropout)
-
-    @property
-    def optimisation(self) -> Any:  # noqa: ANN401  the config's own class
-        return self.config
-
-
 class Stateless:
     """A stage that keeps nothing between iterations."""
 
@@ -150,14 +132,6 @@ class Stateless:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Nothing to put back."""
-
-
-class WholeIteration:
-    """An update that is alone in its iteration."""
-
-    @property
-    def where(self) -> Mapping[str, int]:
-        return {}
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ B batch, C channels, H x W pixels.
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -34,7 +34,7 @@ from bdense.networks.song_unet import SongUNet, SongUNetConfig
 from bdense.randomness import Stream, derive_seed, generator
 from bdense.training.loop import IterationReport, train
 from bdense.training.optimisation import OptimisationConfig
-from bdense.training.stage import Branches, ImageLosses, Stateless, WholeIteration
+from bdense.training.stage import Branches, ImageLosses, Stateless
 from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights.weighting import BranchWeighting, FixedWeights
 
@@ -89,6 +89,12 @@ class TeacherConfig(TeacherKnobs):
         """``loss`` or its default; None with EDM's preconditioning, which has its own."""
         prediction = self.preconditioning.options().get("prediction_type")
         return self.loss or (DEFAULT_LOSS[prediction] if prediction is not None else None)
+
+    def loss_weight(self, sigma: Tensor) -> Tensor:
+        """lambda(sigma) of the loss, of the shape of ``sigma``."""
+        if (loss := self.vp_loss) is not None:
+            return snr_weight(sigma, loss)
+        return edm_weight(sigma, EDM().sigma_data)
 
     @property
     def iterations(self) -> int:
@@ -187,9 +193,7 @@ class TeacherStage(Stateless):
         )
 
     def updates(self, iteration: int, batch: "NoisyBatch") -> Iterator["DenoisingUpdate"]:
-        loss = self.config.vp_loss
-        sigma_data = self.start.sigma_data if loss is None else None
-        yield DenoisingUpdate(stream=(iteration,), batch=batch, loss=loss, sigma_data=sigma_data)
+        yield DenoisingUpdate(stream=(iteration,), batch=batch, weight=self.config.loss_weight)
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
         # Checkpoints without it were made in float32.
@@ -223,27 +227,25 @@ class NoisyBatch:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class DenoisingUpdate(WholeIteration):
+class DenoisingUpdate:
     """One update: lambda(sigma) |D(y + n; sigma) - y|^2.
 
     Attributes:
-        loss: The weight of a process' levels; None is EDM's, which needs ``sigma_data``.
+        weight: lambda.
     """
+
+    where: ClassVar[Mapping[str, int]] = {}
 
     stream: tuple[int, ...]
     batch: NoisyBatch
-    loss: LevelWeight | None
-    sigma_data: float | None
+    weight: Callable[[Tensor], Tensor]
 
     def __call__(self, branches: Branches) -> ImageLosses:
         """[1, B] losses."""
         batch, sigma = self.batch, self.batch.sigma
         given = batch.condition.arguments()
         errors = squared_error(branches, batch.clean, batch.noise, sigma, **given)
-        if self.loss is not None:
-            return ImageLosses((snr_weight(sigma, self.loss) * errors)[None])
-        assert self.sigma_data is not None
-        return ImageLosses((edm_weight(sigma, self.sigma_data) * errors)[None])
+        return ImageLosses((self.weight(sigma) * errors)[None])
 
 
 def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:

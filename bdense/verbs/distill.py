@@ -19,7 +19,12 @@ from bdense.knobs import KnobError, Knobs
 from bdense.methods import METHODS
 from bdense.methods.distill import TrainedStage, keep_student
 from bdense.methods.distill import distill as distill_stages
-from bdense.methods.method import Inputs, MethodConfig, StagePlan, require_same_shape
+from bdense.methods.method import (
+    Inputs,
+    MethodConfig,
+    StagePlan,
+    require_shape,
+)
 from bdense.metrics.extractors import load_extractor
 from bdense.metrics.records import PromptFile
 from bdense.metrics.references import dataset_reference
@@ -57,9 +62,7 @@ def distill(
     """Run the verb."""
     method = METHODS[own.method]()
     config = read_config()
-    weighting = chosen_weighting(
-        weights, parameters, method.num_branches(config), method.num_intervals(config)
-    )
+    weighting = chosen_weighting(weights, parameters, config.num_branches, config.num_intervals)
     device = chosen_hardware(execution, hardware)
     texts = chosen_prompts(None, own.prompts)
     dataset = None
@@ -69,11 +72,11 @@ def distill(
         image_shape(own.data)  # not needed, but a misspelt one is refused all the same
     teacher, known = load_stored(own.teacher)
     # A student that is distilled further keeps its own knobs, unless an option changes them.
-    config = read_config(**method.usual(known, teacher))
+    config = read_config(**method.Config.usual(known, teacher))
     learned = dataset if method.needs_data else None
     if learned is not None and draws_latents(teacher, known):
         method.check(config, teacher, known)
-        require_same_shape(learned, learned.shape, drawn_shape(teacher, known))
+        require_shape(learned, drawn_shape(teacher, known))
         if texts:
             captions(len(texts), learned)  # refuses those that are none, before they are embedded
         learned = _encoded(learned, own.teacher, evaluation.cache, device)
@@ -91,7 +94,7 @@ def distill(
         teacher,
         config,
         weighting,
-        Inputs(dataset=learned, seed=own.seed, known=known, conditions=conditions),
+        Inputs(dataset=learned, seed=own.seed, metadata=known, conditions=conditions),
         folder=folder,
         name=own.out.stem,
         replace=replacing.force,

@@ -17,8 +17,9 @@ from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.epd import read_table
 from bdense.diffusion.guidance import calls, null_for
+from bdense.diffusion.pictures import save_grid
 from bdense.diffusion.preconditioning import Preconditioning, levels_on, native_schedule
-from bdense.diffusion.sampling import Sampler, draw_images, levels_of, samplers_from, save_grid
+from bdense.diffusion.sampling import Sampler, draw_images, levels_of, samplers_from
 from bdense.diffusion.schedules import Levels
 from bdense.diffusion.solvers import make_solver
 from bdense.errors import InputError

@@ -55,7 +55,7 @@ class FreeSpace(_AroundUniform):
 
         from bdense.weights.weighting import FixedWeights
 
-        self._require_branches(params, num_branches)
+        self.require_fitting(params, num_branches, 1)
         ratios = [float(params[name]) for name in _log_ratios(num_branches)]
         logs = torch.tensor([*ratios, 0.0], dtype=torch.float64)
         return FixedWeights(num_branches * torch.softmax(logs, dim=0))
@@ -67,9 +67,6 @@ class FreeSpace(_AroundUniform):
     def require_fitting(
         self, params: Mapping[str, Any], num_branches: int, num_intervals: int
     ) -> None:
-        self._require_branches(params, num_branches)
-
-    def _require_branches(self, params: Mapping[str, Any], num_branches: int) -> None:
         if len(params) + 1 != num_branches:
             raise InputError(
                 f"free weights of {len(params) + 1} branches do not fit a method of "

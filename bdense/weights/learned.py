@@ -1,15 +1,35 @@
-"""The space of weights that are learned; loads no torch."""
+"""Weights that are learned: their rules, and the space of them; loads no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from bdense.knobs import KnobError, Knobs, knob
-from bdense.weights.rules import GRADIENT_RULES, SCALE_RULES, Rule, require_strength
 from bdense.weights.space import BASELINE, Choice, Range, Uniform, WeightSpace
 
 if TYPE_CHECKING:
     from bdense.weights.weighting import BranchWeighting
+
+ScaleRule = Literal["uncertainty", "gradient-norm"]
+Rule = Literal[ScaleRule, "alignment", "anneal"]
+SCALE_RULES: tuple[Rule, ...] = get_args(ScaleRule)
+RULES: tuple[Rule, ...] = get_args(Rule)
+GRADIENT_RULES: tuple[Rule, ...] = ("gradient-norm", "alignment")
+MAX_STRENGTH = 10.0
+
+
+def require_strength(strength: float, rule: str | None = None) -> None:
+    """Raise a ``KnobError`` for an exponent beyond ``MAX_STRENGTH`` or that the rule lacks."""
+    if not abs(strength) <= MAX_STRENGTH:
+        raise KnobError(
+            "strength", f"must lie in -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}, got {strength}"
+        )
+    if strength < 0 and rule not in (None, *SCALE_RULES):
+        raise KnobError(
+            "strength",
+            f"{strength:g} would reverse the rule {rule}, which has no reverse; let it be 0 or "
+            "more",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

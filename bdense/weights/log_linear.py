@@ -26,7 +26,7 @@ _MOST_BRANCHES = 10_000
 class LogLinearWeights:
     """w_k = exp(a k + b).
 
-    a = 0 gives all branches the same weight; a -> inf leaves the end point alone, which is plain
+    a = 0 gives all branches the same weight; a -> inf leaves only the end point, which is plain
     distillation. b scales the whole loss, which does not change Adam's update.
     """
 
@@ -46,7 +46,7 @@ class LogLinearWeights:
         """w_1..w_K; 0 or infinity where float64 ends.
 
         Raises:
-            InputError: K is no number, below 1, or more than any student has.
+            InputError: K is not a number, is below 1, or is more than any student has.
         """
         if not 1 <= num_branches <= _MOST_BRANCHES:
             raise InputError(

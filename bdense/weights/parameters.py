@@ -21,8 +21,8 @@ def parameter_knobs(
 ) -> type[Knobs]:
     """A class with an optional knob for each parameter of the registered spaces.
 
-    Parameters that depend on the method have none, nor those of another package whose
-    name is none for an option or is ``taken``: --set gives them.
+    Parameters that depend on the method have none, nor do those of another package whose name
+    cannot be an option's or is ``taken``; --set gives them.
 
     Args:
         heading: Of the group in help.
@@ -65,7 +65,7 @@ def given_parameters(parameters: Knobs, assigned: Iterable[str] = ()) -> dict[st
         assigned: Each NAME=VALUE of --set; a value that is a number becomes one.
 
     Raises:
-        InputError: One is given twice, or is no NAME=VALUE.
+        InputError: One is given twice, or is not NAME=VALUE.
     """
     named = {name: getattr(parameters, name) for name in knobs_of(type(parameters))}
     given = {name: value for name, value in named.items() if value is not None}

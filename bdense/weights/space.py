@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Values w_1..w_K, or a list of them for each interval; as files and results hold them.
 BranchWeights: TypeAlias = list[float] | list[list[float]]
 
-# An arm of every space: {"baseline": PLAIN} trains branch K alone, {"baseline": UNIFORM} has
+# An arm of every space: {"baseline": PLAIN} trains branch K only, {"baseline": UNIFORM} has
 # w_k = 1.
 BASELINE, PLAIN, UNIFORM = "baseline", "plain", "uniform"
 
@@ -166,7 +166,11 @@ class WeightSpace(SearchSpace):
 
         baseline = params.get(BASELINE)
         if baseline is None:
-            self.require_read(params)
+            if not self.reads(params):
+                raise InputError(
+                    f"{self.name} weights have the parameters {', '.join(self.distributions())}, "
+                    f"got {', '.join(params) or 'none'}"
+                )
             return self.own_weighting(params, num_branches)
         count = num_branches if baseline == UNIFORM else 1
         return FixedWeights(torch.ones(count, dtype=torch.float64))
@@ -176,14 +180,6 @@ class WeightSpace(SearchSpace):
         if BASELINE in params:
             return params[BASELINE] in (PLAIN, UNIFORM)
         return params.keys() == self.distributions().keys()
-
-    def require_read(self, params: Mapping[str, Any]) -> None:
-        """Raise an ``InputError`` for parameters of another space."""
-        if not self.reads(params):
-            raise InputError(
-                f"{self.name} weights have the parameters {', '.join(self.distributions())}, "
-                f"got {', '.join(params) or 'none'}"
-            )
 
     @property
     def box(self) -> tuple[Uniform, ...]:
@@ -203,7 +199,7 @@ class WeightSpace(SearchSpace):
         return found
 
     def at(self, point: Sequence[float]) -> dict[str, Any]:
-        """Parameters of these coordinates; what is no coordinate takes its lowest value."""
+        """The parameters at these coordinates; the others take their lowest value."""
         lowest: dict[str, Any] = {
             name: each.low if isinstance(each, Uniform) else each.options[0]
             for name, each in self.distributions().items()
@@ -220,10 +216,10 @@ class WeightSpace(SearchSpace):
 
         Args:
             num_branches: K of the method with branches.
-            num_intervals: S, see ``Method.num_intervals``.
+            num_intervals: S, see ``MethodConfig.num_intervals``.
 
         Raises:
-            InputError: It is of other numbers.
+            InputError: The space was declared for another K or S.
         """
         return self
 

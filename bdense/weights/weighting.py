@@ -20,7 +20,7 @@ from torch import Tensor
 from bdense.arguments import require_types
 from bdense.errors import InputError
 from bdense.knobs import KnobError
-from bdense.weights.rules import GRADIENT_RULES, RULES, require_strength
+from bdense.weights.learned import GRADIENT_RULES, RULES, require_strength
 
 # Without AFS a branch may start at its target, where its L1 loss is rounding noise. No scale
 # counts as smaller than this share of the largest.

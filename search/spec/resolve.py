@@ -203,7 +203,7 @@ def _with_usual(spec: StudySpec) -> StudySpec:
         return spec
     teacher, known = meta_teacher(spec)
     with torch.device("meta"):
-        usual = METHODS[spec.method.name]().usual(known, teacher)
+        usual = METHODS[spec.method.name].Config.usual(known, teacher)
     return replace(spec, method=spec.method.with_options({**usual, **spec.method.options}))
 
 
@@ -234,8 +234,8 @@ def _with_facts(
         plans = method.plan(config, teacher)
     facts = Facts(
         title=method.title,
-        num_branches=method.num_branches(config),
-        num_intervals=method.num_intervals(config),
+        num_branches=config.num_branches,
+        num_intervals=config.num_intervals,
         batch=config.batch,
         needs_data=method.needs_data,
         stages=plans,
@@ -327,8 +327,9 @@ def _check_intermediate(spec: StudySpec) -> None:
 def _check_one_shot(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
     method, config = method_of(spec)
     try:
-        coordinates = Coordinates.of(spec.weight_space, spec.resolved.num_branches)
-        OneShot(method, coordinates).check(config.told(1.0), teacher, known)
+        space = spec.weight_space
+        coordinates = Coordinates(space, spec.resolved.num_branches, space.box)
+        OneShot(method, coordinates).check(config.for_one_shot(1.0), teacher, known)
     except InputError as error:  # whose knobs, if any, are the method's
         raise InputError(f"plan.one_shot: {error}") from error
 

@@ -21,7 +21,7 @@ from bdense.data.encoded import encode_dataset
 from bdense.data.prompts import read_prompts
 from bdense.diffusion.conditions import Conditions, captions
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.sampling import GRID_COLUMNS
+from bdense.diffusion.pictures import GRID_COLUMNS
 from bdense.errors import InputError
 from bdense.files import file_lock, write_json
 from bdense.methods.method import Inputs, Method, MethodConfig, Recordings, require_shape
@@ -152,7 +152,7 @@ class Assets:
         return replace(
             self,
             method=OneShot(self.method, coordinates),
-            config=self.config.told(asked.length),
+            config=self.config.for_one_shot(asked.length),
             evaluator=replace(self.evaluator, latents=latents),
         )
 
@@ -164,7 +164,7 @@ class Assets:
             dataset=self.dataset,
             seed=seed,
             recordings=Recordings(root=root, dtype=dtype) if recorded else None,
-            known=self.known,
+            metadata=self.known,
             conditions=self.conditions,
         )
 
@@ -246,7 +246,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
         if method.needs_data and dataset is not None:
             dataset = _encoded(dataset, spec, pipeline, device, report)
     elif dataset is not None:
-        require_shape(dataset, teacher)
+        require_shape(dataset, teacher.image_shape)
     if pipeline is not None and spec.prompts is not None:
         conditions = embedded_prompts(pipeline, spec.prompts, report)
         own = spec.evaluation.prompts

@@ -314,7 +314,7 @@ def _stored_bytes(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str,
         return 0
     method, config = method_of(spec)
     recordings = Recordings(root=cache_folder() / "trajectories", dtype=spec.trajectories.dtype)
-    inputs = Inputs(recordings=recordings, known=known, conditions=_placeholder(teacher))
+    inputs = Inputs(recordings=recordings, metadata=known, conditions=_placeholder(teacher))
     found = method.recording(config, teacher, inputs)
     return 0 if found is None else found.nbytes
 
@@ -426,7 +426,7 @@ def _first_stage(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, 
     noise = torch.randint(256, (share, *teacher.image_shape), dtype=torch.uint8)
     dataset = Dataset("noise", noise, "", torch.arange(share) % classes if classes else None)
     plan = next(each for each in method.plan(config) if each.branched)
-    inputs = Inputs(dataset=dataset, known=known, conditions=_placeholder(teacher))
+    inputs = Inputs(dataset=dataset, metadata=known, conditions=_placeholder(teacher))
     return method.stage(plan, teacher, config, inputs)
 
 

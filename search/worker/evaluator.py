@@ -12,7 +12,8 @@ from bdense.data.prompts import read_prompts
 from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.sampling import Sampler, draw_images, save_grid
+from bdense.diffusion.pictures import save_grid
+from bdense.diffusion.sampling import Sampler, draw_images
 from bdense.metrics.clip_score import CLIPScorer, load_clip_scorer
 from bdense.metrics.extractors import Extractor
 from bdense.metrics.metrics import measure_images

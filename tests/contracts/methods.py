@@ -414,7 +414,7 @@ class MethodContract(TrainingContract):
         """All stages, kept in the folder."""
         changes = {name: options.pop(name) for name in list(options) if name in self._names()}
         config = self.config(**changes)
-        k = self.method().num_branches(config)
+        k = config.num_branches
         return list(
             distill(
                 self.method(),
@@ -443,7 +443,7 @@ class MethodContract(TrainingContract):
             stage = method.stage(plan, teacher, config, self.inputs())
             assert stage.num_updates == plan.num_updates
             assert stage.sampler.nfe == plan.nfe
-            assert stage.num_branches == (method.num_branches(config) if plan.branched else 1)
+            assert stage.num_branches == (config.num_branches if plan.branched else 1)
             assert stage.batch_size == config.batch
             assert samplers_from(stage.metadata())[0] == stage.sampler
             assert stage.optimisation == config
@@ -464,7 +464,7 @@ class MethodContract(TrainingContract):
         """Equal ones make the loss of fixed weights; a config that is told is only longer."""
         config = self.config()
         try:
-            longer = config.told(2.0)
+            longer = config.for_one_shot(2.0)
         except InputError:
             return  # and a study of it is refused
         plans = (self.method().plan(each) for each in (config, longer))

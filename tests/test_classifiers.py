@@ -55,6 +55,7 @@ def test_the_weights_are_those_of_a_plain_loop(cache, brief):
     torch.set_num_threads(threads)
     torch.set_rng_state(state)
     path = classifier_checkpoint(brief, cache)
+    assert (torch.get_num_threads(), torch.get_rng_state().tolist()) == (threads, state.tolist())
     tensors, metadata = load_tensors(path)
     assert list(tensors) == [
         *("classes.bias", "classes.weight", "conv0.bias", "conv0.weight"),

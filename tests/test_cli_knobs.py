@@ -58,7 +58,7 @@ def options() -> Iterator[Any]:
         if "out" in known and known["out"].required:
             placed += ["--out", "none/x.safetensors"]
         for name, each in known.items():
-            if name in COMMANDS[command][verb].skip or each.form == "positional":
+            if each.form == "positional":
                 continue
             for value in wrong_values(each):
                 label = f"{verb} {' '.join(given[:2])} {name} {value}"

@@ -31,8 +31,8 @@ PASSWORD = "it's 50 % \\ secret"
 
 
 @pytest.fixture
-def url(either_url) -> str:
-    return either_url
+def url(either_new_url) -> str:
+    return either_new_url
 
 
 def execute(url: str, *statements: str) -> None:
@@ -145,22 +145,22 @@ def test_a_newer_versions_tables_are_left_alone(url, refusal):
     assert version(url) == [7]
 
 
-def test_a_table_of_another_program_is_named_and_stays(either_url):
+def test_a_table_of_another_program_is_named_and_stays(url):
     """``storage upgrade`` would drop old ones of ours."""
-    open_storage(either_url).engine.dispose()
-    execute(either_url, "CREATE TABLE bdense_lease (flat INTEGER, tenant TEXT)")
-    execute(either_url, "INSERT INTO bdense_lease VALUES (7, 'B. Dense')")
-    for call in (lambda: Ledger.open(either_url, "digits", budget=1), lambda: upgrade(either_url)):
+    open_storage(url).engine.dispose()
+    execute(url, "CREATE TABLE bdense_lease (flat INTEGER, tenant TEXT)")
+    execute(url, "INSERT INTO bdense_lease VALUES (7, 'B. Dense')")
+    for call in (lambda: Ledger.open(url, "digits", budget=1), lambda: upgrade(url)):
         with pytest.raises(StorageRefusedError, match=r"bdense_lease .*flat, tenant"):
             call()
-    with open_storage(either_url).engine.connect() as connection:
+    with open_storage(url).engine.connect() as connection:
         kept = connection.exec_driver_sql("SELECT flat FROM bdense_lease").scalar_one()
     assert kept == 7
 
 
-def test_a_table_of_another_program_under_optunas_name_is_no_matter_of_the_network(either_url):
-    execute(either_url, "CREATE TABLE studies (x INTEGER)")
-    for call in (lambda: list_studies(either_url), lambda: Ledger.open(either_url, "x", budget=1)):
+def test_a_table_of_another_program_under_optunas_name_is_no_matter_of_the_network(url):
+    execute(url, "CREATE TABLE studies (x INTEGER)")
+    for call in (lambda: list_studies(url), lambda: Ledger.open(url, "x", budget=1)):
         with pytest.raises(StorageRefusedError, match=r"a database of their own|no studies yet"):
             call()
 

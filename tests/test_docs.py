@@ -160,7 +160,12 @@ def test_the_way_from_ones_own_model_to_a_student(tmp_path, monkeypatch):
     assert made == {path.stem for path in tmp_path.glob("*.safetensors")}
 
 
-def test_the_recipes_run(tmp_path):
+# Contract tests of a method that train for a minute.
+LONG = "not every_knob and not two_devices and not stopped_and_resumed"
+
+
+@pytest.mark.parametrize("left_out", [LONG, pytest.param("", marks=pytest.mark.slow)])
+def test_the_recipes_run(tmp_path, left_out):
     """Each block is a file; their entry points are installed as pip would."""
     blocks = RECIPE.findall((ROOT / "docs/extending.md").read_text())
     (metadata,) = [text for kind, _, text in blocks if kind == "toml"]
@@ -177,7 +182,10 @@ def test_the_recipes_run(tmp_path):
     ]
     install(tmp_path, "mine", "\n".join(lines))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "mine")],
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *("-k", left_out, str(tmp_path / "mine")),
+        ],
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",  # networks this small are slower on more

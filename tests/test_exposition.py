@@ -138,13 +138,13 @@ def test_an_empty_database_and_an_empty_study(url):
     }
 
 
-def test_a_database_of_optuna_alone_is_said_to_be_one(url):
-    storage = open_storage(url)
+def test_a_database_of_optuna_alone_is_said_to_be_one(either_new_url):
+    storage = open_storage(either_new_url)
     optuna.create_study(study_name="theirs", storage=storage).ask()
     application = mount(lambda *_: [], storage)
     status, _, said = answer_of(application, "GET", "/metrics")
     assert (status, b"no study" in said) == (404, True)
-    assert list_studies(url) == []
+    assert list_studies(either_new_url) == []
 
 
 @pytest.mark.parametrize("method", ["sfd", "progressive"])

@@ -213,12 +213,11 @@ def test_inception_takes_weights_of_its_own_shape(tmp_path, cache, monkeypatch):
     torch.testing.assert_close(extractor(images), network(images)[0])
 
 
-def test_the_digits_classifier_is_trained_once(shared_cache, cache, digits_extractor, monkeypatch):
+def test_the_digits_classifier_is_trained_once(shared_cache, digits_extractor, monkeypatch):
     assert digits_extractor.dim == 64
     (path,) = shared_cache.glob("digits-classifier-*.safetensors")
     assert load_tensors(path)[1]["train_accuracy"] > 0.97
     made = path.stat().st_mtime_ns
-    before = torch.get_num_threads(), torch.get_rng_state().tolist()
     again = load_extractor("digits-classifier", cache=shared_cache, device=CPU)
     assert path.stat().st_mtime_ns == made
     assert again.sha256 == digits_extractor.sha256
@@ -228,9 +227,6 @@ def test_the_digits_classifier_is_trained_once(shared_cache, cache, digits_extra
     )
     load_extractor("digits-classifier", cache=shared_cache, device=CPU)
     assert read == [path]
-    afresh = load_extractor("digits-classifier", cache=cache, device=CPU)
-    assert afresh.sha256 == digits_extractor.sha256
-    assert (torch.get_num_threads(), torch.get_rng_state().tolist()) == before
 
 
 def test_a_broken_classifier_file_is_named(cache):

@@ -238,9 +238,9 @@ def test_its_study_runs_from_the_launch_to_the_report(cache, tmp_path):
     tree = yaml.safe_load(STUDY.read_text())
     tree |= {name: tree[name] | those for name, those in CHANGES.items()}
     shutil.copy(STUDY.with_suffix(".txt"), tmp_path)
-    out = workplace.done("launch", workplace.write(tree))
+    out = workplace.ran("launch", workplace.write(tree))
     assert out.startswith("study latent-digits: 2 of 2 trials complete")
-    workplace.done("confirm", "latent-digits", "--candidates", "1", "--seeds", "3")
+    workplace.ran("confirm", "latent-digits", "--candidates", "1", "--seeds", "3")
     workplace.done("export", "latent-digits", "model")
     assert (tmp_path / "model/samples.png").is_file()
     assert (tmp_path / "model/diffusers/scheduler/student_scheduler.py").is_file()

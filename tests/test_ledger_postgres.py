@@ -15,14 +15,16 @@ from search.storage.stop_flags import Launch, ask_all
 from tests.contracts.ledger import LedgerContract
 from tests.contracts.ledger_worker import SPACE, STEPS
 from tests.contracts.scene import LONG_TTL, complete, expire_leases, take, wait_until
+from tests.measured import open_unchecked
 
 pytestmark = pytest.mark.postgres
 
 
 class TestLedgerOnPostgres(LedgerContract):
     @pytest.fixture
-    def url(self, postgres) -> str:
-        return postgres.new_database()
+    def url(self, postgres_url, monkeypatch) -> str:
+        open_unchecked(monkeypatch)
+        return postgres_url
 
     def test_a_servers_clock_set_ahead_ends_no_lease(self, scene):
         """Its worker gets the time of a lease to renew it."""
@@ -70,10 +72,10 @@ class TestLedgerOnPostgres(LedgerContract):
     def test_a_server_that_is_away_longer_than_a_lease_costs_no_trial_either(
         self, scene, postgres
     ):
-        launcher = scene.start("--budget", "2", "--ttl", "2", "--workers", "2")
+        launcher = scene.start("--budget", "2", "--ttl", "1", "--workers", "2")
         scene.wait_for_step(2, trials=2)
         postgres.control("stop", "-m", "immediate")
-        time.sleep(3)
+        time.sleep(1.6)
         postgres.control("start")
         assert launcher.wait(40) == 0
         assert scene.settle().complete == 2

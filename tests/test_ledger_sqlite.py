@@ -1,7 +1,5 @@
 """The ledger on SQLite: one machine, no server."""
 
-from pathlib import Path
-
 import pytest
 from optuna.samplers import RandomSampler
 
@@ -12,16 +10,18 @@ from search.storage.ledger import Ledger, Wait
 from tests.contracts.ledger import LedgerContract
 from tests.contracts.ledger_worker import SPACE
 from tests.contracts.scene import complete, take, wait_until
+from tests.measured import open_unchecked
 
 
 class TestLedgerOnSqlite(LedgerContract):
     @pytest.fixture
-    def url(self, tmp_path: Path) -> str:
-        return f"sqlite:///{tmp_path / 'made' / 'study.db'}"
+    def url(self, sqlite_url, monkeypatch) -> str:
+        open_unchecked(monkeypatch)
+        return sqlite_url
 
-    def test_looking_for_a_study_makes_no_file(self, url, tmp_path):
+    def test_looking_for_a_study_makes_no_file(self, tmp_path):
         with pytest.raises(UnknownStudyError, match="no study 'digits' in sqlite:///"):
-            Ledger.open(url, "digits", budget=None)
+            Ledger.open(f"sqlite:///{tmp_path / 'made' / 'study.db'}", "digits", budget=None)
         assert not (tmp_path / "made").exists()
 
     def test_a_clock_set_ahead_ends_no_lease(self, scene, monkeypatch):

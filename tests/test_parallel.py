@@ -33,11 +33,11 @@ SHORT = {"images": 12, "lr": 1e-4, "dropout": False}
 
 
 def follow_in_haste(team: Team, device: torch.device, job: Any) -> None:
-    """From the first evaluation on, five seconds are enough; before it both still load."""
+    """From the first evaluation on, two seconds are enough; before it both still load."""
     wait = Team.while_others_wait
 
     def in_haste(self: Team, name: str, work: Callable[[], object]) -> None:
-        dist.set_timeout(timedelta(seconds=5))
+        dist.set_timeout(timedelta(seconds=2))
         wait(self, name, work)
 
     Team.while_others_wait = in_haste
@@ -57,7 +57,7 @@ def test_the_leader_alone_evaluates_while_the_others_wait(tmp_path, monkeypatch,
     def evaluate(after: int, student: NetworkDenoiser) -> None:
         seen.append(outputs(student))
         if len(seen) == 3:
-            time.sleep(7)  # longer than the other process waits for a gradient
+            time.sleep(3)  # longer than the other process waits for a gradient
 
     for devices in (None, TWO_CPUS):
         # A rule has a state: each run begins with one of its own.
@@ -328,6 +328,7 @@ def test_no_follower_outlives_a_leader_that_is_killed(tmp_path):
         time.sleep(0.05)
 
 
+@pytest.mark.slow  # another process starts
 def test_no_follower_outlives_the_block(tmp_path):
     seen: dict[str, float] = {}
 
@@ -342,6 +343,7 @@ def test_no_follower_outlives_the_block(tmp_path):
     assert not is_alive(seen["pid"])
 
 
+@pytest.mark.slow  # another process starts
 def test_a_follower_whose_leader_ended_before_does_not_begin():
     context = torch.multiprocessing.get_context("spawn")
     process = context.Process(target=bdense.training.parallel._end_with, args=(os.getppid(),))

@@ -105,6 +105,10 @@ class TestProgressive(MethodContract):
     def inputs(self, seed=5):
         return Inputs(dataset=noise_images(classes=3), seed=seed)
 
+    @pytest.mark.slow  # another process starts; by default SFD's shows it
+    def test_two_devices_equal_one_to_rounding(self):
+        super().test_two_devices_equal_one_to_rounding()
+
     def learning(self, seed=5, **changes):
         return super().learning(seed, **{"dropout": True} | changes)
 

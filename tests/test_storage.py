@@ -278,7 +278,7 @@ class TestOnPostgres:
         """As of a worker that is stopped between the renewal of its lease and the commit."""
         url = postgres.new_database()
         open_storage(url).engine.dispose()  # which makes the tables, and may take longer
-        monkeypatch.setattr(search.storage.engine, "FROZEN_SECONDS", 5)
+        monkeypatch.setattr(search.storage.engine, "FROZEN_SECONDS", 2)
         storage = open_storage(url)
         row = sa.text("UPDATE version_info SET version_info_id = version_info_id")
         with storage.engine.connect() as frozen, storage.engine.connect() as other:

@@ -104,6 +104,10 @@ class TestTeacher(TrainingContract):
         training = config(seed=seed, lr=lr, **averaged | {"network": network} | changes)
         return stage_of(training, load_dataset("digits"))
 
+    @pytest.mark.slow  # another process starts; by default SFD's shows it
+    def test_two_devices_equal_one_to_rounding(self):
+        super().test_two_devices_equal_one_to_rounding()
+
     def written_out(self):
         """EDM's loss, Adam with a warm-up, and the running average."""
         stage = self.learning(dropout=False)

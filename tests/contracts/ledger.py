@@ -224,10 +224,10 @@ class LedgerContract(Deaths, Planned, Stops):
     # Leases.
 
     def test_a_live_trial_is_nobody_elses(self, scene):
-        ledger, other = scene.open(budget=1, ttl=3.0), scene.open()
+        ledger, other = scene.open(budget=1, ttl=1.5), scene.open()
         claim = take(ledger)
         with ledger.holding(claim) as held:
-            deadline = time.monotonic() + 4.5
+            deadline = time.monotonic() + 2.2
             while time.monotonic() < deadline:
                 assert other.claim(SPACE, RandomSampler) == Wait()
                 held.check()

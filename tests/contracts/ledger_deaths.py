@@ -35,11 +35,11 @@ class Deaths:
     def test_a_killed_launcher_with_its_workers_is_carried_on_by_the_same_command(self, scene):
         command = ("--budget", "2", "--ttl", str(LONG_TTL), "--workers", "2")
         with scene.held_up():
-            launcher = scene.start(*command)
+            launcher = scene.start_program(*command)
             scene.wait_for_step(3, trials=2)
             os.killpg(launcher.pid, signal.SIGKILL)
             launcher.wait()
-        assert scene.start(*command).wait(PATIENCE_SECONDS) == 0
+        assert scene.start_program(*command).wait(PATIENCE_SECONDS) == 0
         assert scene.settle().complete == 2
         for number in (0, 1):
             attempts = [line["attempt"] for line in scene.steps(number)]

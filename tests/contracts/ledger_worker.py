@@ -8,10 +8,11 @@ a log, and writes its result before it is told.
 import argparse
 import json
 import logging
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
@@ -24,7 +25,7 @@ from search.storage.ledger import Claim, Done, LeaseRenewal, Ledger, Wait
 
 SPACE = {"a": FloatDistribution(-1.0, 3.0), "b": FloatDistribution(-6.0, 0.0)}
 STEPS = 8
-STEP_SECONDS = 0.2
+STEP_SECONDS = 0.1
 # While this file lies in the folder nobody computes the step in the middle.
 GATE = "gate"
 
@@ -77,25 +78,38 @@ def work(ledger: Ledger, folder: Path) -> None:
 
 def launch(arguments: argparse.Namespace) -> None:
     """The launcher: its workers outlive it unless they are killed too."""
-    Ledger.open(
+    ledger = Ledger.open(
         os.environ["BDENSE_STORAGE"],
         arguments.study,
         budget=arguments.budget,
         ttl=arguments.ttl,
     )
-    command = [sys.executable, __file__, arguments.study, str(arguments.folder)]
-    workers = [subprocess.Popen(command) for _ in range(arguments.workers)]
-    sys.exit(max(worker.wait() for worker in workers))
+    ledger.storage.engine.dispose()  # a fork would share its connections
+    command = (arguments.study, str(arguments.folder))
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=main, args=(command,)) for _ in range(arguments.workers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    sys.exit(max(abs(worker.exitcode or 0) for worker in workers))
 
 
-def main() -> None:
+def run_apart(url: str, *command: str) -> None:
+    """The program in a process group of its own, of a process that was forked for it."""
+    os.setsid()
+    os.environ["BDENSE_STORAGE"] = url
+    main(command)
+
+
+def main(command: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("study")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--budget", type=int)
     parser.add_argument("--ttl", type=float)
     parser.add_argument("--workers", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
     logging.basicConfig(level=logging.INFO)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if arguments.workers:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import sqlite3
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -27,21 +29,44 @@ PATIENCE_SECONDS = 120.0
 LONG_TTL = 60.0  # longer than any test: what is adopted earlier was adopted at once
 
 
+# Workers are forked from a process that has imported their program.
+multiprocessing.get_context("forkserver").set_forkserver_preload([ledger_worker.__name__])
+
+
+class Forked(ForkServerProcess):
+    """A real process with the methods of ``Popen`` that tests need."""
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self.join(timeout)
+        return self.exitcode
+
+    def send_signal(self, signal: int) -> None:
+        os.kill(self.pid, signal)
+
+
 @dataclass
 class Scene:
     """One study, its folder, and the processes that work on it."""
 
     url: str
     folder: Path
-    processes: list[subprocess.Popen] = field(default_factory=list)
+    processes: list[Forked | subprocess.Popen] = field(default_factory=list)
 
     def open(self, **settings) -> Ledger:
         return Ledger.open(self.url, STUDY, **{"budget": None, **settings})
 
-    def start(self, *options: str) -> subprocess.Popen:
-        """Run the program of this suite: a worker, or with ``--workers`` a launcher."""
+    def start(self, *options: str) -> Forked:
+        """Start the program of this suite: a worker, or with ``--workers`` a launcher."""
+        command = (self.url, STUDY, str(self.folder), *options)
+        process = Forked(target=ledger_worker.run_apart, args=command)
+        process.start()
+        self.processes.append(process)
+        return process
+
+    def start_program(self, *options: str) -> subprocess.Popen:
+        """Start it as a user would, who imports everything anew."""
         process = subprocess.Popen(
-            [sys.executable, ledger_worker.__file__, STUDY, str(self.folder), *options],
+            [sys.executable, "-m", ledger_worker.__name__, STUDY, str(self.folder), *options],
             env={**os.environ, "BDENSE_STORAGE": self.url},
             start_new_session=True,
         )
@@ -61,7 +86,7 @@ class Scene:
         yield
         gate.unlink()
 
-    def freeze(self, process: subprocess.Popen) -> None:
+    def freeze(self, process: Forked) -> None:
         """Stop it where it stands, but not in a write to SQLite, which keeps everybody out."""
         path = sqlite_file(self.url)
         with contextlib.closing(sqlite3.connect(path or ":memory:", timeout=30)) as database:
@@ -106,7 +131,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def lease_rows(url: str) -> list[tuple[int, int]]:

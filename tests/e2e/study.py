@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from search.storage.leases import RunningRow
 from search.storage.ledger import Ledger
 from search.study.study import Study
 from search.worker.ray_tasks import WorkerConfig, slot
-from tests.studies import spec
+from tests.commands import Answer
+from tests.measured import command, refused
+from tests.studies import resolve_here, spec
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -116,29 +118,45 @@ class Workplace:
                 raise
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
+    def command(self, *arguments: str | Path) -> Answer:
+        """What the command answers in this process, which has loaded torch anyway."""
+        with contextlib.chdir(self.folder), self.patched() as patch:
+            resolve_here(patch)
+            return command(*arguments)
+
     def done(self, *arguments: str | Path) -> str:
         """What a command printed that succeeds."""
-        answer = self.run(*arguments)
-        assert answer.returncode == 0, answer.stderr
-        return answer.stdout
+        answer = self.command(*arguments)
+        assert answer.status == 0, answer.err
+        return answer.out
 
     def refused(self, *arguments: str | Path) -> str:
         """The one line of a mistake."""
-        answer = self.run(*arguments)
-        assert (answer.returncode, answer.stdout) == (2, ""), answer.stderr
-        (line,) = answer.stderr.splitlines()
-        return line.removeprefix("bdense-search: ")
+        return refused(self.command(*arguments))
 
     def json(self, *arguments: str | Path) -> dict[str, Any]:
         return json.loads(self.done(*arguments, "--json"))
 
+    def ran(self, *arguments: str | Path) -> str:
+        """What a process printed that works on a study to its end."""
+        answer = self.run(*arguments)
+        assert answer.returncode == 0, answer.stderr
+        return answer.stdout
+
+    @contextlib.contextmanager
+    def patched(self) -> Iterator[pytest.MonkeyPatch]:
+        """The user's environment in this process."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name in os.environ.keys() - self.environment.keys():
+                patch.delenv(name)
+            for name, value in self.environment.items():
+                patch.setenv(name, value)
+            yield patch
+
     def work(self, tree: dict[str, Any], points: Sequence[dict[str, float]] = ()) -> Study:
         """Bring a study to its end in this process, without Ray."""
-        with pytest.MonkeyPatch.context() as patch:
-            for name in [each for each in os.environ if each.startswith("BDENSE_")]:
-                patch.delenv(name)
+        with self.patched() as patch:
             patch.setenv("BDENSE_RUNS", str(self.runs))
-            patch.setenv("BDENSE_CACHE", str(self.cache))
             asked = spec(tree)
             make = Study.create if asked.is_search else plan_given
             study = make(self.url, asked)

@@ -46,7 +46,7 @@ def launched(tmp_path_factory, cache) -> Workplace:
     workplace.work(STUDY)
     refused = workplace.refused("promote", "small", "--to", workplace.write(PD))
     assert "only a best of n" in refused
-    out = workplace.done("confirm", "small", "--candidates", "2", "--seeds", "3")
+    out = workplace.ran("confirm", "small", "--candidates", "2", "--seeds", "3")
     assert out.startswith("small.confirm: 12 of 12 rows complete, 0 pruned, 0 failed, 0 running")
     return workplace
 
@@ -74,8 +74,8 @@ def test_the_best_is_confirmed(launched):
         seed = trial.params["seed"]
         assert trial.user_attrs["fid"]["seeds"] == {"training": seed, "evaluation": seed}
         assert trial.value not in searched
-    again = launched.run("confirm", "small", "--candidates", "2", "--seeds", "3")
-    assert again.stderr == "small.confirm is complete; nothing is left to do\n"
+    again = launched.command("confirm", "small", "--candidates", "2", "--seeds", "3")
+    assert again.err == "small.confirm is complete; nothing is left to do\n"
     # It goes by its own name too.
     assert launched.json("status", "small.confirm")["trials"]["complete"] == 12
     launched.done("report", "small.confirm", "--out", "shown")
@@ -91,7 +91,7 @@ def test_the_best_is_confirmed(launched):
 @pytest.mark.slow
 def test_a_confirmed_winner_is_promoted_with_another_method(launched):
     file, name = launched.write(PD), winner(launched)["name"]
-    out = launched.done("promote", "small", "--to", file, "--arm", "weights")
+    out = launched.ran("promote", "small", "--to", file, "--arm", "weights")
     assert "promote-small: 6 of 6 rows complete, 0 pruned, 0 failed, 0 running" in out
     assert "becomes w_2/w_1 = " in out
     trials = launched.rows("promote-small")
@@ -103,14 +103,14 @@ def test_a_confirmed_winner_is_promoted_with_another_method(launched):
     model = launched.runs / "promote-small/model"
     assert exported(model)[0] == student(launched, trials[2])
     before = {path: path.stat().st_mtime_ns for path in sorted(model.rglob("*"))}
-    again = launched.run("promote", "small", "--to", file, "--arm", "weights")
-    assert again.returncode == 0
-    assert again.stderr == "promote-small is complete; nothing is left to do\n"
+    again = launched.command("promote", "small", "--to", file, "--arm", "weights")
+    assert again.status == 0
+    assert again.err == "promote-small is complete; nothing is left to do\n"
     assert {path: path.stat().st_mtime_ns for path in sorted(model.rglob("*"))} == before
     # The same as a file that names the winner.
     arms = ["plain", "uniform", {"winner_of": "small"}]
     asked = launched.write({**PD, "plan": {"arms": arms, "seeds": [0, 1]}})
-    assert "nothing is left to do" in launched.run("launch", asked).stderr
+    assert "nothing is left to do" in launched.command("launch", asked).err
     launched.done("export", "promote-small", "early", "--nfe", "4", "--trial", "2")
     early = exported(launched.folder / "early")[1]["fid"]
     assert (early["nfe"], early["value"]) == (4, trials[2].user_attrs["fids"]["4"]["value"])
@@ -121,7 +121,7 @@ def test_a_confirmed_winner_is_promoted_with_another_method(launched):
 @pytest.mark.slow
 def test_a_confirmed_winner_is_trained_again_by_its_own_method(launched):
     options = ("--nfe", "2,3", "--seeds", "1", "--kimg", "0.32", "--arm", "weights")
-    out = launched.done("promote", "small", *options)
+    out = launched.ran("promote", "small", *options)
     assert "small.promote: 6 of 6 rows complete" in out
     for nfe in (2, 3):
         metadata = exported(launched.runs / f"small.promote/model-kimg0.32-nfe{nfe}")[1]
@@ -133,7 +133,7 @@ def test_a_confirmed_winner_is_trained_again_by_its_own_method(launched):
 def test_the_best_weights_are_measured_under_another_study_s_conditions(launched):
     other = small_study(name="other", method={"kimg": 0.64, "nfe": 3, "substeps": 2})
     options = ("--to", launched.write(other), "--top", "1", "--seeds", "2")
-    out = launched.done("transfer", "small", *options)
+    out = launched.ran("transfer", "small", *options)
     assert out.startswith("other.from.small: 6 of 6 rows complete, 0 pruned, 0 failed, 0 running")
     assert "64 images at NFE 3" in out
     trials = launched.rows("other.from.small")

@@ -177,7 +177,7 @@ def test_a_trial_that_kills_its_workers_is_given_up_and_the_study_goes_on(tmp_pa
     assert "started 2 times, and no worker finished it" in given_up.user_attrs["error"]
     assert [each.state.name for each in others] == ["COMPLETE"] * 2
     assert study.left() == 0
-    shown = place.run("status", "poison")
-    assert "trial 0" in shown.stdout
-    assert "poisoned" in shown.stdout
-    assert json.loads(place.run("doctor", "poison", "--json").stdout)["ok"] is True
+    shown = place.done("status", "poison")
+    assert "trial 0" in shown
+    assert "poisoned" in shown
+    assert place.json("doctor", "poison")["ok"] is True

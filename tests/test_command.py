@@ -323,13 +323,15 @@ def guard_of(program: int) -> int:
     return int(Path(f"/proc/{program}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def test_a_signal_to_the_guard_lets_the_program_save(url, tmp_path, worked_on):
+@pytest.mark.parametrize("whom", [guard_of, int], ids=["guard", "program"])
+def test_a_signal_from_another_process_lets_the_program_save(url, tmp_path, worked_on, whom):
     study = planned(url, one_row(tmp_path, "waits"))
     worked = worked_on(study)
-    os.kill(guard_of(waiting_program(study)), signal.SIGTERM)
+    os.kill(whom(waiting_program(study)), signal.SIGTERM)
     worked.join(60)
     assert only(study).value == score(2, 1)
     assert only(study).user_attrs["score"]["others"] == {"steps": 1.0}  # of the second attempt
+    assert only(study).user_attrs["tries"] == 2
 
 
 def test_what_a_killed_guard_leaves_alive_ends_before_the_next_program(url, tmp_path, worked_on):
@@ -347,15 +349,6 @@ def test_what_a_killed_guard_leaves_alive_ends_before_the_next_program(url, tmp_
     )
     assert released["why"].startswith("ProgramDiedError")
     assert not any(map(alive, [program, *children]))
-
-
-def test_a_program_that_another_process_asks_to_save_goes_on(url, tmp_path, worked_on):
-    study = planned(url, one_row(tmp_path, "waits"))
-    worked = worked_on(study)
-    os.kill(waiting_program(study), signal.SIGTERM)
-    worked.join(60)
-    assert only(study).user_attrs["score"]["others"] == {"steps": 1.0}
-    assert only(study).user_attrs["tries"] == 2
 
 
 def test_a_shell_whose_command_died_of_a_signal_is_tried_again(url, tmp_path):

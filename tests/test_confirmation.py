@@ -245,11 +245,7 @@ def test_the_winner_is_by_everything_measured_not_by_the_fresh_mean_alone(confir
     assert (pair.mean, pair.relative) == pytest.approx((-5.2 / 3, -5.2 / 33))
     reach = 4.302653 * (0.43 / 3 / 3) ** 0.5  # variance (0.1878 + 0.0278 + 0.0711) / 2
     assert (pair.low, pair.high) == pytest.approx((-5.2 / 3 - reach, -5.2 / 3 + reach), rel=1e-5)
-    for words in (
-        "confirmed at 2.56 kimg: a 1.250 (trial 6), mean FID 9.267 +- 0.338 over 3 fresh seeds",
-        "plain SFD -15.8 %, -1.73 [-2.67, -0.79]",
-        "uniform weights -10.6 %, -1.10 [-1.35, -0.85]",
-    ):
+    for words in ("a 1.250 (trial 6)", "9.267", "-1.73 [-2.67, -0.79]", "-1.10 [-1.35, -0.85]"):
         assert words in found.sentence()
 
 
@@ -340,19 +336,6 @@ def test_best_says_whether_a_winner_is_confirmed(confirmed, made, tmp_path):
     before = command("best", "digits")
     assert "No winner is confirmed: bdense-search confirm digits" in before.out.splitlines()
     assert json.loads(command("best", "digits", "--json").out)["confirmed"] is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("confirm", "nobody"), "no study 'nobody' in sqlite:///"),
-        (("confirm", "digits.confirm"), "has no search; give the search itself: digits"),
-        (("confirm", "digits.baselines"), "give the study itself: 'digits'"),
-        (("confirm", "absent.yaml"), "the study file absent.yaml cannot be read"),
-    ],
-)
-def test_what_cannot_be_confirmed_is_refused(planned, arguments, message):
-    assert message in refused(command(*arguments))
 
 
 def test_settings_that_the_method_does_not_have_are_refused_before_anything_is_planned(url):

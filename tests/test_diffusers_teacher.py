@@ -221,12 +221,8 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch):
         raise OSError("no route\nand a long story")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=r"google/ddpm-.* \(no route\); fetch https://.* by hand"):
         read_diffusers("google/ddpm-cifar10-32")
-    assert str(caught.value) == (
-        "cannot fetch google/ddpm-cifar10-32 from the Hugging Face hub (no route); fetch "
-        "https://huggingface.co/google/ddpm-cifar10-32 by hand into a folder and give the folder"
-    )
 
 
 def test_a_hub_repository_is_read_from_its_snapshot(folder, monkeypatch):

@@ -107,11 +107,8 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 # ---- the same images ----
 
 SAMPLERS = {
-    "euler": {},
     "euler-afs": {"afs": True},
-    "one-step": {"num_intervals": 1},
     "dpmpp": {"solver": DPMSolverPP(), "num_intervals": 4},
-    "ipndm-afs": {"solver": make_solver("ipndm"), "afs": True},
     "epd": {"solver": make_solver("epd"), "num_intervals": 2},
     "consistency": {"solver": make_solver("consistency")},
 }

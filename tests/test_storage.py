@@ -324,12 +324,14 @@ def test_a_call_is_repeated_until_the_database_is_back():
     assert list(answers) == []
 
 
-def test_patience_ends_with_one_line_without_a_password():
+def test_patience_ends_with_one_line_without_a_password(monkeypatch):
+    monkeypatch.setattr(search.storage.engine, "_PATIENCE_SECONDS", 0.3)
+
     def call() -> None:
         raise _lost(psycopg2.OperationalError(f"postgresql://me:{SECRET}@db/x\nis away"))
 
     with pytest.raises(StorageError) as caught:
-        retrying(call, patience_seconds=0.3)
+        retrying(call)
     message = str(caught.value)
     assert "for 0.3 seconds: postgresql://me:***@db/x is away; check that it runs" in message
 

@@ -109,12 +109,13 @@ def test_two_rules_have_curves_of_their_own():
     assert (chosen["uncertainty"], chosen["strength"]) == (1.0, pytest.approx(1.0, abs=0.3))
 
 
-def test_candidates_come_lowest_first_and_points_that_are_nearly_one_are_one():
+def test_candidates_come_lowest_first_and_points_that_are_nearly_one_are_one(monkeypatch):
     """The range of a is 1 here: 0.5 and 0.51 are one point, 0.53 is another."""
     evaluations = [of(a, bowl(a)) for a in (0.0, 0.2, 0.5, 0.51, 0.53, 0.8, 1.0)]
     chosen, means = candidates(evaluations, 3), posterior_means(evaluations)
     assert len({2, 3} & set(chosen)) == 1
-    assert {2, 3, 4} == set(candidates(evaluations, 3, least_distance=0.0))
+    monkeypatch.setattr(surrogate, "LEAST_DISTANCE", 0.0)
+    assert {2, 3, 4} == set(candidates(evaluations, 3))
     assert chosen == sorted(chosen, key=means.__getitem__)
     assert means[chosen[0]] == min(means)
 

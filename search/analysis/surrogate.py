@@ -21,6 +21,7 @@ Point = Mapping[str, float]
 
 FEWEST = 4  # evaluations that a surrogate is fitted to
 MOST = 300  # the same: the cost grows with the cube, under a second here, hours at 10,000
+LEAST_DISTANCE = 0.02
 ROUNDS = 5  # of offsets and kernel in turn; two to four suffice as a rule
 # Of inputs in [0, 1] and values of standard deviation 1; the last two are variances. Shorter
 # lengths or less noise would let the curve run through each of a few noisy points; a higher least
@@ -122,7 +123,6 @@ def candidates(
     *,
     among: Sequence[int] | None = None,
     taken: Sequence[int] = (),
-    least_distance: float = 0.02,
 ) -> list[int]:
     """Indices of the evaluations whose points have the lowest posterior means, lowest first.
 
@@ -131,8 +131,9 @@ def candidates(
         count: At most.
         among: Indices of those that are chosen from; None for all.
         taken: Indices of points that are left out, with those near them.
-        least_distance: Points nearer than this in every coordinate, in shares of its range over
-            the evaluations, are one: the earlier of the list stands for both.
+
+    Points nearer than ``LEAST_DISTANCE`` in every coordinate, in shares of its range over the
+    evaluations, are one: the earlier of the list stands for both.
     """
     points = [evaluation.point for evaluation in evaluations]
     at = _Cube.around(points).place(points)
@@ -142,7 +143,7 @@ def candidates(
             break
         others = [*taken, *chosen]
         if (among is None or index in among) and all(
-            np.abs(at[index] - at[other]).max() >= least_distance for other in others
+            np.abs(at[index] - at[other]).max() >= LEAST_DISTANCE for other in others
         ):
             chosen.append(index)
     return chosen

@@ -51,6 +51,7 @@ UPGRADE = "end its workers, then renew them by: bdense-search storage upgrade"
 _POSTGRES_DRIVER = "postgresql+psycopg2"
 _POSTGRES_NAMES = ("postgresql", _POSTGRES_DRIVER)
 _SQLITE_NAMES = ("sqlite", "sqlite+pysqlite")
+_PATIENCE_SECONDS = 300.0  # from the first failure
 _FIRST_DELAY_SECONDS = 0.1
 _LONGEST_DELAY_SECONDS = 10.0
 # Not the global generator: a database hiccup must not change seeded draws.
@@ -202,12 +203,11 @@ def exclusive(engine: Engine, *names: str) -> Iterator[Connection]:
         yield connection
 
 
-def retrying(call: Callable[[], _T], *, patience_seconds: float = 300.0) -> _T:
+def retrying(call: Callable[[], _T]) -> _T:
     """Call, and call again while the database is away; ``call`` must be safe to repeat.
 
     Args:
         call: May have taken effect even if it raised.
-        patience_seconds: How long to retry after the first failure.
 
     Raises:
         StorageFullError: The database's disk is full, which waiting does not change.
@@ -229,11 +229,11 @@ def retrying(call: Callable[[], _T], *, patience_seconds: float = 300.0) -> _T:
             message = one_line(error)
         now = time.monotonic()
         if deadline is None:
-            deadline = now + patience_seconds
+            deadline = now + _PATIENCE_SECONDS
             _log.warning("the study database does not answer, trying again: %s", message)
         if now >= deadline:
             raise StorageError(
-                f"the study database did not answer for {patience_seconds:g} seconds: {message}; "
+                f"the study database did not answer for {_PATIENCE_SECONDS:g} seconds: {message}; "
                 f"{_AGAIN}"
             )
         time.sleep(min(delay * _jitter.uniform(0.5, 1.0), max(deadline - now, 0.0)))

@@ -320,7 +320,7 @@ class LedgerReader:
 
 
 def read_trials(
-    engine: sa.Engine, query: sa.Select[Any], keys: Collection[str] | None = None
+    engine: sa.Engine, query: sa.Select[Any], keys: Collection[str] | None
 ) -> list[StoredTrial]:
     """The trials that a query of ``trials_in`` finds, which have ended: nothing of them changes.
 

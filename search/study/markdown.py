@@ -15,7 +15,7 @@ def escaped(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", _BARE_LINK.sub(_JOINER, printable(text)))
 
 
-def fenced(text: str, language: str = "") -> str:
+def fenced(text: str, language: str) -> str:
     """Lines in a code block whose fence is longer than any in them."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)

@@ -19,10 +19,9 @@ from bdense.errors import InputError
 Array = npt.NDArray[np.float64]
 Point = Mapping[str, float]
 
-MIN_EVALUATIONS = 4  # evaluations that a surrogate is fitted to
-MAX_EVALUATIONS = (
-    300  # the same: the cost grows with the cube, under a second here, hours at 10,000
-)
+# Evaluations that a surrogate is fitted to. The cost grows with their cube: under a second at 300,
+# hours at 10,000.
+MIN_EVALUATIONS, MAX_EVALUATIONS = 4, 300
 # In every coordinate, in shares of its range over the evaluations.
 LEAST_DISTANCE = 0.02
 MAX_ROUNDS = 5  # of offsets and kernel in turn; two to four suffice as a rule

@@ -7,9 +7,9 @@ from bdense.data.datasets import Dataset
 from bdense.diffusion.branches import widen_head
 from bdense.diffusion.conditions import (
     Classes,
-    ClassLabels,
     OneClass,
     Prompts,
+    TensorCondition,
     Unconditional,
     conditions_for,
 )
@@ -141,7 +141,7 @@ def denoiser():
     return tiny_denoiser(label_dim=3, label_dropout=0.2)
 
 
-NULL = ClassLabels(torch.zeros(1, 3))
+NULL = TensorCondition("class_labels", torch.zeros(1, 3))
 X, LEVELS = image(), torch.tensor([0.1, 1.0, 20.0])
 
 

@@ -55,7 +55,6 @@ UPGRADE = "end its workers, then renew them by: bdense-search storage upgrade"
 _POSTGRES_DRIVER = "postgresql+psycopg2"
 _POSTGRES_NAMES = ("postgresql", _POSTGRES_DRIVER)
 _SQLITE_NAMES = ("sqlite", "sqlite+pysqlite")
-_PATIENCE_SECONDS = 300.0  # from the first failure
 _FIRST_DELAY_SECONDS = 0.1
 _LONGEST_DELAY_SECONDS = 10.0
 # Not the global generator: a database hiccup must not change seeded draws.

@@ -23,6 +23,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from bdense.errors import BdenseError
+from bdense.files import plain_json
 from search.errors import StorageError, UnknownStudyError
 from search.run.ray_folders import ray_folder_problems
 from search.spec.study import StudySpec
@@ -430,7 +431,7 @@ def _is_own(of: Subject, params: dict[str, Any], folder: Path) -> bool:
         return False
     fingerprint = of.study.main.attribute(FINGERPRINT)
     expected = of.study.task(of.ledger, params).identity() | {"fingerprint": fingerprint}
-    return bool(stored == json.loads(json.dumps(expected)))
+    return bool(stored == plain_json(expected))
 
 
 def _leftovers(found: list[Path]) -> Findings:

@@ -1,6 +1,5 @@
 """A training's checkpoint: when one is due, what is in it, how a run resumes from it."""
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError
+from bdense.files import plain_json
 from bdense.models.store import load_tensors, save_tensors
 from bdense.training.stage import Training
 from bdense.weights.weighting import BranchWeighting
@@ -46,8 +46,7 @@ class TrainingCheckpoint:
     on_save: Callable[[int], None] | None
 
     def __post_init__(self) -> None:
-        # As JSON returns it, where a tuple is a list.
-        self.identity = json.loads(json.dumps(self.identity))
+        self.identity = plain_json(self.identity)
         self._kind = f"{self.stage.kind}-training"
         self._last = time.monotonic()
 

@@ -14,7 +14,7 @@ from bdense.data.encoded import encode_dataset
 from bdense.diffusion.conditions import captions
 from bdense.diffusion.epd import EPD, write_table
 from bdense.execution import Execution
-from bdense.files import require_output
+from bdense.files import plain_json, require_output
 from bdense.knobs import KnobError, Knobs
 from bdense.methods import METHODS
 from bdense.methods.distill import TrainedStage, keep_student
@@ -25,7 +25,7 @@ from bdense.metrics.records import PromptFile
 from bdense.metrics.references import dataset_reference
 from bdense.models.card import inherited
 from bdense.models.latents import drawn_shape, draws_latents
-from bdense.models.store import load_stored, plain_json
+from bdense.models.store import load_stored
 from bdense.training.loop import IterationReport
 from bdense.training.tracking import Tracking
 from bdense.verbs.common import (
@@ -35,7 +35,6 @@ from bdense.verbs.common import (
     chosen_hardware,
     kept_in,
     require_model_out,
-    unfinished,
 )
 from bdense.verbs.fid import KeptFIDs
 from bdense.verbs.options import IMAGES, DistillOptions, Evaluation, Hardware, Logging
@@ -143,10 +142,8 @@ def distill(
 def _encoded(dataset: Dataset, teacher: str, cache: Path, device: torch.device) -> Dataset:
     """The data set in the latents of the teacher's pipeline."""
     require_pipeline(teacher)
-    show, count = Progress(), len(dataset.images)
-    return encode_dataset(
-        dataset, teacher, cache, device, lambda done: show(done, count, "images encoded")
-    )
+    show = Progress().counting(len(dataset.images), "images encoded")
+    return encode_dataset(dataset, teacher, cache, device, show)
 
 
 def _record(done: TrainedStage, path: Path, found: Mapping[str, Any]) -> None:
@@ -177,7 +174,10 @@ class _StageProgress:
         """Report how far the stage is."""
         if plan != self._plan:
             path = self._out / f"{plan.name}{WEIGHTS}" if self._several else self._out
-            self._plan, self._show = plan, Progress(self._interrupt, kept_in(unfinished(path)))
+            self._plan, self._show = (
+                plan,
+                Progress(self._interrupt, kept_in(path)),
+            )
         self.tracking.iteration(plan.name, done)
         remark = f"{plan.label}, loss {done.loss:.4g}"
         self._show(done.iteration + 1, done.iterations, remark)

@@ -17,7 +17,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import SETUP, Sampler, draw_images
 from bdense.errors import InputError
 from bdense.execution import Execution
-from bdense.files import atomic_write, require_output
+from bdense.files import plain_json, require_output, write_json
 from bdense.knobs import KnobError
 from bdense.metrics.clip_score import load_clip_scorer
 from bdense.metrics.extractors import Extractor, load_extractor
@@ -32,7 +32,7 @@ from bdense.metrics.references import (
 )
 from bdense.metrics.settings import MetricSettings
 from bdense.metrics.setup import Setup
-from bdense.models.store import denoiser_sha256, plain_json
+from bdense.models.store import denoiser_sha256
 from bdense.models.zoo import resolve_reference
 from bdense.verbs.common import Interrupt, Progress, chosen_device, chosen_hardware
 from bdense.verbs.options import Drawing, Features, FidOptions, Hardware, ReferenceOptions
@@ -213,14 +213,13 @@ class KeptFIDs:
             unusual = _sequential(sampler) | precision
             setup = Setup.of(model, self.reference, BATCH, NUMERICS).as_dict()
             kept = {"fid": measured.fid.as_dict() | unusual, SETUP: setup, "of": conditions}
-            with atomic_write(path) as scratch:
-                scratch.write_text(json.dumps(kept))
+            write_json(path, kept)
         return {key: kept[key] for key in ("fid", SETUP) if key in kept}
 
 
 def _show_drawn(images: int, interrupt: Interrupt | None = None) -> Callable[[int], None]:
     show = Progress(interrupt, "this FID was not measured; finished students are kept")
-    return lambda done: show(done, images, "images drawn")
+    return show.counting(images, "images drawn")
 
 
 def _sequential(sampler: Sampler) -> dict[str, int]:

@@ -21,7 +21,7 @@ from bdense.metrics.records import FID, PromptFile
 from bdense.metrics.references import Reference, dataset_reference, read_reference
 from bdense.metrics.settings import MetricSettings
 from bdense.metrics.setup import Setup
-from bdense.models.diffusers_files import EXTRACTOR, folder_of, is_hub_id
+from bdense.models.diffusers_files import EXTRACTOR, folder_of
 from bdense.models.latents import drawn_shape
 from bdense.models.store import load_model
 from bdense.models.zoo import REFERENCES, resolve_reference
@@ -64,7 +64,7 @@ def verify(own: VerifyOptions, hardware: RecordedHardware) -> None:
         drawn_shape(model, metadata),
         extractor,
     )
-    batch, show = setup.batch or BATCH, Progress()
+    batch = setup.batch or BATCH
     images = draw_images(
         model,
         sampler,
@@ -73,7 +73,7 @@ def verify(own: VerifyOptions, hardware: RecordedHardware) -> None:
         batch=batch,
         conditions=conditions,
         codec=codec,
-        on_image=lambda done: show(done, recorded.images, "images drawn"),
+        on_image=Progress().counting(recorded.images, "images drawn"),
     )
     fid = measure_images(images, extractor, reference, nfe=recorded.nfe, seeds=recorded.seeds).fid
     here = Setup.of(model, reference, batch, NUMERICS)
@@ -142,8 +142,7 @@ def _sampler(source: str, metadata: Mapping[str, Any], recorded: FID) -> Sampler
 
 def _extractor(own: VerifyOptions, recorded: FID, device: torch.device) -> Extractor:
     """The recorded extractor: the one asked for, the folder's own, or by its name."""
-    on_hub = is_hub_id(own.model) and not Path(own.model).exists()
-    place = folder_of(own.model) if on_hub else Path(own.model)
+    place = Path(own.model) if Path(own.model).exists() else folder_of(own.model)
     kept = (place if place.is_dir() else place.parent) / EXTRACTOR
     spec = own.extractor or recorded.extractor + (f":{kept}" if kept.is_file() else "")
     if own.extractor is None and spec.startswith("torchscript:"):

@@ -121,7 +121,7 @@ def test_statistics_whose_sigma_is_no_covariance_are_refused(tmp_path, cache, ch
     np.savez(path, mu=found.mu, sigma=found.sigma.astype(np.float32))
     assert read_reference(path, extractor).statistics.mu.size == 64
     np.savez(path, mu=found.mu, sigma=change(found.sigma))
-    with pytest.raises(CheckpointError, match=f"sigma is no covariance: .*{said}"):
+    with pytest.raises(CheckpointError, match=f"sigma is not a covariance: .*{said}"):
         read_reference(path, extractor)
 
 

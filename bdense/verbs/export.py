@@ -1,4 +1,4 @@
-"""``bdense export``: a student becomes a folder that diffusers alone loads: whole, or adapters."""
+"""``bdense export``: write a student as a folder that diffusers loads: a pipeline, or adapters."""
 
 from bdense.errors import InputError
 from bdense.knobs import KnobError
@@ -13,7 +13,7 @@ def export(own: ExportOptions) -> None:
     """Run the verb."""
     student, metadata = load_stored(own.student)
     if not student.samplers:
-        raise InputError(f"{own.student} is no student, and its own pipeline draws its images")
+        raise InputError(f"{own.student} is a teacher; draw with its own pipeline instead")
     if own.pipeline is None and draws_latents(student, metadata):
         raise KnobError(
             "pipeline",

@@ -134,16 +134,16 @@ class KeptFIDs:
 
     Attributes:
         folder: Where each is kept when it is measured.
-        dataset: What the images are compared with, as ``reference``.
+        dataset: The data set that ``reference`` was made of.
         image_shape: (C, H, W) of the models' images.
-        conditions, codec: As of ``draw_images``.
-        prompts: What the conditions are made of.
+        conditions, codec: See ``draw_images``.
+        prompts: The prompts of the conditions.
         images: Images drawn for each.
         seed: Seed of their latents.
         interrupt: Ends the drawing of images.
 
     Raises:
-        InputError: As ``require_measurable``.
+        InputError: See ``require_measurable``.
     """
 
     folder: Path
@@ -169,7 +169,7 @@ class KeptFIDs:
         )
 
     def fid(self, name: str, model: NetworkDenoiser, sampler: Sampler) -> dict[str, Any]:
-        """The model's FID, from its file or measured now, as a student's metadata have it.
+        """Metadata with the model's FID, from its file or measured now.
 
         ``fid`` is what ``bdense fid`` prints.
         """

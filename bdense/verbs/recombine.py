@@ -86,11 +86,11 @@ class _Judge:
 
     @property
     def last(self) -> list[float]:
-        """Branch K alone."""
+        """The coefficients of branch K without the others."""
         return [0.0] * (self.student.num_branches - 1) + [1.0]
 
     def fid(self, c: Sequence[float], seed: int) -> FID:
-        """Of the branches combined by c, on the latents of that seed."""
+        """The FID of the branches combined by c, on the latents of that seed."""
         images = draw_images(
             recombine_branches(self.student, c), self.sampler, self.images, seed=seed
         )
@@ -126,7 +126,7 @@ def _judge(
 def _measured(judge: _Judge, own: RecombineOptions) -> tuple[Sequence[float], dict[str, Any]]:
     """The coefficients to write, given or searched, and their FID; both are printed.
 
-    What was searched and is no better than branch K on fresh latents is dropped for branch K.
+    Searched coefficients that are not better than branch K on fresh latents are dropped.
     """
     c = own.c or _searched(judge, own)
     last, combined = judge.fid(judge.last, own.seed), judge.fid(c, own.seed)

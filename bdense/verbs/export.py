@@ -7,6 +7,7 @@ from bdense.models.latents import draws_latents
 from bdense.models.lora_export import export_lora
 from bdense.models.store import load_stored
 from bdense.verbs.options import ExportOptions
+from bdense.verbs.sample import missing_pipeline
 
 
 def export(own: ExportOptions) -> None:
@@ -15,11 +16,7 @@ def export(own: ExportOptions) -> None:
     if not student.samplers:
         raise InputError(f"{own.student} is a teacher; draw with its own pipeline instead")
     if own.pipeline is None and draws_latents(student, metadata):
-        raise KnobError(
-            "pipeline",
-            f"is needed: {own.student} draws latents, and autoencoder and text encoder are in its "
-            "teacher's folder",
-        )
+        raise missing_pipeline(own.student)
     metadata.pop("identity", None)
     if own.lora:
         if own.pipeline is None:

@@ -124,11 +124,16 @@ def codec_of(
 def require_pipeline(source: str) -> None:
     """Require a pipeline's folder or hub id."""
     if not Path(source).is_dir() and not is_hub_id(source):
-        raise KnobError(
-            "pipeline",
-            f"is needed: {source} draws latents, and autoencoder and text encoder are in its "
-            "teacher's folder",
-        )
+        raise missing_pipeline(source)
+
+
+def missing_pipeline(model: str) -> KnobError:
+    """The error for a model of latents without the pipeline that it is a part of."""
+    return KnobError(
+        "pipeline",
+        f"is needed: {model} draws latents, and autoencoder and text encoder are in its teacher's "
+        "folder",
+    )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -83,8 +83,8 @@ VERBS = {
         configs=(ConvertOptions, Force),
     ),
     "export": Verb(
-        help="write a student of a diffusers teacher as a pipeline's folder, which diffusers "
-        "alone loads",
+        help="write a student of a diffusers teacher as a folder that diffusers loads "
+        "without bdense",
         example="bdense export student.safetensors --pipeline stable-diffusion --out pipeline",
         function="bdense.verbs.export:export",
         configs=(ExportOptions,),

@@ -36,7 +36,7 @@ Configs: TypeAlias = tuple[type[Knobs] | ReadLater, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Force(Knobs):
-    """A verb that writes what --out names."""
+    """Option of verbs with --out."""
 
     force: bool = knob(
         False,
@@ -89,7 +89,7 @@ def _read(
 
 
 def did_you_mean_option(flag: str, known: Iterable[str]) -> str:
-    """``did_you_mean`` of options, compared without their dashes, which all have."""
+    """``did_you_mean`` for options, compared without their dashes."""
     hint = did_you_mean(flag.lstrip("-"), [name[2:] for name in known if name.startswith("--")])
     return hint.replace("mean ", "mean --")
 
@@ -224,7 +224,7 @@ def run_verb(
 
 @contextlib.contextmanager
 def _naming_output() -> Iterator[None]:
-    """Name the output in an error of its own, which Python does not."""
+    """Name standard output in its errors, which Python does not do."""
     try:
         yield
     except BrokenPipeError:

@@ -11,14 +11,17 @@ import platform
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from bdense.errors import CheckpointError, InputError, is_out_of_memory
 from bdense.knobs import KnobError
 
 # What values of a wrong type in a header can raise.
 _WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+# Ending of the file that keeps a training until its result is written.
+UNFINISHED = ".training.safetensors"
 LONG_WAIT_SECONDS = 10.0  # for a lock, after which its holder is logged
 
 _log = logging.getLogger(__name__)
@@ -56,6 +59,12 @@ def write_json(path: Path, value: object, *, indent: int | None = None) -> None:
     """Write plain values as JSON, whole or not at all."""
     with atomic_write(path) as scratch:
         scratch.write_text(json.dumps(value, indent=indent))
+
+
+def plain_json(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping as JSON gives it back, where a tuple is a list."""
+    found: dict[str, Any] = json.loads(json.dumps(tree))
+    return found
 
 
 def require_plain(path: Path) -> None:

@@ -20,6 +20,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from bdense.errors import BdenseError
+from bdense.files import plain_json
 from search.child import in_child
 from search.errors import StorageError, UnknownStudyError
 from search.places import cache_folder, runs_folder
@@ -416,7 +417,7 @@ def _is_own(subject: Subject, params: dict[str, Any], folder: Path) -> bool:
         return False
     fingerprint = subject.study.main.attribute(FINGERPRINT)
     expected = subject.study.task(subject.ledger, params).identity(fingerprint)
-    return bool(stored == json.loads(json.dumps(expected)))
+    return bool(stored == plain_json(expected))
 
 
 def _leftovers(found: list[Path]) -> Findings:

@@ -418,7 +418,7 @@ def test_other_images_are_refused_before_one_is_drawn(
     def drawn(*_: object, **__: object) -> None:
         raise AssertionError("an image was drawn")
 
-    monkeypatch.setattr("bdense.verbs.fid.draw_images", drawn)
+    monkeypatch.setattr("bdense.verbs.evaluation.draw_images", drawn)
     options = ("--data", data, "--extractor", extractor, "--cache", shared_cache, "--images", 4)
     assert "digits" in refused(bdense("fid", path, *options))
     teacher = tmp_path / "t.safetensors"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bdense.verbs.distill
-import bdense.verbs.fid
+import bdense.verbs.evaluation
 from bdense.cli import make_parser
 from bdense.diffusion.ddpm import DDPMSchedule
 from bdense.diffusion.preconditioning import native_schedule
@@ -133,7 +133,7 @@ def test_an_interrupted_chain_carries_on(chain, teacher, tmp_path, shared_cache,
         drawings.append(sampler.num_intervals)
         return draw_images(model, sampler, count, **options)
 
-    monkeypatch.setattr(bdense.verbs.fid, "draw_images", draw)
+    monkeypatch.setattr(bdense.verbs.evaluation, "draw_images", draw)
     trained = []
 
     def interrupt(self, plan, report):

@@ -409,7 +409,7 @@ def test_all_problems_of_a_folder_are_one_summary(tmp_path):
         ("e.png", "2 frames"),
         ("f.png", ""),
         ("g.jpg", "EXIF"),
-        ("h.png", "no file"),
+        ("h.png", "not a file"),
     ):
         assert re.search(rf"1, such as {name}: [^|]*{reason}", line)
     assert "\n" not in line

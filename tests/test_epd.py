@@ -324,7 +324,7 @@ def test_its_fid_is_measured_once(tmp_path, shared_cache, monkeypatch):
     measure = (*DIGITS, "--images", 4, "--cache", shared_cache)
     made = ("distill", teacher, "--method", "epd", *small, *measure, "--out", student)
     printed = done(*made)
-    monkeypatch.delattr("bdense.verbs.fid.draw_images")
+    monkeypatch.delattr("bdense.verbs.evaluation.draw_images")
     assert done(*made) == printed
 
 

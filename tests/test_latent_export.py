@@ -502,7 +502,7 @@ def test_the_command_names_what_is_missing(folders, distilled, tmp_path):
     last, out = distilled / "last.safetensors", tmp_path / "out"
     teacher = ("--pipeline", folders["epsilon"], "--out", out)
     assert commands.refused(commands.bdense("export", last, "--out", out)).startswith("--pipeline")
-    assert "is no student" in commands.refused(
+    assert "is a teacher; draw with" in commands.refused(
         commands.bdense("export", folders["epsilon"], *teacher)
     )
     branched = distilled / "last.branches.safetensors"

@@ -113,7 +113,7 @@ def read_folder(
 
     Args:
         folder: The folder.
-        crop: Side to crop and resize to, as of ``cropped``; None takes images as they are.
+        crop: Side to crop and resize to, see ``cropped``; None takes images as they are.
         only_first: Whether the first image is enough, without its label.
 
     Labels come from ``dataset.json`` as EDM's tools write it, else from the top-level sub-folders,
@@ -138,7 +138,7 @@ def read_folder(
 
     def opened(name: str) -> BinaryIO:
         if not (folder / name).is_file():
-            raise ValueError("it is no file")  # a pipe would wait for ever
+            raise ValueError("it is not a file")  # a pipe would wait for ever
         return (folder / name).open("rb")
 
     if only_first:
@@ -154,7 +154,7 @@ def read_zip(
 ) -> tuple[Tensor, Tensor | None]:
     """An EDM data set archive: images, and labels in ``dataset.json`` (NVlabs/edm dataset_tool).
 
-    The set may lie below a top folder. Arguments as of ``read_folder``.
+    The set may lie below a top folder. For the arguments see ``read_folder``.
 
     Raises:
         InputError: As ``read_folder``, or the file is not a zip archive, has two entries of one
@@ -287,7 +287,7 @@ def _pixels(
 
     Args:
         image: Opened, and not decoded yet.
-        crop: As of ``read_folder``.
+        crop: See ``read_folder``.
         like: Name and [C, H, W] of the first image, which those that are not cropped must have.
 
     Raises:

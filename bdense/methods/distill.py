@@ -12,14 +12,13 @@ from bdense.diffusion.branches import export_branch
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, samplers_from
 from bdense.errors import CheckpointError, InputError
-from bdense.files import require_plain
+from bdense.files import UNFINISHED, plain_json, require_plain
 from bdense.methods.method import Inputs, Method, MethodConfig, Stage, StagePlan
 from bdense.models.card import write_card
 from bdense.models.store import (
     denoiser_sha256,
     load_denoiser,
     other_run,
-    plain_json,
     save_denoiser,
 )
 from bdense.training.loop import Evaluations, IterationReport, train
@@ -94,7 +93,7 @@ class _Run:
             path = self.path(plan)
             unfinished = self.checkpoint
             if path is not None and unfinished is None:
-                unfinished = path.with_suffix(".training.safetensors")
+                unfinished = path.with_suffix(UNFINISHED)
             if path is not None and self.is_kept(plan):
                 done = self._kept(plan, path, teacher)
             else:

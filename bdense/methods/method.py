@@ -21,11 +21,11 @@ from bdense.diffusion.preconditioning import levels_on
 from bdense.diffusion.sampling import Sampler, levels_of, served_metadata
 from bdense.diffusion.schedules import Schedule
 from bdense.errors import InputError
+from bdense.files import plain_json
 from bdense.knobs import KnobError, Knobs, knob
 from bdense.methods import YOUNGER
 from bdense.methods.plan import StagePlan as StagePlan
 from bdense.models.latents import draws_latents
-from bdense.models.store import plain_json
 from bdense.training.optimisation import OptimisationConfig
 from bdense.training.stage import Stateless, Training
 from bdense.weights.weighting import BranchWeighting

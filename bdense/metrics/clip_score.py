@@ -139,7 +139,7 @@ def load_clip_scorer(
         device: Where to compute.
 
     Raises:
-        CheckpointError: It is no CLIP model, or lacks weights, tokenizer or image processor.
+        CheckpointError: It is not a CLIP model, or lacks weights, tokenizer or image processor.
         InputError: There are no prompts, transformers is not installed, or the hub cannot be
             reached.
     """

@@ -146,7 +146,7 @@ def require_measurable(
         raise InputError(
             f"{' and '.join(single)} need the features of single reference images, but "
             f"{reference.name} holds only their mean and covariance; name the data set instead, "
-            "or measure fid alone"
+            "or measure only fid"
         )
     if single:  # a reference with features has a count
         require_enough(metrics, settings, reference.statistics.count or 0, "reference ")
@@ -241,7 +241,7 @@ def image_effects(
         features: [n, d].
         own: Their statistics.
         reference: What they are compared with.
-        device: Where to compute, as of ``statistics_of``.
+        device: Where to compute, see ``statistics_of``.
 
     Returns:
         [n]: 2 (mu - m) . x + x' G x, x an image's features less their mean mu, G the gradient of

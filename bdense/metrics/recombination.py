@@ -17,7 +17,7 @@ def search_coefficients(
 ) -> list[float]:
     """The coefficients of the lowest value that Nelder and Mead's simplex (1965) meets.
 
-    It starts at branch K alone and moves c_1..c_{K-1}; c_K is the rest of the sum.
+    It starts at branch K and moves c_1..c_{K-1}; c_K is the rest of the sum.
 
     Args:
         measure: Of c_1..c_K, such as a FID on latents that are always the same. A

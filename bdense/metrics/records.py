@@ -102,7 +102,7 @@ class FID(Measurement):
         effects: [``GROUPS``] what each group of images adds, see ``grouped_effects``.
         prompts: Those of the images; None where they have none.
 
-    Noise, effects and prompts are empty in results of versions that did not have them.
+    Older results have no noise, effects or prompts.
     """
 
     VALUES = ("value", "noise", "effects")

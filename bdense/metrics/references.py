@@ -79,10 +79,12 @@ class Statistics:
         """Raise a ShapeError if sigma is not symmetric and positive semi-definite to rounding."""
         size = np.abs(self.sigma).max()
         if np.abs(self.sigma - self.sigma.T).max() > _ROUNDING * size:
-            raise ShapeError("sigma is no covariance: it is not symmetric")
+            raise ShapeError("sigma is not a covariance: it is not symmetric")
         least = np.linalg.eigvalsh(self.sigma)[0]
         if least < -_ROUNDING * len(self.sigma) * size:
-            raise ShapeError(f"sigma is no covariance: it has the eigenvalue {least:.3g}, below 0")
+            raise ShapeError(
+                f"sigma is not a covariance: its least eigenvalue is {least:.3g}, below 0"
+            )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -295,7 +297,7 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
     arrays = _read_arrays(path)
     statistics, found = _read_statistics(path, arrays, extractor), arrays.get(_IMAGE_SHAPE)
     if found is not None and (found.shape != (3,) or found.dtype.kind not in "iu"):
-        raise CheckpointError(f"{_IMAGE_SHAPE!r} in {path} is no shape; make the file again")
+        raise CheckpointError(f"{_IMAGE_SHAPE!r} in {path} is not a shape; make the file again")
     return Reference(
         name=f"{path.name}:{sha256_file(path)[:16]}",
         statistics=statistics,
@@ -389,7 +391,7 @@ def _cached(what: str, path: Path) -> Iterator[None]:
 
 
 def too_few(count: int) -> InputError:
-    """The error where there is no covariance."""
+    """The error for too few images to have a covariance."""
     return InputError(
         f"a Frechet distance needs at least 2 images, got {count}; raise the number of images"
     )

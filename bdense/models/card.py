@@ -59,7 +59,7 @@ images = pipeline(
 # Of the pipelines whose scheduler is a file in their folder.
 _OWN_SCHEDULER = (
     "Its scheduler, `scheduler/student_scheduler.py`, takes the student's own steps. It is a part "
-    "of this folder and not of diffusers, which runs it with `trust_remote_code=True` alone; read "
+    "of this folder and not of diffusers, which runs it only with `trust_remote_code=True`; read "
     "it first."
 )
 _FOLDER_OF_TEACHER = "FOLDER_OF_TEACHER"
@@ -140,7 +140,7 @@ def pipeline_card(
     pipeline: str,
     example: Mapping[str, Any],
 ) -> str:
-    """The card, in Markdown, of the folder ``name`` that diffusers alone loads.
+    """The card, in Markdown, of the folder ``name`` that diffusers loads without bdense.
 
     Args:
         name: Name of the folder.
@@ -186,7 +186,7 @@ def lora_card(
         name: Name of the folder.
         denoiser: The student.
         metadata: Its metadata, ``teacher`` among them.
-        call, example: As of ``pipeline_card``.
+        call, example: See ``pipeline_card``.
     """
     teacher = json.dumps(str(metadata["teacher"]))
     python = _LORA.format(name=json.dumps(name), teacher=teacher, settings=_settings(example))
@@ -196,8 +196,8 @@ def lora_card(
         metadata,
         HOW_TO_SAMPLE,
         _fenced("python", python),
-        f"Call it with `{_settings(call)}`: {_reason(metadata)}. The adapters are of {teacher} "
-        "alone, in float32. The scheduler, which takes the student's own steps, is a part of this "
+        f"Call it with `{_settings(call)}`: {_reason(metadata)}. The adapters are for {teacher} "
+        "only, in float32. The scheduler, which takes the student's own steps, is a part of this "
         "folder, not of diffusers; read `scheduler/student_scheduler.py` before you run it.",
         *_fid_section(metadata),
         library="diffusers",
@@ -239,7 +239,7 @@ def _card(
     }
     what = "A diffusion model: a denoiser D(x; sigma), which can be a teacher."
     if student:
-        # Files of older versions have the method's name alone.
+        # Files of older versions have only the method's name.
         paper = metadata.get("paper", metadata.get("method"))
         what = "A few-step student of a diffusion model" + f", distilled by {paper}" * bool(paper)
         if len(metadata.get("weights", ())) > 1:

@@ -82,7 +82,7 @@ def export_pipeline(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _DDIMPipeline:
-    """A student of pixels as diffusers' ``DDIMPipeline``; members as of ``LatentPipeline``."""
+    """A student of pixels as a ``DDIMPipeline``, with the members of ``LatentPipeline``."""
 
     denoiser: NetworkDenoiser
     call: Mapping[str, Any]

@@ -67,7 +67,7 @@ def folder_of(source: str | Path, files: Sequence[str] = ()) -> Path:
     source = str(source)
     if not is_hub_id(source):
         raise CheckpointError(f"{source} is neither a diffusers folder nor a hub id OWNER/NAME")
-    with extra("hub", f"{source} is no file here, and as a hub id it"):
+    with extra("hub", f"{source} is not a file here, and as a hub id it"):
         from huggingface_hub import snapshot_download
 
     try:
@@ -92,7 +92,7 @@ def hub_page(repo_id: str) -> str:
 
 
 def pipeline_folder(source: str | Path) -> Path:
-    """As of ``folder_of``, or the pipeline in it where it is a folder of ``export_folder``."""
+    """The folder of ``folder_of``, or the pipeline in it if ``export_folder`` wrote it."""
     folder = folder_of(source)
     return folder / PIPELINE if (folder / PIPELINE / INDEX).is_file() else folder
 

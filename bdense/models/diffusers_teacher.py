@@ -46,7 +46,7 @@ PIPELINES = (
     "StableDiffusionPipeline",
     "DiTPipeline",
 )
-# They share the fields of the noise process, and its defaults; what else they say is of sampling.
+# They share the fields of the noise process, and its defaults; other fields concern sampling.
 SCHEDULERS = (
     "DDPMScheduler",
     "DDIMScheduler",
@@ -56,13 +56,13 @@ SCHEDULERS = (
     "LMSDiscreteScheduler",
     "DPMSolverMultistepScheduler",
 )
-# What the published DiT call their class.
+# Class name in the published DiT configs.
 _FORMER_DIT = ("Transformer2DModel", "ada_norm_zero")
 # Folders of the autoencoder, and its classes.
 CODEC_PARTS, CODECS = ("vae", "vqvae"), ("AutoencoderKL", "VQModel")
 _SCHEDULER = "scheduler_config.json"
 # In the metadata of an exported student: what follows from the rest, and what of its architecture
-# is no option of its preconditioning.
+# is not an option of its preconditioning.
 _DERIVED = (
     "file",
     "image_shape",
@@ -111,7 +111,7 @@ def read_diffusers(
     folder = folder or folder_of(source)
     if (folder / LORA_WEIGHTS).is_file():
         raise CheckpointError(
-            f"{folder} holds adapters alone (LoRA), which diffusers adds to a pipeline; export "
+            f"{folder} holds only adapters (LoRA), which diffusers adds to a pipeline; export "
             "the student without --lora to draw from it here"
         )
     ignored = _require_pipeline(folder)
@@ -179,7 +179,7 @@ def codec_config(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Folder and configuration of a pipeline's autoencoder, if it has one.
 
     Raises:
-        CheckpointError: It is of a class that is not read.
+        CheckpointError: Its class is not read.
     """
     for name in CODEC_PARTS:
         if (folder / name / CONFIG).is_file():

@@ -36,7 +36,9 @@ class HubRepository:
 
     def __init__(self, repo_id: str) -> None:
         if not is_hub_id(repo_id):
-            raise InputError(f"{repo_id!r} is no id OWNER/NAME of a model on the Hugging Face Hub")
+            raise InputError(
+                f"{repo_id!r} is not the id OWNER/NAME of a model on the Hugging Face Hub"
+            )
         with extra("hub", f"pushing {repo_id}"):
             from huggingface_hub import HfApi, get_token
         if get_token() is None:
@@ -108,10 +110,10 @@ def push_model(folder: str | Path, repo_id: str) -> str:
     ``load_model(repo_id)`` reads it; returns the page's address.
 
     Raises:
-        InputError: The folder is none, or as of ``HubRepository``.
+        InputError: It is not a model folder; or see ``HubRepository``.
     """
     if not (Path(folder) / CONFIG).is_file():
-        raise InputError(f"{folder} is no model folder; write one by export_folder")
+        raise InputError(f"{folder} is not a model folder; write one by export_folder")
     return HubRepository(repo_id).push(Path(folder))
 
 

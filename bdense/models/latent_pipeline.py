@@ -198,7 +198,7 @@ def latent_pipeline(
 
     Args:
         denoiser: Of latents and of one branch.
-        sampler: As of ``measured_sampler``.
+        sampler: Its ``measured_sampler``.
         teacher: Folder or hub id of the teacher's pipeline, or of another with the same
             autoencoder and text encoder.
 
@@ -209,7 +209,7 @@ def latent_pipeline(
     network, precond = denoiser.model, denoiser.precond
     if not isinstance(network, DiffusersNetwork) or not isinstance(precond, DDPM):
         raise InputError(
-            f"pipelines of latents are of networks {', '.join(_KINDS)} with precond ddpm, but "
+            f"pipelines of latents take networks {', '.join(_KINDS)} with precond ddpm, but "
             f"the student is a {denoiser.describe()['network']} with precond {precond.name}; "
             "export it with export_folder"
         )
@@ -257,7 +257,7 @@ def _require_condition(network: DiffusersNetwork, kind: _Kind, guidance: float) 
     if kind.takes_classes and guidance != 1 and network.label_dim != _IMAGENET:
         raise InputError(
             f"the student is guided by {guidance:g} and has {network.label_dim} classes, but "
-            f"{kind.name} guides networks of {_IMAGENET} alone; export it with export_folder"
+            f"{kind.name} guides only networks of {_IMAGENET}; export it with export_folder"
         )
 
 

@@ -38,7 +38,7 @@ def draws_latents(model: NetworkDenoiser, metadata: Mapping[str, Any]) -> bool:
 def known_shape(
     model: NetworkDenoiser, metadata: Mapping[str, Any]
 ) -> tuple[int, int, int] | None:
-    """As of ``drawn_shape``; None for latents whose autoencoder is not known."""
+    """``drawn_shape``, or None for latents whose autoencoder is not known."""
     channels, height, width = model.image_shape
     if not draws_latents(model, metadata):
         return channels, height, width

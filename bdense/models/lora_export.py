@@ -35,7 +35,7 @@ def export_lora(
     Args:
         folder: Folder to write; its parent is created.
         denoiser: A student of one branch, trained with ``lora_rank``.
-        metadata: As of ``export_pipeline``.
+        metadata: See ``export_pipeline``.
         teacher: Folder or hub id of the pipeline that it is a student of.
 
     Returns:
@@ -43,7 +43,7 @@ def export_lora(
 
     Raises:
         InputError: The folder exists, the student differs from the teacher in what no adapter
-            holds, or is of another kind; checked before anything is written.
+            holds, or is another kind of network; checked before anything is written.
     """
     folder = Path(folder)
     require_new(folder)
@@ -52,7 +52,7 @@ def export_lora(
     pipeline = latent_pipeline(denoiser, measured_sampler(metadata), place)
     if pipeline.name != _PIPELINE:
         raise InputError(
-            f"{pipeline.name} loads no adapters, {_PIPELINE} alone does; export the student as a "
+            f"{pipeline.name} loads no adapters, only {_PIPELINE} does; export the student as a "
             "whole pipeline, without lora"
         )
     adapters = _adapters(denoiser, read_diffusers(teacher, place)[0])

@@ -114,12 +114,6 @@ def _require_small(path: Path, header: Mapping[str, str], names: Collection[str]
         )
 
 
-def plain_json(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping as JSON gives it back, where a tuple is a list."""
-    found: dict[str, Any] = json.loads(json.dumps(tree))
-    return found
-
-
 def other_run(path: Path, identity: Mapping[str, Any]) -> str:
     """Why a file is not the model of the run with this identity; "" if it is.
 

@@ -16,7 +16,7 @@ def downloaded_checkpoint(url: str, what: str, sha256: str | None = None) -> Pat
     """A weights file in torch's cache, downloaded if missing.
 
     Raises:
-        InputError: As in ``fetch``.
+        InputError: See ``fetch``.
     """
     try:
         return fetch(url, checkpoint_path(url), what=f"the {what} weights", sha256=sha256)

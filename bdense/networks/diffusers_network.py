@@ -4,13 +4,13 @@ B batch, K branches, C image channels, H x W pixels.
 """
 
 import inspect
-import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from bdense.errors import CheckpointError, extra
+from bdense.files import plain_json
 from bdense.networks.layers import PositionalEmbedding
 from bdense.networks.network import Network, checkpointed
 from bdense.networks.step_embedding import StepShift, TakesSteps
@@ -112,7 +112,7 @@ class DiffusersNetwork(TakesSteps, Network):
             # Options of former versions are left out where they are off.
             if not name.startswith("_") and name not in _NOT_OPTIONS and (name in known or value)
         }
-        options: dict[str, Any] = json.loads(json.dumps(found))
+        options = plain_json(found)
         side = options.get("sample_size")
         if isinstance(side, list) and len(set(side)) == 1:
             options["sample_size"] = side = side[0]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError
-from bdense.models.store import load_tensors, plain_json, save_tensors
+from bdense.files import plain_json
+from bdense.models.store import load_tensors, save_tensors
 from bdense.training.stage import Training
 from bdense.weights.weighting import BranchWeighting
 

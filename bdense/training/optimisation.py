@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.files import plain_json
 from bdense.knobs import KnobError, Knobs, knob
-from bdense.models.store import plain_json
 
 Optimizer = Literal["adam", "adamw", "sgd"]
 LRSchedule = Literal["constant", "linear", "step"]

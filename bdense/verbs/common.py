@@ -15,7 +15,7 @@ import torch
 
 from bdense.errors import InputError, StoppedError
 from bdense.execution import Execution
-from bdense.files import require_output
+from bdense.files import UNFINISHED, require_output
 from bdense.models.card import no_card
 from bdense.verbs.options import Hardware
 
@@ -71,14 +71,9 @@ def require_model_out(
     require_output(out.with_suffix(".md"), problem=no_card, force=force)
 
 
-def unfinished(out: Path) -> Path:
-    """Where a training is kept until its result is written."""
-    return out.with_suffix(f".training{WEIGHTS}")
-
-
-def kept_in(checkpoint: Path) -> str:
-    """What an interrupted training says."""
-    return f"saved in {checkpoint}; run the same command again to continue"
+def kept_in(out: Path) -> str:
+    """What an interrupted training of that file says."""
+    return f"saved in {out.with_suffix(UNFINISHED)}; run the same command again to continue"
 
 
 class Interrupt(contextlib.AbstractContextManager["Interrupt"]):
@@ -143,3 +138,7 @@ class Progress:
         self._shown = now
         left = (now - since) / max(1, done - first) * (total - done)
         sys.stderr.write(f"{done}/{total}, {remark}, about {left:.0f} s left\n")
+
+    def counting(self, total: int, what: str) -> Callable[[int], None]:
+        """A function that takes the number of things done."""
+        return lambda done: self(done, total, what)

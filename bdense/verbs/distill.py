@@ -12,9 +12,11 @@ from bdense.command import Force
 from bdense.data.datasets import Dataset, image_shape, load_dataset
 from bdense.data.encoded import encode_dataset
 from bdense.diffusion.conditions import captions
+from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.epd import EPD, write_table
+from bdense.diffusion.sampling import Sampler
 from bdense.execution import Execution
-from bdense.files import require_output
+from bdense.files import plain_json, require_output
 from bdense.knobs import KnobError, Knobs
 from bdense.methods import METHODS
 from bdense.methods.distill import TrainedStage, keep_student
@@ -30,7 +32,7 @@ from bdense.metrics.records import PromptFile
 from bdense.metrics.references import dataset_reference
 from bdense.models.card import inherited
 from bdense.models.latents import drawn_shape, draws_latents
-from bdense.models.store import load_stored, plain_json
+from bdense.models.store import load_stored
 from bdense.training.loop import IterationReport
 from bdense.training.tracking import Tracking
 from bdense.verbs.common import (
@@ -40,9 +42,8 @@ from bdense.verbs.common import (
     chosen_hardware,
     kept_in,
     require_model_out,
-    unfinished,
 )
-from bdense.verbs.fid import KeptFIDs
+from bdense.verbs.evaluation import FIDEvaluation
 from bdense.verbs.options import IMAGES, DistillOptions, Evaluation, Hardware, Logging
 from bdense.verbs.sample import chosen_prompts, codec_of, conditions_of, require_pipeline
 from bdense.verbs.weight_options import WeightOptions, chosen_weighting
@@ -110,15 +111,11 @@ def distill(
     fids = None
     if evaluation.extractor is not None and dataset is not None:
         extractor = load_extractor(evaluation.extractor, cache=evaluation.cache, device=device)
-        fids = KeptFIDs(
-            folder=folder,
-            dataset=dataset,
+        fids = FIDEvaluation(
             extractor=extractor,
             reference=dataset_reference(dataset, extractor, cache=evaluation.cache),
             image_shape=drawn_shape(teacher, known),
             images=evaluation.images or IMAGES,
-            seed=own.seed,
-            interrupt=interrupt,
             conditions=conditions,
             prompts=None if own.prompts is None else PromptFile.of(own.prompts, texts),
             codec=codec_of(teacher, known, own.teacher, device),
@@ -126,18 +123,26 @@ def distill(
     elif evaluation.images is not None:
         raise KnobError("images", "needs `extractor`, which measures the FID")
     sampler = method.teacher_sampler(config, teacher)
+
+    def measured(name: str, model: NetworkDenoiser, sampler: Sampler) -> dict[str, Any]:
+        assert fids is not None
+        show = Progress(interrupt, "this FID was not measured; finished students are kept")
+        counted = show.counting(fids.images, "images drawn")
+        path = folder / f"{name}.fid.json"
+        return fids.kept(path, model, sampler, seed=own.seed, on_image=counted)
+
     settings = plain_json({"method": own.method, "seed": own.seed, **asdict(config)})
     with interrupt, Tracking(logging.log, own.out.stem, settings) as tracking:
         progress.tracking = tracking
         if fids is not None and sampler is not None:
             print(f"teacher: {own.teacher}", flush=True)
-            print(json.dumps(fids.fid("teacher", teacher, sampler)["fid"]), flush=True)
+            print(json.dumps(measured("teacher", teacher, sampler)["fid"]), flush=True)
         for done in stages:
             assert done.path is not None
             _write_table(done, done.path)
             print(f"{done.plan.label}: {done.path}", flush=True)
             if fids is not None:
-                found = fids.fid(done.path.stem, done.student, done.sampler)
+                found = measured(done.path.stem, done.student, done.sampler)
                 _record(done, done.path, found)
                 print(json.dumps(found["fid"]), flush=True)
                 tracking.evaluation(done.plan.name, {"fid": found["fid"]["value"]})
@@ -146,10 +151,8 @@ def distill(
 def _encoded(dataset: Dataset, teacher: str, cache: Path, device: torch.device) -> Dataset:
     """The data set in the latents of the teacher's pipeline."""
     require_pipeline(teacher)
-    show, count = Progress(), len(dataset.images)
-    return encode_dataset(
-        dataset, teacher, cache, device, lambda done: show(done, count, "images encoded")
-    )
+    show = Progress().counting(len(dataset.images), "images encoded")
+    return encode_dataset(dataset, teacher, cache, device, show)
 
 
 def _record(done: TrainedStage, path: Path, found: Mapping[str, Any]) -> None:
@@ -180,7 +183,10 @@ class _StageProgress:
         """Report how far the stage is."""
         if plan != self._plan:
             path = self._out / f"{plan.name}{WEIGHTS}" if self._several else self._out
-            self._plan, self._show = plan, Progress(self._interrupt, kept_in(unfinished(path)))
+            self._plan, self._show = (
+                plan,
+                Progress(self._interrupt, kept_in(path)),
+            )
         self.tracking.iteration(plan.name, done)
         remark = f"{plan.label}, loss {done.loss:.4g}"
         self._show(done.iteration + 1, done.iterations, remark)

@@ -1,4 +1,4 @@
-"""``bdense export``: a student becomes a folder that diffusers alone loads: whole, or adapters."""
+"""``bdense export``: write a student as a folder that diffusers loads: a pipeline, or adapters."""
 
 from bdense.errors import InputError
 from bdense.knobs import KnobError
@@ -7,19 +7,16 @@ from bdense.models.latents import draws_latents
 from bdense.models.lora_export import export_lora
 from bdense.models.store import load_stored
 from bdense.verbs.options import ExportOptions
+from bdense.verbs.sample import missing_pipeline
 
 
 def export(own: ExportOptions) -> None:
     """Run the verb."""
     student, metadata = load_stored(own.student)
     if not student.samplers:
-        raise InputError(f"{own.student} is no student, and its own pipeline draws its images")
+        raise InputError(f"{own.student} is a teacher; draw with its own pipeline instead")
     if own.pipeline is None and draws_latents(student, metadata):
-        raise KnobError(
-            "pipeline",
-            f"is needed: {own.student} draws latents, and autoencoder and text encoder are in its "
-            "teacher's folder",
-        )
+        raise missing_pipeline(own.student)
     metadata.pop("identity", None)
     if own.lora:
         if own.pipeline is None:

@@ -385,7 +385,7 @@ class ExportOptions(Knobs):
     )
     lora: bool = knob(
         False,
-        "write adapters of the teacher alone (LoRA), which `load_lora_weights` of diffusers "
+        "write only adapters of the teacher (LoRA), which `load_lora_weights` of diffusers "
         "loads, of a student of Stable Diffusion trained with --lora-rank",
     )
     out: Path = knob(help="folder to write", metavar="DIR")

@@ -7,27 +7,23 @@ from typing import Any
 
 import torch
 
-from bdense import NUMERICS
 from bdense.command import Force
 from bdense.data.datasets import load_dataset
-from bdense.diffusion import BATCH
 from bdense.diffusion.branches import recombine_branches
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.sampling import SETUP, Sampler, draw_images, samplers_from
+from bdense.diffusion.sampling import SETUP, Sampler, samplers_from
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import KnobError
 from bdense.methods.distill import keep_student
-from bdense.metrics.extractors import Extractor, load_extractor
-from bdense.metrics.metrics import measure_images, require_measurable
+from bdense.metrics.extractors import load_extractor
 from bdense.metrics.recombination import search_coefficients
 from bdense.metrics.records import FID
-from bdense.metrics.references import Reference, dataset_reference
-from bdense.metrics.settings import MetricSettings
-from bdense.metrics.setup import Setup
+from bdense.metrics.references import dataset_reference
 from bdense.models.latents import draws_latents
 from bdense.models.store import load_stored
 from bdense.verbs.common import Progress, chosen_hardware, require_model_out
+from bdense.verbs.evaluation import FIDEvaluation
 from bdense.verbs.options import IMAGES, Evaluation, Hardware, RecombineOptions
 
 # Metadata of the branched student that is not true of another.
@@ -69,7 +65,7 @@ def recombine(
     metadata["coefficients"] = list(c)
     combined = recombine_branches(student, c)
     if judge is not None:
-        metadata[SETUP] = Setup.of(combined, judge.reference, BATCH, NUMERICS).as_dict()
+        metadata[SETUP] = judge.evaluation.setup(combined).as_dict()
     keep_student(own.out, combined, None, metadata)
     print(own.out)
 
@@ -80,28 +76,17 @@ class _Judge:
 
     student: NetworkDenoiser
     sampler: Sampler
-    extractor: Extractor
-    reference: Reference
-    images: int
+    evaluation: FIDEvaluation
 
     @property
     def last(self) -> list[float]:
-        """Branch K alone."""
+        """The coefficients of branch K without the others."""
         return [0.0] * (self.student.num_branches - 1) + [1.0]
 
     def fid(self, c: Sequence[float], seed: int) -> FID:
-        """Of the branches combined by c, on the latents of that seed."""
-        images = draw_images(
-            recombine_branches(self.student, c), self.sampler, self.images, seed=seed
-        )
-        measured = measure_images(
-            images,
-            self.extractor,
-            self.reference,
-            nfe=self.sampler.nfe,
-            seeds={"evaluation": seed},
-        )
-        return measured.fid
+        """The FID of the branches combined by c, on the latents of that seed."""
+        combined = recombine_branches(self.student, c)
+        return self.evaluation.fid(combined, self.sampler, seed=seed)
 
 
 def _judge(
@@ -113,20 +98,19 @@ def _judge(
 ) -> _Judge:
     assert evaluation.extractor is not None
     extractor = load_extractor(evaluation.extractor, cache=evaluation.cache, device=device)
-    reference = dataset_reference(load_dataset(own.data), extractor, cache=evaluation.cache)
-    images = evaluation.images or IMAGES
-    require_measurable(
-        ["fid"], MetricSettings(), images, reference, student.image_shape, extractor
+    measured_by = FIDEvaluation(
+        extractor=extractor,
+        reference=dataset_reference(load_dataset(own.data), extractor, cache=evaluation.cache),
+        image_shape=student.image_shape,
+        images=evaluation.images or IMAGES,
     )
-    return _Judge(
-        student=student, sampler=sampler, extractor=extractor, reference=reference, images=images
-    )
+    return _Judge(student=student, sampler=sampler, evaluation=measured_by)
 
 
 def _measured(judge: _Judge, own: RecombineOptions) -> tuple[Sequence[float], dict[str, Any]]:
     """The coefficients to write, given or searched, and their FID; both are printed.
 
-    What was searched and is no better than branch K on fresh latents is dropped for branch K.
+    Searched coefficients that are not better than branch K on fresh latents are dropped.
     """
     c = own.c or _searched(judge, own)
     last, combined = judge.fid(judge.last, own.seed), judge.fid(c, own.seed)

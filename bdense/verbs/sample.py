@@ -61,7 +61,7 @@ def sample(
 
 
 def _no_picture(path: Path) -> str:
-    """Why an existing file is no PNG; "" if it is."""
+    """Why an existing file may not be replaced; "" if it is a PNG."""
     with path.open("rb") as file:
         return "" if file.read(len(_PNG)) == _PNG else "is not a PNG picture"
 
@@ -123,18 +123,23 @@ def codec_of(
 
 
 def require_pipeline(source: str) -> None:
-    """Refuse a file alone where the parts beside the network are needed."""
+    """Require a pipeline's folder or hub id."""
     if not Path(source).is_dir() and not is_hub_id(source):
-        raise KnobError(
-            "pipeline",
-            f"is needed: {source} draws latents, and autoencoder and text encoder are in its "
-            "teacher's folder",
-        )
+        raise missing_pipeline(source)
+
+
+def missing_pipeline(model: str) -> KnobError:
+    """The error for a model of latents without the pipeline that it is a part of."""
+    return KnobError(
+        "pipeline",
+        f"is needed: {model} draws latents, and autoencoder and text encoder are in its teacher's "
+        "folder",
+    )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Drawer:
-    """A model, and how it draws images; fields as of ``draw_images``.
+    """A model, and the arguments of ``draw_images`` that it draws with.
 
     Attributes:
         remark: For people, before it draws.
@@ -173,7 +178,7 @@ class Drawer:
 def chosen_drawer(
     source: str, drawing: Drawing, texts: list[str], device: torch.device, execution: Execution
 ) -> Drawer:
-    """A model on its device, with what it draws by and under.
+    """A model on its device, with its sampler and condition.
 
     Raises:
         InputError: There is no such model, it has another sampler than the one asked for, or

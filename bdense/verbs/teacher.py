@@ -7,13 +7,13 @@ from bdense.command import Force
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.errors import InputError
 from bdense.execution import Execution
+from bdense.files import UNFINISHED, plain_json
 from bdense.knobs import KnobError
 from bdense.models.card import write_card
 from bdense.models.store import (
     denoiser_sha256,
     load_denoiser,
     other_run,
-    plain_json,
     save_denoiser,
 )
 from bdense.training.teacher import TeacherConfig, teacher_data, train_teacher
@@ -24,7 +24,6 @@ from bdense.verbs.common import (
     chosen_hardware,
     kept_in,
     require_model_out,
-    unfinished,
 )
 from bdense.verbs.options import Hardware, Logging, ModelOptions, TeacherOptions
 
@@ -54,9 +53,9 @@ def teacher(
     if own.out.exists() and not other_run(own.out, identity):
         print(f"{own.out} sha256 {denoiser_sha256(load_denoiser(own.out)[0])[:16]}, made before")
         return
-    scratch = unfinished(own.out)
+    scratch = own.out.with_suffix(UNFINISHED)
     with Interrupt() as interrupt, Tracking(logging.log, own.out.stem, identity) as tracking:
-        show = Progress(interrupt, kept_in(scratch))
+        show = Progress(interrupt, kept_in(own.out))
 
         def on_iteration(done: int, total: int, loss: float) -> None:
             tracking.update("", done, total, {"loss": loss})

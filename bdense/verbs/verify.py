@@ -7,25 +7,23 @@ from typing import Any
 
 import torch
 
-from bdense import NUMERICS
 from bdense.arguments import require_types
 from bdense.data.datasets import load_dataset
 from bdense.data.names import split_format
 from bdense.diffusion import BATCH
-from bdense.diffusion.sampling import SETUP, Sampler, draw_images, samplers_from
+from bdense.diffusion.sampling import SETUP, Sampler, samplers_from
 from bdense.errors import BdenseError, InputError
 from bdense.knobs import KnobError
 from bdense.metrics.extractors import Extractor, load_extractor
-from bdense.metrics.metrics import measure_images, require_measurable
 from bdense.metrics.records import FID, PromptFile
 from bdense.metrics.references import Reference, dataset_reference, read_reference
-from bdense.metrics.settings import MetricSettings
 from bdense.metrics.setup import Setup
-from bdense.models.diffusers_files import EXTRACTOR, folder_of, is_hub_id
+from bdense.models.diffusers_files import EXTRACTOR, folder_of
 from bdense.models.latents import drawn_shape
 from bdense.models.store import load_model
 from bdense.models.zoo import REFERENCES, resolve_reference
 from bdense.verbs.common import Progress, chosen_device
+from bdense.verbs.evaluation import FIDEvaluation
 from bdense.verbs.options import RecordedHardware, VerifyOptions
 from bdense.verbs.sample import chosen_prompts, codec_of, conditions_of
 
@@ -56,28 +54,19 @@ def verify(own: VerifyOptions, hardware: RecordedHardware) -> None:
     extractor = _extractor(own, recorded, device)
     reference = _reference(own, recorded, extractor)
     _require_recorded(recorded, setup, extractor, reference)
-    require_measurable(
-        ["fid"],
-        MetricSettings(),
-        recorded.images,
-        reference,
-        drawn_shape(model, metadata),
-        extractor,
-    )
-    batch, show = setup.batch or BATCH, Progress()
-    images = draw_images(
-        model,
-        sampler,
-        recorded.images,
-        seed=recorded.seeds["evaluation"],
-        batch=batch,
+    evaluation = FIDEvaluation(
+        extractor=extractor,
+        reference=reference,
+        image_shape=drawn_shape(model, metadata),
+        images=recorded.images,
+        batch=setup.batch or BATCH,
         conditions=conditions,
         codec=codec,
-        on_image=lambda done: show(done, recorded.images, "images drawn"),
     )
-    fid = measure_images(images, extractor, reference, nfe=recorded.nfe, seeds=recorded.seeds).fid
-    here = Setup.of(model, reference, batch, NUMERICS)
-    _tell(own, recorded.value, fid.value, setup, here)
+    show = Progress().counting(recorded.images, "images drawn")
+    seed = recorded.seeds["evaluation"]
+    fid = evaluation.fid(model, sampler, seed=seed, on_image=show)
+    _tell(own, recorded.value, fid.value, setup, evaluation.setup(model))
 
 
 def _tell(own: VerifyOptions, recorded: float, fid: float, setup: Setup, here: Setup) -> None:
@@ -142,8 +131,7 @@ def _sampler(source: str, metadata: Mapping[str, Any], recorded: FID) -> Sampler
 
 def _extractor(own: VerifyOptions, recorded: FID, device: torch.device) -> Extractor:
     """The recorded extractor: the one asked for, the folder's own, or by its name."""
-    on_hub = is_hub_id(own.model) and not Path(own.model).exists()
-    place = folder_of(own.model) if on_hub else Path(own.model)
+    place = Path(own.model) if Path(own.model).exists() else folder_of(own.model)
     kept = (place if place.is_dir() else place.parent) / EXTRACTOR
     spec = own.extractor or recorded.extractor + (f":{kept}" if kept.is_file() else "")
     if own.extractor is None and spec.startswith("torchscript:"):

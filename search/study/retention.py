@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from bdense.files import UNFINISHED
 from search.storage.ledger import Ledger
 from search.study.folders import row_folder, study_folder
 
 IDENTITY, RESULT = "trial.json", "result.json"
 INTERMEDIATE_FILE = "intermediate.json"
 STUDENT, CHECKPOINT = "student.safetensors", "checkpoint.safetensors"
-UNFINISHED_ROUND = ".training.safetensors"  # as bdense.methods.distill names it
 KEPT = "kept_students"  # the study's attribute: numbers of trials
 
 _log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def drop_checkpoints(folder: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """A row's checkpoints: of its training, and of a round that is not finished."""
-    return [*folder.glob(CHECKPOINT), *folder.glob(f"*{UNFINISHED_ROUND}")]
+    return [*folder.glob(CHECKPOINT), *folder.glob(f"*{UNFINISHED}")]
 
 
 def is_abandoned(path: Path) -> bool:
@@ -103,7 +103,7 @@ def student_files(folder: Path) -> list[Path]:
     models = [
         path
         for path in folder.glob("*.safetensors")
-        if path.name != CHECKPOINT and not path.name.endswith(UNFINISHED_ROUND)
+        if path.name != CHECKPOINT and not path.name.endswith(UNFINISHED)
     ]
     return models + [path.with_suffix(".md") for path in models]
 

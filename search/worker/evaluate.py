@@ -14,12 +14,12 @@ from typing import Any, cast
 
 from bdense.diffusion.sampling import SETUP
 from bdense.errors import InputError
-from bdense.files import write_json
+from bdense.files import plain_json, write_json
 from bdense.methods.distill import TrainedStage, distill
 from bdense.methods.method import Stage, StagePlan
 from bdense.metrics.records import FID, Metrics
 from bdense.models.card import write_card
-from bdense.models.store import plain_json, save_denoiser
+from bdense.models.store import save_denoiser
 from bdense.training.loop import Evaluations, IterationReport
 from bdense.training.tracking import Tracking
 from bdense.weights import space_of

@@ -12,7 +12,7 @@ from bdense.data.datasets import Dataset
 from bdense.data.prompts import read_prompts
 from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.files import atomic_write, file_lock, sha256_model
+from bdense.files import UNFINISHED, atomic_write, file_lock, sha256_model
 from bdense.models.diffusers_files import folder_of
 from bdense.models.latents import (
     TEXT_ENCODER,
@@ -71,7 +71,7 @@ def _teacher_path(training: TeacherTraining, dataset: Dataset) -> Path:
 def _train_and_cache(
     training: TeacherTraining, dataset: Dataset, device: torch.device, path: Path, report: Report
 ) -> None:
-    unfinished = path.with_suffix(".training.safetensors")
+    unfinished = path.with_suffix(UNFINISHED)
     config = teacher_config(training)
     # The number of threads decides the last bits; trials have their own.
     threads = torch.get_num_threads()

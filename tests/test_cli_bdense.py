@@ -263,7 +263,7 @@ def test_a_student_that_cannot_be_distilled_is_refused(teacher, tmp_path, option
         ("student", ("--order", 3), "and --order 3 asks for another"),
         ("teacher", ("--solver", "heun"), "heun .* --nfe 2 with --afs; take --nfe 3 or --no-afs"),
         ("teacher", ("--solver", "dpm2", "--no-afs", "--nfe", 5), "take --nfe 6 or --afs"),
-        ("teacher", ("--order", 3), "euler has order 1 alone, got 3; .* take ipndm or dpmpp"),
+        ("teacher", ("--order", 3), "euler only has order 1, got 3; .* take ipndm or dpmpp"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(request, tmp_path, model, options, message):

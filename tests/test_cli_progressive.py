@@ -227,7 +227,7 @@ def test_a_student_is_distilled_further_on_its_own_levels(chain, teacher, tmp_pa
     line = refused(command(*made, "--steps", 8, "--until", 4))
     assert "is a student of 2 steps at cosine levels, even in time" in line
     line = refused(command(*made, "--steps", 2, "--until", 1, "--schedule", "polynomial"))
-    assert "which knows those alone" in line
+    assert "which only knows those" in line
 
 
 # ---- drawing ----
@@ -291,7 +291,7 @@ def test_students_of_one_kind_are_not_distilled_as_the_other(chain, teacher, tmp
     line = refused(command("distill", path, "--second-stage", *SHORT, "--out", out))
     assert "second_stage walks students of SFD, and the teacher draws by cosine levels" in line
     line = refused(command("distill", path, *SHORT, "--out", out))
-    assert "is a student, which knows the levels it was distilled for alone" in line
+    assert "is a student, which only knows the levels it was distilled for" in line
     done("distill", teacher, *SHORT, "--no-afs", "--nfe", 2, "--out", out)
     further = (*PD, "--steps", 2, "--until", 1, "--schedule", "polynomial")
     line = refused(command("distill", out, *further, "--out", tmp_path / "c"))

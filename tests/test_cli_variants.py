@@ -236,7 +236,7 @@ def test_other_number_formats_leave_float32_weights(teacher, folder, tmp_path):
             "--device mps: torch sees no Apple GPU",
             marks=pytest.mark.skipif(torch.backends.mps.is_available(), reason="has one"),
         ),
-        (("--second-stage",), "this teacher is no student; make one of it first"),
+        (("--second-stage",), "this teacher is not a student; make one of it first"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused(teacher, tmp_path, monkeypatch, options, message):

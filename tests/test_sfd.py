@@ -166,9 +166,9 @@ def test_the_second_stage_walks_as_its_teacher_draws():
     jumps = {"sampler": known["sampler"] | {"solver": "consistency"}}
     with pytest.raises(InputError, match="draws by consistency"):
         method.check(config, teacher, jumps)
-    with pytest.raises(InputError, match="and this teacher is no student"):
+    with pytest.raises(InputError, match="and this teacher is not a student"):
         method.check(config, teacher, {})
-    with pytest.raises(InputError, match="the teacher is a student, which knows the levels it"):
+    with pytest.raises(InputError, match="a student, which only knows the levels it was"):
         method.check(SFDConfig(), teacher, known)
 
 
@@ -210,7 +210,7 @@ def test_usual_values_depend_on_what_is_made():
         ({"nfe": ()}, "nfe must be"),
         ({"solver": "dpm3"}, "solver must be .* did you mean dpm2"),
         ({"solver": "consistency"}, "solver must be one of euler, ddim"),
-        ({"solver": "euler", "order": 2}, "euler has order 1 alone, got 2"),
+        ({"solver": "euler", "order": 2}, "euler only has order 1, got 2"),
         ({"solver": "heun", "thresholding": True}, "heun has no thresholding"),
         ({"sigma_min": 90.0}, "needs 0 < sigma_min < sigma_max"),
         ({"step_condition": "random"}, "step_condition random is for a student of several NFE"),

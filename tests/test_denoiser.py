@@ -81,11 +81,11 @@ def test_the_levels_that_a_network_was_trained_for():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EDM(sigma_data=0.0), "sigma_data of the 'edm' .* must be positive, got 0.0"),
-        (lambda: VP(beta_d=math.nan), "beta_d of the 'vp' .* must be positive, got nan"),
-        (lambda: VP(beta_min=math.inf), "beta_min of the 'vp' .* must be finite, got inf"),
-        (lambda: VE(sigma_max=-1.0), "sigma_max of the 've' .* must be positive, got -1.0"),
-        (lambda: IDDPM(M=0), "M of the 'iddpm' .* must be positive, got 0"),
+        (lambda: EDM(sigma_data=0.0), "sigma_data must be .* above 0, got 0.0"),
+        (lambda: VP(beta_d=math.nan), "beta_d must be .* above 0, got nan"),
+        (lambda: VP(beta_min=math.inf), "beta_min must be a .*number, got inf"),
+        (lambda: VE(sigma_max=-1.0), "sigma_max must be .* above 0, got -1.0"),
+        (lambda: IDDPM(M=0), "M must be a whole number from 1 to 100000, got 0"),
     ],
 )
 def test_options_that_make_no_preconditioning_are_refused(make, message):

@@ -156,7 +156,7 @@ def test_a_method_of_one_stage_is_called_what_the_caller_says(tmp_path):
     loose = once(checkpoint=path)
     assert (loose.path, path.exists()) == (None, True)
     assert same_weights(loose.student, kept.student)
-    assert samplers_from(loose.metadata) == [loose.sampler] == list(short.samplers)
+    assert samplers_from(loose.metadata) == [loose.sampler] == list(short.samplers())
     assert once(checkpoint=path, on_iteration=never).weighting.num_branches == 2
     with pytest.raises(InputError, match="progressive has 2 stages here"):
         run(None)

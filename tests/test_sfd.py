@@ -171,9 +171,9 @@ def test_the_second_stage_walks_as_its_teacher_draws():
     rounds = {"sampler": pd_sampler(CosineSchedule(), 2).describe()}
     with pytest.raises(InputError, match="walks students of SFD, and the teacher draws by cosine"):
         method.check(config, teacher, rounds)
-    with pytest.raises(InputError, match="and this teacher is no student"):
+    with pytest.raises(InputError, match="and this teacher is not a student"):
         method.check(config, teacher, {})
-    with pytest.raises(InputError, match="the teacher is a student, which knows the levels it"):
+    with pytest.raises(InputError, match="a student, which only knows the levels it was"):
         method.check(SFDConfig(), teacher, known)
 
 
@@ -215,7 +215,7 @@ def test_usual_values_depend_on_what_is_made():
         ({"nfe": ()}, "nfe must be"),
         ({"solver": "dpm3"}, "solver must be .* did you mean dpm2"),
         ({"solver": "consistency"}, "solver must be one of euler, ddim"),
-        ({"solver": "euler", "order": 2}, "euler has order 1 alone, got 2"),
+        ({"solver": "euler", "order": 2}, "euler only has order 1, got 2"),
         ({"step_condition": "random"}, "step_condition random is for a student of several NFE"),
         ({"second_stage": True}, "solver must be euler with `second_stage`"),
         ({"second_stage": True, "nfe": (1, 2)}, "second_stage is for one NFE"),

@@ -158,7 +158,7 @@ def test_solvers_by_name():
         ("dpmpp", {"order": 4}, "dpmpp's order must be .* from 1 to 3, got 4"),
         ("ipndm", {"order": 1}, "ipndm's order must be .* from 2 to 4, got 1"),
         ("heun", {"order": 3}, "heun has order 2 alone, got 3; leave .*, or take ipndm or dpmpp"),
-        ("euler", {"order": 2}, "euler has order 1 alone, got 2"),
+        ("euler", {"order": 2}, "euler only has order 1, got 2"),
         ("heun", {"thresholding": True}, "heun has no thresholding; leave it out, or take dpmpp"),
     ],
 )

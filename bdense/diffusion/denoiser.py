@@ -25,6 +25,7 @@ from bdense.diffusion.preconditioning import (
 from bdense.diffusion.schedules import Levels
 from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.execution import Execution, moved
+from bdense.knobs import KnobError
 from bdense.networks import NETWORKS, Network
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def build_denoiser(description: dict[str, Any]) -> NetworkDenoiser:
             model = NETWORKS[network].build(
                 config, num_branches=num_branches, outputs=column.outputs
             )
-        except TypeError as error:
+        except (TypeError, KnobError) as error:
             raise CheckpointError(
                 f"the network options do not fit a {network}: {error}"
             ) from error

@@ -8,7 +8,7 @@ coordinates that the network was trained in.
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
 from bdense.diffusion.schedules import Levels
 from bdense.diffusion.vp import CosineSchedule, VPSchedule
 from bdense.errors import CheckpointError, InputError
+from bdense.knobs import Knobs, knob
 
 _MOST_LEVELS = 100_000  # a file's number, which is taken as memory and time
 
@@ -65,23 +66,12 @@ class Preconditioning(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Column:
-    """What the columns share: finite options, and those above 0 that must be."""
+class _Column(Knobs):
+    """What the columns share. Whole numbers stay whole: they are part of a denoiser's digest."""
 
     name: ClassVar[str]
     outputs: ClassVar[int] = 1
-    positive: ClassVar[tuple[str, ...]] = ()
     process: ClassVar[None] = None
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not math.isfinite(value) or (field.name in self.positive and not value > 0):
-                sign = "positive" if field.name in self.positive else "finite"
-                raise InputError(
-                    f"{field.name} of the {self.name!r} preconditioning must be {sign}, "
-                    f"got {value}"
-                )
 
     def options(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,11 +82,10 @@ class EDM(_Column):
     """Karras et al.'s own: network inputs and targets of unit variance at every level."""
 
     name = "edm"
-    positive = ("sigma_data",)
     sigma_min: ClassVar[float] = 0.0
     sigma_max: ClassVar[float] = math.inf
 
-    sigma_data: float = 0.5
+    sigma_data: int | float = knob(0.5, above=0)
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         variance = self.sigma_data**2 + sigma**2
@@ -117,12 +106,11 @@ class VP(_Column):
     """
 
     name = "vp"
-    positive = ("beta_d", "M", "epsilon_t")
 
-    beta_d: float = 19.9
-    beta_min: float = 0.1
-    M: int = 1000
-    epsilon_t: float = 1e-5
+    beta_d: int | float = knob(19.9, above=0)
+    beta_min: int | float = knob(0.1)
+    M: int = knob(1000, above=0)
+    epsilon_t: int | float = knob(1e-5, above=0)
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         # log1p: at small levels log(1 + sigma^2) has lost sigma, in float32 below 3e-4 all of it.
@@ -152,10 +140,9 @@ class VE(_Column):
     """Variance exploding (Song et al. 2021): F predicts minus the noise."""
 
     name = "ve"
-    positive = ("sigma_min", "sigma_max")
 
-    sigma_min: float = 0.02
-    sigma_max: float = 100.0
+    sigma_min: int | float = knob(0.02, above=0)
+    sigma_max: int | float = knob(100.0, above=0)
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         return Coefficients(
@@ -176,16 +163,10 @@ class IDDPM(_Column):
 
     name = "iddpm"
     outputs = 2
-    positive = ("C_1", "C_2", "M")
 
-    C_1: float = 0.001
-    C_2: float = 0.008
-    M: int = 1000
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.M > _MOST_LEVELS:
-            raise InputError(f"M of the iddpm preconditioning is at most {_MOST_LEVELS}")
+    C_1: int | float = knob(0.001, above=0)
+    C_2: int | float = knob(0.008, above=0)
+    M: int = knob(1000, low=1, high=_MOST_LEVELS)
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         levels = _iddpm_table(self, sigma.dtype, sigma.device)

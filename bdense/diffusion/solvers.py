@@ -425,7 +425,7 @@ def make_solver(name: str, *, order: int | None = None, **options: Any) -> Solve
     elif order is not None and order != (only := kind().order):
         others = _with_option("max_order")
         raise InputError(
-            f"{name} has order {only} alone, got {order}; leave it out, or take {others}"
+            f"{name} only has order {only}, got {order}; leave it out, or take {others}"
         )
     for key in given:
         if key not in known:

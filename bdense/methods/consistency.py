@@ -361,7 +361,7 @@ class Consistency(Method):
         teacher.require_levels(config.levels)
         if samplers_from(metadata):
             raise InputError(
-                "the teacher is a student, which knows the levels it was distilled for alone; "
+                "the teacher is a student, which only knows the levels it was distilled for; "
                 "give its own teacher"
             )
 

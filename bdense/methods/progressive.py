@@ -521,13 +521,13 @@ class Progressive(Method):
             if not isinstance(own.solver, DDIM):
                 raise InputError(
                     f"the teacher is a student that draws by {own.solver.name}, and progressive "
-                    "distillation goes on from ddim alone; give its own teacher (a student of SFD "
+                    "distillation only goes on from ddim; give its own teacher (a student of SFD "
                     "is distilled further by the method sfd with second_stage)"
                 )
             if own.num_intervals != config.steps or own.schedule != levels:
                 raise InputError(
                     f"the teacher is a student of {own.num_intervals} steps at "
-                    f"{own.schedule.text()}, which knows those alone, and the first round begins "
+                    f"{own.schedule.text()}, which only knows those, and the first round begins "
                     f"with {config.steps} steps at {levels.text()}; give its own teacher, or its "
                     "steps and levels (steps, schedule)"
                 )

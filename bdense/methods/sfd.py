@@ -449,7 +449,7 @@ class SFD(Method):
             _check_second_stage(config, served, levels)
         elif served:
             raise InputError(
-                "the teacher is a student, which knows the levels it was distilled for alone; "
+                "the teacher is a student, which only knows the levels it was distilled for; "
                 "distil it further with second_stage, or give its own teacher"
             )
 
@@ -517,7 +517,7 @@ def _check_second_stage(
     if not served:
         raise KnobError(
             "second_stage",
-            "distils a student further, and this teacher is no student; make one of it first, "
+            "distils a student further, and this teacher is not a student; make one of it first, "
             "with `nfe` 5",
         )
     any_of_them = next(iter(served.values()))

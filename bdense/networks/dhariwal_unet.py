@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bdense.knobs import knob_of
 from bdense.networks.layers import Conv2d, GroupNorm, Init, Linear, PositionalEmbedding, UNetBlock
 from bdense.networks.unet import UNet, UNetConfig
 
@@ -27,10 +28,10 @@ class DhariwalUNetConfig(UNetConfig):
 
     network: ClassVar[str] = "DhariwalUNet"
 
-    model_channels: int = 192
-    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
-    num_blocks: int = 3
-    attn_resolutions: tuple[int, ...] = (32, 16, 8)
+    model_channels: int = knob_of(UNetConfig, "model_channels", 192)
+    channel_mult: tuple[int, ...] = knob_of(UNetConfig, "channel_mult", (1, 2, 3, 4))
+    num_blocks: int = knob_of(UNetConfig, "num_blocks", 3)
+    attn_resolutions: tuple[int, ...] = knob_of(UNetConfig, "attn_resolutions", (32, 16, 8))
 
 
 class DhariwalUNet(UNet):

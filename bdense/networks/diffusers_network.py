@@ -174,9 +174,9 @@ class DiffusersNetwork(TakesSteps, Network):
         return {"network": self.kind, "config": config}
 
 
-def halved(options: Mapping[str, Any], sizes: str = "block_out_channels") -> dict[str, bool]:
+def halved(options: Mapping[str, Any]) -> dict[str, bool]:
     """Whether the blocks of a U-Net cannot halve its images, with the reason."""
-    side, levels = options.get("sample_size"), len(options.get(sizes, ()))
+    side, levels = options.get("sample_size"), len(options.get("block_out_channels", ()))
     halvings = max(0, levels - 1)
     reason = f"sample_size={side} cannot be halved {halvings} times, as its {levels} blocks do"
     return {reason: isinstance(side, int) and side % 2**halvings != 0}

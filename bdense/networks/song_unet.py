@@ -5,13 +5,14 @@ B batch, K branches, C image channels, H x W pixels, E embedding channels.
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdense.errors import InputError
+from bdense.knobs import knob, knob_of
 from bdense.networks.layers import (
     NEARLY_ZERO,
     XAVIER,
@@ -28,47 +29,32 @@ from bdense.networks.unet import UNet, UNetConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SongUNetConfig(UNetConfig):
-    """Size and options of a SongUNet; the defaults are DDPM++ for 32 x 32 pixels.
-
-    Attributes:
-        embedding_type: ``positional`` (DDPM++) or ``fourier`` (NCSN++), of the noise level.
-        channel_mult_noise: Width of that embedding in multiples of ``model_channels``.
-        encoder_type: ``standard`` (DDPM++), ``residual`` (NCSN++) or ``skip``: how the encoder
-            sees the halved input image besides.
-        decoder_type: ``standard``, or ``skip``: every level adds its own image to the output.
-        resample_filter: (1, 1) for DDPM++, (1, 3, 3, 1) for NCSN++.
-    """
+    """Size and options of a SongUNet; the defaults are DDPM++ for 32 x 32 pixels."""
 
     network: ClassVar[str] = "SongUNet"
 
-    model_channels: int = 128
-    channel_mult: tuple[int, ...] = (2, 2, 2)
-    num_blocks: int = 4
-    attn_resolutions: tuple[int, ...] = (16,)
-    embedding_type: str = "positional"
-    channel_mult_noise: int = 1
-    encoder_type: str = "standard"
-    decoder_type: str = "standard"
-    resample_filter: tuple[int, ...] = (1, 1)
+    model_channels: int = knob_of(UNetConfig, "model_channels", 128)
+    channel_mult: tuple[int, ...] = knob_of(UNetConfig, "channel_mult", (2, 2, 2))
+    num_blocks: int = knob_of(UNetConfig, "num_blocks", 4)
+    attn_resolutions: tuple[int, ...] = knob_of(UNetConfig, "attn_resolutions", (16,))
+    embedding_type: Literal["positional", "fourier"] = knob(
+        "positional", "embedding of the noise level: positional (DDPM++) or fourier (NCSN++)"
+    )
+    channel_mult_noise: int = knob(
+        1, "width of that embedding in multiples of model_channels", low=1
+    )
+    encoder_type: Literal["standard", "skip", "residual"] = knob(
+        "standard",
+        "how the encoder sees the halved input image besides: standard (DDPM++, not at all), "
+        "residual (NCSN++) or skip",
+    )
+    decoder_type: Literal["standard", "skip"] = knob(
+        "standard", "skip: every level adds its own image to the output"
+    )
+    resample_filter: tuple[int, ...] = knob((1, 1), "(1, 1) for DDPM++, (1, 3, 3, 1) for NCSN++")
 
     def __post_init__(self) -> None:
         UNetConfig.__post_init__(self)  # slots: super() would look for the class before them
-        object.__setattr__(self, "resample_filter", tuple(self.resample_filter))
-        choices = {
-            "embedding_type": ("positional", "fourier"),
-            "encoder_type": ("standard", "skip", "residual"),
-            "decoder_type": ("standard", "skip"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise InputError(
-                    f"SongUNet {name}={getattr(self, name)!r} is unknown; "
-                    f"choose from {', '.join(known)}"
-                )
-        if self.channel_mult_noise < 1:
-            raise InputError(
-                f"SongUNet channel_mult_noise must be at least 1, got {self.channel_mult_noise}"
-            )
         taps = self.resample_filter
         if not taps or len(taps) % 2 or sum(taps) == 0:
             raise InputError(

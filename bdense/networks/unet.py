@@ -12,67 +12,52 @@ import torch
 from torch import Tensor, nn
 
 from bdense.errors import InputError
+from bdense.knobs import Knobs, knob
 from bdense.networks.layers import UNetBlock
 from bdense.networks.network import Network, check_inputs, check_labels
 from bdense.networks.step_embedding import TakesSteps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UNetConfig:
+class UNetConfig(Knobs):
     """Size and options of a U-Net; field names are EDM's.
 
-    Attributes:
-        img_resolution: Side of the square image in pixels.
-        img_channels: C.
-        label_dim: Number of classes; 0 is unconditional.
-        augment_dim: Width of EDM's augmentation labels; 0 has none.
-        model_channels: Channels at full resolution before ``channel_mult``.
-        channel_mult: Channel multiplier of each level, full resolution first.
-        channel_mult_emb: E in multiples of ``model_channels``.
-        num_blocks: Residual blocks a level (the decoder has one more).
-        attn_resolutions: Image sides at which blocks attend.
-        dropout: Probability in every block, active in training only.
-        label_dropout: Probability that an image's class is hidden, in training only.
-        step_condition: Take the student's number of time stamps as a second input (SFD-v).
-        step_values: Numbers in that input; above 1 for a one-shot student of several coordinates.
+    Whole numbers for dropout stay whole: the fields are part of a denoiser's digest.
     """
 
     network: ClassVar[str]
 
-    img_resolution: int
-    img_channels: int
-    label_dim: int = 0
-    augment_dim: int = 0
-    model_channels: int
-    channel_mult: tuple[int, ...]
-    channel_mult_emb: int = 4
-    num_blocks: int
-    attn_resolutions: tuple[int, ...]
-    dropout: float = 0.1
-    label_dropout: float = 0.0
-    step_condition: bool = False
-    step_values: int = 1
+    img_resolution: int = knob(help="side of the square image in pixels", low=1)
+    img_channels: int = knob(help="C", low=1)
+    label_dim: int = knob(0, "number of classes; 0 is unconditional", low=0)
+    augment_dim: int = knob(0, "width of EDM's augmentation labels; 0 has none", low=0)
+    model_channels: int = knob(help="channels at full resolution before channel_mult", low=1)
+    channel_mult: tuple[int, ...] = knob(
+        help="channel multiplier of each level, full resolution first", low=1
+    )
+    channel_mult_emb: int = knob(4, "E in multiples of model_channels", low=1)
+    num_blocks: int = knob(help="residual blocks a level (the decoder has one more)", low=1)
+    attn_resolutions: tuple[int, ...] = knob(help="image sides at which blocks attend")
+    dropout: int | float = knob(
+        0.1, "probability in every block, active in training only", low=0, high=1
+    )
+    label_dropout: int | float = knob(
+        0.0, "probability that an image's class is hidden, in training only", low=0, high=1
+    )
+    step_condition: bool = knob(
+        False, "take the student's number of time stamps as a second input (SFD-v)"
+    )
+    step_values: int = knob(
+        1, "numbers in that input; above 1 for a one-shot student of several coordinates", low=1
+    )
 
     def __post_init__(self) -> None:
-        for name in ("channel_mult", "attn_resolutions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        least = {"img_resolution": 1, "img_channels": 1, "model_channels": 1, "num_blocks": 1}
-        least |= {"label_dim": 0, "augment_dim": 0, "channel_mult_emb": 1, "step_values": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise InputError(
-                    f"{self.network} {name} must be at least {bound}, got {getattr(self, name)}"
-                )
-        if self.model_channels % 4 or not self.channel_mult or min(self.channel_mult) < 1:
+        Knobs.__post_init__(self)
+        if self.model_channels % 4 or not self.channel_mult:
             raise InputError(
                 f"{self.network} model_channels must be a multiple of 4 and channel_mult one or "
                 f"more numbers from 1 up, got {self.model_channels} and {list(self.channel_mult)}"
             )
-        for name in ("dropout", "label_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(
-                    f"{self.network} {name} must lie in 0..1, got {getattr(self, name)}"
-                )
         halvings = 2 ** (len(self.channel_mult) - 1)
         if self.img_resolution % halvings:
             raise InputError(

@@ -374,7 +374,9 @@ def _network_config(config: TeacherConfig, channels: int, side: int) -> SongUNet
             raise KnobError(f"network.{name}", f"is unknown{did_you_mean(name, known) or others}")
     try:
         return SongUNetConfig(img_resolution=side, img_channels=channels, **config.network)
-    except TypeError as error:
+    except KnobError as error:
+        raise KnobError(f"network.{error.name}", error.problem) from error
+    except TypeError as error:  # given although it follows from the data set
         raise InputError(
             f"the teacher's network options do not fit a SongUNet: {error}"
         ) from error

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from bdense.errors import InputError
 
@@ -16,6 +16,8 @@ class TensorBoard:
     Args:
         place: DIR.
     """
+
+    package: ClassVar[str] = "tensorboard"
 
     def __init__(self, place: str) -> None:
         if not place:
@@ -48,6 +50,8 @@ class WandB:
         place: PROJECT; empty is its default.
     """
 
+    package: ClassVar[str] = "wandb"
+
     def __init__(self, place: str) -> None:
         self._project = place or None
 
@@ -75,6 +79,8 @@ class MLflow:
     Args:
         place: Tracking URI, as in sqlite:///mlflow.db; empty is MLFLOW_TRACKING_URI.
     """
+
+    package: ClassVar[str] = "mlflow"
 
     def __init__(self, place: str) -> None:
         self._uri = place or None

@@ -21,7 +21,10 @@ POINTS = 1000
 
 
 class Tracker(Protocol):
-    """Made with the PLACE of --log; empty where none is given."""
+    """Made with the PLACE of --log; empty where none is given.
+
+    A study looks for the package that the class names as ``package``, if any, before it starts.
+    """
 
     def start(self, run: str, settings: Mapping[str, Any]) -> None:
         """A run begins or is continued; ``settings`` are JSON values."""

@@ -57,7 +57,7 @@ def test_the_difference_of_three_seeds_by_hand(url, method, stage, lower):
     assert tuple(map(comparison.baseline, (PLAIN, UNIFORM))) == (plain, uniform)
     assert ours.values == {seed: fid - lower for seed, fid in FIDS[None].items()}
     assert ours.rows == {1: 2, 2: 5, 3: 8}
-    assert ours.conditions.nfe == (4 if stage else 2)
+    assert ours.figure.nfe == (4 if stage else 2)
     mean = ours.mean()
     assert (mean.mean, mean.n) == (9.0 - lower, 3)
     assert mean.standard_error == pytest.approx(1 / math.sqrt(3))

@@ -119,31 +119,29 @@ def sqlite_file(url: str) -> Path | None:
     return _sqlite_database(parsed, url) if parsed.drivername in _SQLITE_NAMES else None
 
 
-def open_storage(url: str, **options: Any) -> RDBStorage:  # noqa: ANN401  Optuna's
+def open_storage(
+    url: str, *, reading: bool = False, skip_compatibility_check: bool = False
+) -> RDBStorage:
     """Open the database; creates its file, folder and Optuna's tables if missing.
 
     Args:
         url: As accepted by ``resolve_storage_url``.
-        options: Of ``RDBStorage``; with ``skip_compatibility_check`` tables of any version of
-            Optuna are opened.
+        reading: Refuse writes, and create nothing.
+        skip_compatibility_check: Also open tables of another version of Optuna.
 
     Raises:
         StorageError: It cannot be opened; one line with what to check, without a password. A
             ``StorageRefusedError`` if trying later will not help.
     """
-    return _open(url, reading=False, **options)
-
-
-def open_reading(url: str) -> RDBStorage:
-    """Open an existing database so that it refuses writes; raises as ``open_storage``."""
-    return _open(url, reading=True, skip_table_creation=True)
-
-
-def _open(url: str, *, reading: bool, **options: Any) -> RDBStorage:  # noqa: ANN401  Optuna's
     resolved = resolve_storage_url(url)
     path = sqlite_file(resolved)
     # Optuna calls str.format on its URL, so braces in a password or a path must be escaped.
-    make = functools.partial(RDBStorage, resolved.replace("{", "{{").replace("}", "}}"), **options)
+    make = functools.partial(
+        RDBStorage,
+        resolved.replace("{", "{{").replace("}", "}}"),
+        skip_compatibility_check=skip_compatibility_check,
+        skip_table_creation=reading,
+    )
     try:
         if path is None:
             return _open_postgres(make, resolved, reading=reading)
@@ -152,6 +150,11 @@ def _open(url: str, *, reading: bool, **options: Any) -> RDBStorage:  # noqa: AN
     except (SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
         # RuntimeError: Optuna found a schema of another version.
         raise cannot_open(resolved, error) from None
+
+
+def open_reading(url: str) -> RDBStorage:
+    """Open an existing database so that it refuses writes; raises as ``open_storage``."""
+    return open_storage(url, reading=True)
 
 
 @contextlib.contextmanager

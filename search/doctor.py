@@ -25,8 +25,8 @@ from optuna.trial import TrialState
 from bdense.errors import BdenseError
 from search.errors import StorageError, UnknownStudyError
 from search.places import cache_folder, runs_folder
+from search.redaction import redact
 from search.run.ray_folders import ray_folder_problems
-from search.secrets import redact
 from search.spec.study import StudySpec
 from search.storage.engine import (
     DATABASE_ERRORS,

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, TextIO
 
 from bdense.errors import InputError
-from search.secrets import redact
+from search.redaction import redact
 
 LOG = "BDENSE_LOG"
 TEXT, JSON = "text", "json"

@@ -16,11 +16,11 @@ import yaml
 
 from search.cli import main
 from search.errors import StorageFullError
-from search.storage.disk import disk_error, is_full_disk
 from search.storage.engine import open_storage, resolve_storage_url
 from search.storage.ledger import Ledger
 from search.study.study import Study
 from search.worker import distillation
+from search.worker.disk import disk_error, is_full_disk
 from search.worker.ray_tasks import WorkerConfig, WorkerError, prepare_task, record_task, slot
 from search.worker.trainer import RECORDED
 from tests.contracts.scene import take

@@ -26,7 +26,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from bdense.files import file_lock
 from search.errors import StorageError, StorageFullError, StorageRefusedError
 from search.places import runs_folder
-from search.secrets import redact
+from search.redaction import redact
 from search.storage.leases import add_clock
 from search.storage.mounts import refuse_network_file_system
 

@@ -27,7 +27,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from search.secrets import redact
+from search.redaction import redact
 from search.storage.engine import exclusive, retrying
 from search.storage.lease_renewal import LeaseRenewal, lost_error
 from search.storage.leases import Claim, Leases, RunningRow

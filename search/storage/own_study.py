@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from search.errors import UnknownStudyError
 from search.log import optuna_says
-from search.secrets import redact
+from search.redaction import redact
 from search.storage.engine import exclusive, sqlite_file
 from search.storage.tables import BEGUN, ENDED, is_own
 

@@ -9,7 +9,7 @@ from bdense.errors import InputError
 from bdense.knobs import from_options
 from search.analysis.confirmation import confirmation_of
 from search.analysis.pilot import ledgers_with_pilot
-from search.secrets import redact
+from search.redaction import redact
 from search.storage.ledger import Ledger
 from search.storage.stop_flags import held
 from search.study.artifacts import Store, artifact_store, remove_attached

@@ -10,14 +10,14 @@ from typing import Any
 from bdense.errors import BdenseError, NonFiniteError, StoppedError, is_out_of_memory
 from search.errors import LeaseLostError, SpecChangedError, StorageError, UnpreparedError
 from search.log import log_context
-from search.secrets import redact
-from search.storage.disk import disk_error, is_full_disk
+from search.redaction import redact
 from search.storage.ledger import Claim, FailureReason, LeaseRenewal, Ledger
 from search.study.folders import row_folder
 from search.study.results import TrialResult
 from search.study.retention import drop_checkpoints
 from search.study.trial_log import TrialLog
 from search.study.trial_note import attach_pictures, log_errors
+from search.worker.disk import disk_error, is_full_disk
 from search.worker.loss_curve import draw_losses
 from search.worker.result import package_versions
 

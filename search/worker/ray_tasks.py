@@ -22,13 +22,13 @@ from search.errors import (
     WorkersFailedError,
 )
 from search.log import LOG, set_context, start_logging
-from search.secrets import redact
-from search.storage.disk import disk_error
+from search.redaction import redact
 from search.storage.engine import resolve_storage_url, without_password
 from search.storage.stop_flags import NO_LAUNCH, Launch
 from search.study.artifacts import PLACE as ARTIFACTS
 from search.study.study import Study
 from search.worker import trainer_of
+from search.worker.disk import disk_error
 from search.worker.trainer import Preparation
 
 if TYPE_CHECKING:

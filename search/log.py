@@ -25,7 +25,7 @@ _KEYS = ("study", "trial", "attempt")
 
 _log = logging.getLogger(__name__)
 
-# Of this thread and of threads that copy its context.
+# Study, trial and attempt of this thread, and of threads that copy its context.
 _about: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
     "about", default=MappingProxyType({})
 )

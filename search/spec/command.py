@@ -252,7 +252,7 @@ class NamedSpace(SearchSpace):
             )
         for name, value in params.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            # Not isfinite, which has no answer to a whole number of 400 digits.
+            # math.isfinite raises for an int of 400 digits.
             if not is_number or not abs(value) <= sys.float_info.max:
                 raise InputError(f"{name} must be a finite number, got {str(value)[:30]}")
             if self.weights[name].log and value <= 0:

@@ -57,7 +57,7 @@ _POSTGRES_NAMES = ("postgresql", _POSTGRES_DRIVER)
 _SQLITE_NAMES = ("sqlite", "sqlite+pysqlite")
 _FIRST_DELAY_SECONDS = 0.1
 _LONGEST_DELAY_SECONDS = 10.0
-# Not the global generator: a database hiccup must not change seeded draws.
+# Its own generator: a database hiccup must not change seeded draws.
 _jitter = random.Random()
 
 # Keys of libpq in a URL's query whose values are secrets, not paths.
@@ -72,8 +72,8 @@ _TURNED_AWAY = re.compile(
     r"|(?:role|database) \".*\" does not exist",
     re.IGNORECASE,
 )
-# By the server's error code: insufficient_privilege, read_only_sql_transaction, undefined_table,
-# undefined_column.
+# Advice by the server's error code: insufficient_privilege, read_only_sql_transaction,
+# undefined_table, undefined_column.
 _REFUSALS = {
     "42501": "the user may not do that: let the database's owner run bdense-search storage "
     "init, with --writer or --reader for this user",

@@ -280,7 +280,7 @@ class Ledger(LedgerReader):
         """
         asking = _Asking(space=space, sampler=sampler, constraint=constraint)
         if not self._warm:
-            # Not under the lock, where all others would wait: seconds for 10,000 trials.
+            # Before the lock, so that no other waits: this takes seconds for 10,000 trials.
             retrying(partial(self.study.get_trials, deepcopy=False))
             self._warm = True
 

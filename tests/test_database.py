@@ -17,9 +17,10 @@ from search.storage.engine import (
     without_password,
 )
 from search.storage.ledger import Claim, Ledger
-from search.storage.schema import SCHEMA, Role, grant, open_tables, read_password, upgrade
+from search.storage.schema import SCHEMA, Role, grant, open_tables, upgrade
 from search.study.catalogue import list_studies
 from search.study.study import Study
+from search.verbs.storage import read_password
 from search.worker import ray_tasks
 from search.worker.ray_tasks import WorkerConfig, WorkerError, slot
 from tests.contracts.ledger_worker import SPACE

@@ -39,14 +39,14 @@ def _roles(asked: TablesOptions) -> list[Role]:
     for kind, access in _ROLES:
         name, file = getattr(asked, kind), getattr(asked, f"{kind}_password_file")
         if name is not None:
-            password = None if file is None else _read_password(file)
+            password = None if file is None else read_password(file)
             roles.append(Role(name=name, access=access, password=password))
         elif file is not None:
             raise InputError(f"--{kind}-password-file {file} needs --{kind} NAME beside it")
     return roles
 
 
-def _read_password(path: Path) -> str:
+def read_password(path: Path) -> str:
     """A password from its file, without the line's end.
 
     Raises:

@@ -54,7 +54,7 @@ def at_home(tmp_path, tmp_path_factory, monkeypatch) -> None:
 @pytest.fixture
 def in_one_process(monkeypatch) -> None:
     """Specs are read in this process, which has torch already."""
-    monkeypatch.setattr(upgrade, "apart", lambda call: call())
+    monkeypatch.setattr(upgrade, "in_child", lambda call: call())
 
 
 def copied(folder: Path) -> str:
@@ -75,7 +75,7 @@ def upgraded(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("upgraded")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BDENSE_RUNS", str(folder / "runs"))
-        patch.setattr(upgrade, "apart", lambda call: call())
+        patch.setattr(upgrade, "in_child", lambda call: call())
         assert len(list(upgrade.upgrade_studies(copied(folder)))) == len(NAMES)
     return folder
 

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bdense.errors import InputError
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
-from search.secrets import redact
+from search.redaction import redact
 from search.storage.engine import resolve_storage_url
 from search.storage.ledger import Ledger
 

@@ -28,12 +28,12 @@ from search.analysis.plans import differing, given_arm, plan_confirmation, plan_
 from search.analysis.priors import require_priors
 from search.analysis.recommendation import Recommendation
 from search.log import say
+from search.redaction import redact
 from search.report.document import as_markdown
 from search.report.overview import overview_of
 from search.report.pages import study_page
 from search.report.plots import study_plots
 from search.report.report_files import write_report
-from search.secrets import redact
 from search.spec.file import read_here, require_variants
 from search.spec.study import StudySpec
 from search.storage.engine import resolve_storage_url

@@ -10,7 +10,7 @@ from bdense import command
 from bdense.command import Force, Verb, run_verb
 from search.errors import INTERRUPTED
 from search.log import say, start_logging
-from search.secrets import redact
+from search.redaction import redact
 from search.storage.engine import DATABASE_ERRORS, as_storage_error, resolve_storage_url
 from search.storage.stop_flags import CONTINUE
 from search.verbs.options import (

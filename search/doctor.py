@@ -24,8 +24,8 @@ from bdense.files import plain_json
 from search.child import in_child
 from search.errors import StorageError, UnknownStudyError
 from search.places import cache_folder, runs_folder
+from search.redaction import redact
 from search.run.machine import ray_folder_problems
-from search.secrets import redact
 from search.spec.study import StudySpec
 from search.storage.engine import (
     DATABASE_ERRORS,

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, TextIO
 
 from bdense.errors import InputError
-from search.secrets import redact
+from search.redaction import redact
 
 LOG = "BDENSE_LOG"
 TEXT, JSON = "text", "json"
@@ -25,7 +25,7 @@ _KEYS = ("study", "trial", "attempt")
 
 _log = logging.getLogger(__name__)
 
-# Of this thread and of threads that copy its context.
+# Study, trial and attempt of this thread, and of threads that copy its context.
 _context: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
     "context", default=MappingProxyType({})
 )

@@ -220,7 +220,7 @@ class Promotion:
                     f"must be the number of fresh seeds, 1 or more, unless `to` is given, got "
                     f"{shown}",
                 )
-            # Not those of the confirmation, which chose the winner.
+            # The seeds of the confirmation chose the winner, so they are left out.
             confirmation = confirmation_of(study)
             used = [] if confirmation is None else [row.seed for row, _ in confirmation.rows()]
             return fresh_seeds(study.spec, number, used)

@@ -15,7 +15,7 @@ from sqlalchemy.exc import OperationalError, ProgrammingError
 import search.storage.engine
 from search import cli
 from search.errors import StorageError, StorageRefusedError
-from search.secrets import redact
+from search.redaction import redact
 from search.storage.engine import (
     exclusive,
     is_transient,

@@ -130,7 +130,7 @@ def _priors(study: Study, own: Sequence[Observation]) -> list[Observation]:
     found: list[Observation] = []
     for name in study.spec.search.prior:
         prior = [each for _, each in prior_trials(study, name)]
-        # Together they say no more than one value that is as far off as they are.
+        # The whole prior counts as one value with that error.
         noise = disagreement(prior, own) * math.sqrt(len(prior)) if prior else 0.0
         found += [replace(each, noise=noise) for each in prior]
     return found

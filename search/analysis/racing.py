@@ -19,7 +19,7 @@ from search.storage.queries import StoredTrial
 from search.study.retention import keep_too
 from search.study.study import Study
 
-# Beyond so many standard deviations a difference is no noise.
+# A difference of more standard deviations than this is no noise.
 BEYOND_NOISE = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 
@@ -59,11 +59,11 @@ def next_replicate(
     racing = [each for each in contenders if not each.is_worse]
     if not racing:
         return None
-    # Of the points of most seeds the lowest.
+    # The lowest of the points with the most seeds.
     leader = max(racing, key=lambda each: len(each.seeds))
     for each in (leader, *racing):
         most = len(seeds) if each is leader else len(leader.seeds)
-        # As many more at once as have ended: 1, 2, 4, ...
+        # At once as many more as have ended: 1, 2, 4, ...
         if len(each.seeds) < min(most, 2 * each.ended):
             return each, next(seed for seed in seeds if seed not in each.seeds)
     return None

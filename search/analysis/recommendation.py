@@ -66,7 +66,7 @@ class Noise:
     def _way_to_know(self) -> str:
         if self.metric.is_fid:
             return "plan.replicates: 3 measures it"
-        # Of a program's one baseline there is no difference without a second arm.
+        # A program has one baseline: a difference needs a second arm.
         return "plan.replicates: 3 and plan.race: 2 measure it"
 
     def as_dict(self) -> dict[str, float | None]:

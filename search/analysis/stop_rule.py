@@ -71,7 +71,7 @@ class LargestGain:
 def largest_gain(study: Study) -> LargestGain | None:
     """What a search may still gain; None before all baselines and enough trials have ended."""
     spec, comparison, arms = study.spec, compare(study), study.arms
-    # Of fewer seeds the least difference would be far larger.
+    # With fewer seeds the least difference would be far larger.
     if any(arms[row.arm].baseline and not ended for row, ended in study.rows()):
         return None
     least, best = noise_of(comparison).least_difference, recommend(comparison)

@@ -267,7 +267,7 @@ def _fitted_curve(at: Array, values: Array, members: Array, noises: Array) -> _C
     offsets = _offsets(values, members, np.linalg.inv(_kernel(at.shape[1])(at) + np.diag(own)))
     kernel: Any = None
     for _ in range(MAX_ROUNDS):
-        # Of equal values nothing is left to scale up but rounding.
+        # Where all values are equal, only rounding would be scaled up.
         scale = max(float(np.std(values - offsets)), 1e-9 * float(np.abs(values).max())) or 1.0
         own = (noises / scale) ** 2
         process = _fitted(at, (values - offsets) / scale, own, kernel)

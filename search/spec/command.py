@@ -251,7 +251,7 @@ class NamedSpace(SearchSpace):
                 "give each of them and no other"
             )
         for name, value in params.items():
-            # Not isfinite, which has no answer to a whole number of 400 digits.
+            # math.isfinite raises for an int of 400 digits.
             if not is_number(value) or not abs(value) <= sys.float_info.max:
                 raise InputError(f"{name} must be a finite number, got {str(value)[:30]}")
             if self.weights[name].log and value <= 0:

@@ -350,7 +350,7 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     if isinstance(table := method.options.get("epd_table"), str):
         method = method.with_options({"epd_table": paths.file("method.epd_table", table)})
     if spec.is_command:
-        # Also of the study's own folder: workers are started elsewhere.
+        # Workers are started in other folders, so the study's own folder is written out, too.
         folder = paths.path("method.folder", spec.program.folder or "")
         method = method.with_options({"folder": str(folder)})
     return replace(

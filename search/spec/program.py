@@ -9,8 +9,8 @@ from bdense.errors import InputError
 from bdense.methods.plan import StagePlan
 from search.errors import under
 from search.spec.command import CommandConfig, require_runnable
-from search.spec.plan import check_plan
 from search.spec.sections import Facts
+from search.spec.space import check_plan
 from search.spec.study import StudySpec
 
 

@@ -45,8 +45,8 @@ from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights import space_of
 from bdense.weights.space import BASELINE, UNIFORM
 from search.errors import SpecError, under
-from search.spec.plan import check_plan
 from search.spec.sections import Facts, TeacherTraining
+from search.spec.space import check_plan
 from search.spec.study import StudySpec
 
 

@@ -18,9 +18,9 @@ _SEEDS: dict[str, Any] = {"low": 0, "below": 2**31}
 
 # Short for a search of its one-shot training's best points.
 ONE_SHOT_PLAN = "one-shot"
-# Of each FID of a pilot, which decides how many a study takes.
+# Images of each FID of a pilot, which decides how many a study takes.
 PILOT_IMAGES = 4096
-# As many as the literature takes for a FID.
+# Images of a FID in the literature.
 MOST_IMAGES = 50_000
 
 
@@ -280,7 +280,7 @@ class SearchPlan(Knobs):
                 f"{self.images} are drawn at no fraction of the training; give at: [...] or drop "
                 "images",
             )
-        # Of two seeds the least difference is 12.7 standard deviations: any search would end.
+        # With two seeds the least difference is 12.7 standard deviations: any search would end.
         for name, fewest in (("race", 2), ("stop", 3)):
             if getattr(self, name) and self.replicates < fewest:
                 raise KnobError(

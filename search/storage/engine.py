@@ -26,7 +26,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from bdense.files import file_lock
 from search.errors import StorageError, StorageFullError, StorageRefusedError
 from search.places import runs_folder
-from search.secrets import redact
+from search.redaction import redact
 from search.storage.leases import add_clock
 from search.storage.mounts import refuse_network_file_system
 
@@ -57,7 +57,7 @@ _POSTGRES_NAMES = ("postgresql", _POSTGRES_DRIVER)
 _SQLITE_NAMES = ("sqlite", "sqlite+pysqlite")
 _FIRST_DELAY_SECONDS = 0.1
 _LONGEST_DELAY_SECONDS = 10.0
-# Not the global generator: a database hiccup must not change seeded draws.
+# Its own generator: a database hiccup must not change seeded draws.
 _jitter = random.Random()
 
 # Keys of libpq in a URL's query whose values are secrets, not paths.
@@ -72,8 +72,8 @@ _TURNED_AWAY = re.compile(
     r"|(?:role|database) \".*\" does not exist",
     re.IGNORECASE,
 )
-# By the server's error code: insufficient_privilege, read_only_sql_transaction, undefined_table,
-# undefined_column.
+# Advice by the server's error code: insufficient_privilege, read_only_sql_transaction,
+# undefined_table, undefined_column.
 _REFUSALS = {
     "42501": "the user may not do that: let the database's owner run bdense-search storage "
     "init, with --writer or --reader for this user",
@@ -119,31 +119,29 @@ def sqlite_file(url: str) -> Path | None:
     return _sqlite_database(parsed, url) if parsed.drivername in _SQLITE_NAMES else None
 
 
-def open_storage(url: str, **options: Any) -> RDBStorage:  # noqa: ANN401  Optuna's
+def open_storage(
+    url: str, *, reading: bool = False, skip_compatibility_check: bool = False
+) -> RDBStorage:
     """Open the database; creates its file, folder and Optuna's tables if missing.
 
     Args:
         url: As accepted by ``resolve_storage_url``.
-        options: Of ``RDBStorage``; with ``skip_compatibility_check`` tables of any version of
-            Optuna are opened.
+        reading: Refuse writes, and create nothing.
+        skip_compatibility_check: Also open tables of another version of Optuna.
 
     Raises:
         StorageError: It cannot be opened; one line with what to check, without a password. A
             ``StorageRefusedError`` if trying later will not help.
     """
-    return _open(url, reading=False, **options)
-
-
-def open_reading(url: str) -> RDBStorage:
-    """Open an existing database so that it refuses writes; raises as ``open_storage``."""
-    return _open(url, reading=True, skip_table_creation=True)
-
-
-def _open(url: str, *, reading: bool, **options: Any) -> RDBStorage:  # noqa: ANN401  Optuna's
     resolved = resolve_storage_url(url)
     path = sqlite_file(resolved)
     # Optuna calls str.format on its URL, so braces in a password or a path must be escaped.
-    make = functools.partial(RDBStorage, resolved.replace("{", "{{").replace("}", "}}"), **options)
+    make = functools.partial(
+        RDBStorage,
+        resolved.replace("{", "{{").replace("}", "}}"),
+        skip_compatibility_check=skip_compatibility_check,
+        skip_table_creation=reading,
+    )
     try:
         if path is None:
             return _open_postgres(make, resolved, reading=reading)
@@ -152,6 +150,11 @@ def _open(url: str, *, reading: bool, **options: Any) -> RDBStorage:  # noqa: AN
     except (SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
         # RuntimeError: Optuna found a schema of another version.
         raise cannot_open(resolved, error) from None
+
+
+def open_reading(url: str) -> RDBStorage:
+    """Open an existing database so that it refuses writes; raises as ``open_storage``."""
+    return open_storage(url, reading=True)
 
 
 @contextlib.contextmanager

@@ -307,7 +307,7 @@ def wall_clock(engine: sa.Engine) -> sa.ColumnElement[float]:
 def add_clock(connection: sqlite3.Connection) -> None:
     """Give a connection the functions of ``database_clock``."""
     boot = _place(os.getpid())[0].replace("-", "")
-    # Without a name of the boot, which would tell an earlier one's count: the clock itself.
+    # Without a name of the boot an earlier boot's count could not be told apart: use the clock.
     since_boot = time.monotonic if boot else time.time
     connection.create_function("bdense_since_boot", 0, since_boot)
     connection.create_function("bdense_boot", 0, lambda: float(int(boot[:12] or "0", 16)))

@@ -27,7 +27,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from search.secrets import redact
+from search.redaction import redact
 from search.storage.engine import exclusive, retrying
 from search.storage.lease_renewal import LeaseRenewal, lost_error
 from search.storage.leases import Claim, Leases, RunningRow
@@ -280,7 +280,7 @@ class Ledger(LedgerReader):
         """
         asking = _Asking(space=space, sampler=sampler, constraint=constraint)
         if not self._warm:
-            # Not under the lock, where all others would wait: seconds for 10,000 trials.
+            # Before the lock, so that no other waits: this takes seconds for 10,000 trials.
             retrying(partial(self.study.get_trials, deepcopy=False))
             self._warm = True
 

@@ -14,14 +14,14 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from search.errors import UnknownStudyError
 from search.log import optuna_says
-from search.secrets import redact
+from search.redaction import redact
 from search.storage.engine import exclusive, sqlite_file
 from search.storage.tables import BEGUN, ENDED, is_own
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
 CHANGES = "changes"
-# Of the Optuna study that holds a search's baselines, after the search's name.
+# A search's baselines are in an Optuna study of the search's name and this suffix.
 BASELINES_SUFFIX = ".baselines"
 DEFAULT_TTL_SECONDS = 60.0
 DEFAULT_MAX_ATTEMPTS = 3

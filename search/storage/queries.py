@@ -338,7 +338,7 @@ def read_trials(
         found = list(connection.execute(query))
         if not found:
             return []
-        # By key for one trial, else by the same query: a list may be too long for SQL.
+        # One trial by its key, several by the same query: a list may be too long for SQL.
         which: Any = [found[0].trial_id] if len(found) == 1 else sa.select(chosen.c.trial_id)
         stored = sa.select(USER_ATTRIBUTES).where(USER_ATTRIBUTES.c.trial_id.in_(which))
         if keys is not None:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from bdense.errors import InputError
 from search.errors import StorageError, StorageRefusedError
-from search.secrets import redact
+from search.redaction import redact
 from search.storage.engine import (
     UPGRADE,
     cannot_open,

@@ -128,7 +128,7 @@ def attach(
     """
 
     def reserve() -> dict[str, str]:
-        # Else a worker that was frozen here and its adopter would both reserve.
+        # The lock keeps a worker that was frozen here and its adopter from both reserving.
         with exclusive(storage.engine, f"artifacts of trial {trial_id}"):
             trial = storage.get_trial(trial_id)
             known = {meta.filename: meta.artifact_id for meta in attached(storage, trial)}

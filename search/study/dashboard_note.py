@@ -34,7 +34,7 @@ def save_note(
     )
 
     def write() -> None:
-        # Else two launchers of a study would both insert the version.
+        # The lock keeps two launchers of a study from both inserting the version.
         with (
             exclusive(storage.engine, f"texts of study {study_id}"),
             storage.engine.begin() as connection,

@@ -194,26 +194,33 @@ class WeightHistory:
     iterations: list[int]
     weights: list[list[float]]
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
 
-# How fields that are no plain values are stored, and how they are read.
-_FORMS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "fid": (FID.as_dict, FID.read),
-    "score": (Score.as_dict, Score.read),
-    "teacher_fid": (FID.as_dict, FID.read),
-    "curve": (Curve.as_dict, Curve.read),
-    "kid": (KID.as_dict, KID.read),
-    "prc": (PrecisionRecall.as_dict, PrecisionRecall.read),
-    "clip_score": (CLIPScore.as_dict, CLIPScore.read),
-    "fids": (
-        lambda fids: {nfe: fid.as_dict() for nfe, fid in fids.items()},
-        lambda stored: {nfe: FID.read(fid) for nfe, fid in stored.items()},
-    ),
-    "intermediate": (
-        lambda found: [one.as_dict() for one in found],
-        lambda stored: [IntermediateFID.read(one) for one in stored],
-    ),
-    "weights_over_time": (dataclasses.asdict, lambda stored: WeightHistory(**stored)),
+
+# How fields that are no plain values are read.
+_READ: dict[str, Callable[[Any], Any]] = {
+    "fid": FID.read,
+    "score": Score.read,
+    "fids": lambda stored: {nfe: FID.read(fid) for nfe, fid in stored.items()},
+    "teacher_fid": FID.read,
+    "curve": Curve.read,
+    "kid": KID.read,
+    "prc": PrecisionRecall.read,
+    "clip_score": CLIPScore.read,
+    "intermediate": lambda stored: [IntermediateFID.read(one) for one in stored],
+    "weights_over_time": lambda stored: WeightHistory(**stored),
 }
+
+
+def _as_stored(value: Any) -> Any:  # noqa: ANN401  any field of a result
+    """The JSON form of a field."""
+    if hasattr(value, "as_dict"):
+        return value.as_dict()
+    if isinstance(value, dict):
+        return {key: _as_stored(each) for key, each in value.items()}
+    return [_as_stored(each) for each in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,17 +299,15 @@ class TrialResult:
                 value = {name: one for name, one in value.items() if name not in PARAMETERS}
                 if not value:
                     continue
-            found[each.name] = _FORMS[each.name][0](value) if each.name in _FORMS else value
+            found[each.name] = _as_stored(value)
         return found
 
     @classmethod
     def of(cls, value: float | None, attrs: Mapping[str, Any]) -> Self:
         """Read a row's value and attributes."""
         known = {each.name for each in dataclasses.fields(cls)}
-        own = {
-            name: _FORMS[name][1](attrs[name]) if name in _FORMS else attrs[name]
-            for name in known & attrs.keys()
-        }
+        own = {name: attrs[name] for name in known & attrs.keys()}
+        own |= {name: read(own[name]) for name, read in _READ.items() if name in own}
         named = {name: attrs[name] for name in PARAMETERS if name in attrs}
         own["parameters"] = named | own.get("parameters", {})
         missing: dict[str, Any] = dict.fromkeys(("fingerprint", "device", "worker"), "")

@@ -36,7 +36,8 @@ GPU_BYTES = "gpu_bytes"  # that a trial takes of each of its GPUs, as measured b
 ARMS, VARIANTS, FACTS = "arms", "variants", "facts"
 # Fractions and images of the intermediate FIDs that are stored.
 INTERMEDIATE = "intermediate"
-# Of a confirmation: numbers of trials and candidates at the last choice; the judged variant.
+# A confirmation has the numbers of trials and candidates at the last choice, and the variant
+# that is judged.
 CHOSEN_AFTER, JUDGED = "chosen_after", "judged_variant"
 # The form of all these; storage upgrade brings older ones over.
 FORMAT, CURRENT = "format", 2
@@ -231,7 +232,7 @@ class Study:
         new = [arm for arm in arms if arm not in known]
         known += new
         changes += [dict(each) for each in variants if dict(each) not in changes]
-        # Without a new one it is no matter what others add: a race does all the time.
+        # Where no arm is new it does not matter what others add, as a race does all the time.
         added = not new or self.given.extend_list(ARMS, [asdict(arm) for arm in known])
         if not (added and self.given.extend_list(VARIANTS, changes)):
             raise SpecChangedError(

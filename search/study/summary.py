@@ -7,7 +7,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from bdense.weights.space import BASELINE
-from search.secrets import redact
+from search.redaction import redact
 from search.spec.metric import Metric
 from search.spec.study import StudySpec
 from search.storage.ledger import Ledger

@@ -7,7 +7,7 @@ from pathlib import Path
 from bdense.errors import InputError
 from search.analysis.confirmation import confirmation_of
 from search.analysis.pilot import ledgers_with_pilot
-from search.secrets import redact
+from search.redaction import redact
 from search.storage.ledger import Ledger
 from search.storage.stop_flags import held
 from search.study.artifacts import Store, artifact_store, remove_attached

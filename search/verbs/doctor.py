@@ -4,7 +4,7 @@ import json
 
 from bdense.errors import BdenseError
 from search.doctor import examine
-from search.secrets import redact
+from search.redaction import redact
 from search.verbs.common import storage_url, study_name
 from search.verbs.options import DoctorOptions
 

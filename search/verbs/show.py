@@ -18,8 +18,8 @@ from search.analysis.pilot import pilot_of
 from search.analysis.recommendation import noise_of
 from search.analysis.stop_rule import LargestGain
 from search.log import say
+from search.redaction import redact
 from search.report.report_files import HTML_PAGE, write_report
-from search.secrets import redact
 from search.storage.engine import sqlite_file
 from search.storage.stop_flags import CONTINUE, asked_at
 from search.study.catalogue import list_studies, studies_json, studies_table

@@ -4,7 +4,7 @@ import itertools
 from pathlib import Path
 
 from bdense.errors import InputError
-from search.secrets import redact
+from search.redaction import redact
 from search.storage.schema import Access, Role, grant, open_tables, upgrade
 from search.study.upgrade import upgrade_studies
 from search.verbs.common import storage_url

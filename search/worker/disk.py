@@ -6,7 +6,7 @@ import platform
 from bdense.errors import InputError
 from search.errors import DiskFullError, NoAccessError
 from search.places import cache_folder, runs_folder
-from search.secrets import redact
+from search.redaction import redact
 
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 

@@ -72,7 +72,7 @@ class Judge:
             poor = retrying(ask)
             decision = {"poor": bool(poor), "notes": notes}  # JSON does not take NumPy's bool
             _store(storage, trial_id, key, decision)
-        # Also for a stored decision: its worker may have died before all notes were stored.
+        # A stored decision, too: its worker may have died before all notes were stored.
         for name, value in decision["notes"].items():
             _store(storage, trial_id, name, value)
         return bool(decision["poor"])

@@ -10,7 +10,7 @@ from typing import Any
 from bdense.errors import BdenseError, NonFiniteError, StoppedError, is_out_of_memory
 from search.errors import LeaseLostError, SpecChangedError, StorageError, UnpreparedError
 from search.log import log_context
-from search.secrets import redact
+from search.redaction import redact
 from search.storage.ledger import Claim, FailureReason, LeaseRenewal, Ledger
 from search.study.folders import row_folder
 from search.study.results import TrialResult

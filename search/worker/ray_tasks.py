@@ -22,7 +22,7 @@ from search.errors import (
     WorkersFailedError,
 )
 from search.log import LOG, set_context, start_logging
-from search.secrets import redact
+from search.redaction import redact
 from search.storage.engine import resolve_storage_url, without_password
 from search.storage.stop_flags import NO_LAUNCH, Launch
 from search.study.artifacts import PLACE as ARTIFACTS

@@ -409,7 +409,7 @@ def _is_own(subject: Subject, params: dict[str, Any], folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     fingerprint = subject.study.main.attribute(FINGERPRINT)
-    expected = subject.study.task(subject.ledger, params).identity() | {"fingerprint": fingerprint}
+    expected = subject.study.task(subject.ledger, params).identity(fingerprint)
     return bool(stored == json.loads(json.dumps(expected)))
 
 

@@ -82,12 +82,12 @@ class Patient:
 
 def write_files(study: Study, ledger: Ledger, runs: Path) -> None:
     """Each complete row's folder, as its worker leaves it."""
-    fingerprint = {"fingerprint": study.main.attribute(FINGERPRINT)}
+    fingerprint = study.main.attribute(FINGERPRINT)
     asked = ledger.asked()
     for number, value in ledger.complete_values().items():
         folder = runs / ledger.study.study_name / f"{number:05d}"
         folder.mkdir(parents=True, exist_ok=True)
-        identity = study.task(ledger, asked[number]).identity() | fingerprint
+        identity = study.task(ledger, asked[number]).identity(fingerprint)
         (folder / IDENTITY).write_text(json.dumps(identity))
         (folder / RESULT).write_text(json.dumps({"value": value}))
         (folder / "student.safetensors").write_bytes(b"0")

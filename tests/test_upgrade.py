@@ -215,8 +215,7 @@ def test_a_worker_takes_each_folder_for_its_rows_and_finds_the_result(url, name)
             if not (folder / "trial.json").exists():
                 continue
             params = trial.system_attrs.get("fixed_params", trial.params)
-            identity = study.task(ledger, params).identity()
-            identity |= {"fingerprint": study.spec.fingerprint()}
+            identity = study.task(ledger, params).identity(study.spec.fingerprint())
             take_folder(folder, identity)
             assert folder.exists()
             folders.append(folder)

@@ -138,8 +138,8 @@ class Task:
     variant: Mapping[str, Any] = field(default_factory=dict)
     arm: str | None = None
 
-    def identity(self) -> dict[str, Any]:
-        """What the row's folder stores to be known again."""
+    def identity(self, fingerprint: str | None) -> dict[str, Any]:
+        """What the row's folder stores to be known again, under its study's fingerprint."""
         identity = asdict(self)
         del identity["arm"]
-        return identity
+        return identity | {"fingerprint": fingerprint}

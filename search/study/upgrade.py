@@ -379,7 +379,7 @@ def _result_attrs(old: Mapping[str, Any], row: _Row, fingerprint: str) -> dict[s
 
 def _rewrite_folder(folder: Path, row: _Row, form: _Form) -> bool:
     """Rewrite a folder if it is the row's; returns whether it is."""
-    identity = row.task.identity() | {"fingerprint": form.fingerprint}
+    identity = row.task.identity(form.fingerprint)
     mark = folder / IDENTITY
     if not mark.is_file() or json.loads(mark.read_text()) not in (row.before, identity):
         return False

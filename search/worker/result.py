@@ -67,7 +67,7 @@ def stored_or_made(
 
     It is written to the row's folder before it is returned.
     """
-    folder, identity = attempt.folder, attempt.task.identity() | {"fingerprint": fingerprint}
+    folder, identity = attempt.folder, attempt.task.identity(fingerprint)
     take_folder(folder, identity)
     attempt.log.open()
     if (done := read_result(folder, identity)) is not None:

@@ -327,7 +327,7 @@ class OpenStudy:
             folder: New folder to write.
             trial: Number of the trial; None is the recommended arm of the confirmation, else the
                 best trial; of given arms the recommended one, under the first seed.
-            baseline: That of a search instead of a trial.
+            baseline: A search's baseline to export instead of a trial.
             nfe: Network evaluations of the student, for a method of several stages; None is the
                 last stage's.
 

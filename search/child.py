@@ -5,6 +5,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
@@ -26,6 +27,13 @@ class ChildError(BdenseError):
         self.status = status
 
 
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    """What a child's call raised."""
+
+    error: Exception
+
+
 def in_child(call: Callable[[], T], seconds: float | None = None, *, quiet: bool = False) -> T:
     """Call in a child process, and return or raise what the call does.
 
@@ -45,7 +53,7 @@ def in_child(call: Callable[[], T], seconds: float | None = None, *, quiet: bool
     try:
         if not ours.poll(seconds):
             raise ChildError(f"no answer within {seconds:g} seconds")
-        result, error = ours.recv()
+        answer: T | _Raised = ours.recv()
     except EOFError:
         child.join()
         status = child.exitcode or 0
@@ -54,9 +62,9 @@ def in_child(call: Callable[[], T], seconds: float | None = None, *, quiet: bool
     finally:
         child.kill()
         child.join()
-    if error is not None:
-        raise error
-    return result  # type: ignore[no-any-return]
+    if isinstance(answer, _Raised):
+        raise answer.error
+    return answer
 
 
 def _answer(to: Connection, call: Callable[[], object], quiet: bool) -> None:
@@ -67,8 +75,8 @@ def _answer(to: Connection, call: Callable[[], object], quiet: bool) -> None:
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
     try:
-        answer: tuple[object, Exception | None] = call(), None
+        answer = call()
     except Exception as error:  # noqa: BLE001  the parent raises it
         error.add_note(f"In a child process:\n{traceback.format_exc()}")
-        answer = None, error
+        answer = _Raised(error)
     to.send(answer)

@@ -58,9 +58,9 @@ class Exported:
         folder: The model folder.
         pipeline: The diffusers pipeline in it; None where the network is not a diffusers one.
         study: Name of the row's study: a search, its confirmation, or one of given arms.
-        number: Of the trial or row; a baseline's among the baselines.
+        number: The row's number in its ledger.
         label: Its weights or arm, and the training seed of an arm.
-        fid: Of the student; None where its stage was not measured.
+        fid: The student's; None where its stage was not measured.
     """
 
     folder: Path
@@ -118,7 +118,7 @@ def export_trial(
     """Write a kept student as a model folder.
 
     Args:
-        study: Of any kind.
+        study: A search or a study of given arms.
         folder: Where to write it; it must not exist.
         number: Number of the row. None: of a search, the arm that its confirmation recommends,
             under the first fresh seed, else the best trial; of given arms, the recommended one,

@@ -1,9 +1,9 @@
 """Copy model folders to any URL of fsspec: s3://, gs://, file:// and others."""
 
 from pathlib import Path
-from typing import Any
 
 import fsspec
+from fsspec import AbstractFileSystem
 
 from bdense.errors import InputError
 
@@ -52,7 +52,7 @@ def upload(folder: Path, url: str) -> None:
         raise InputError(f"{url} cannot be written: {error}") from error
 
 
-def _opened(url: str) -> tuple[Any, str]:
+def _opened(url: str) -> tuple[AbstractFileSystem, str]:
     """The file system of a URL, and the path in it."""
     try:
         files, path = fsspec.core.url_to_fs(url)

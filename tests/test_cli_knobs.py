@@ -61,7 +61,7 @@ def options() -> Iterator[Any]:
             if each.form == "positional":
                 continue
             wrong = wrong_values(each)
-            for value in {*wrong[:1], *wrong[-1:]}:
+            for value in dict.fromkeys((*wrong[:1], *wrong[-1:])):
                 label = f"{verb} {' '.join(given[:2])} {name} {value}"
                 yield pytest.param(command, verb, placed, name, value, id=label)
 

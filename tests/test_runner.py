@@ -7,6 +7,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,9 +100,9 @@ def without_ray(monkeypatch):
 
     def be(session=lambda: None, prepare=lambda: None, slots=lambda: None) -> None:
         @contextlib.contextmanager
-        def entered(url: str) -> Iterator[None]:
+        def entered(url: str) -> Iterator[SimpleNamespace]:
             session()
-            yield
+            yield SimpleNamespace(lost=False)
 
         monkeypatch.setattr(runner, "ray_session", entered)
         monkeypatch.setattr(runner, "_await_machines", lambda: None)

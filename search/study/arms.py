@@ -27,7 +27,7 @@ class OneShotTask:
     """A search's one-shot training.
 
     Attributes:
-        length: Of the training, in those of a trial.
+        length: Training length, in trial lengths.
         points: Number of points of the space at which the student is measured.
         box: Lowest and highest value of each coordinate, in which they lie.
     """

@@ -48,13 +48,13 @@ class Order:
         words: The program's path and its arguments.
         cwd: Where it is started.
         signal: Name of the signal that asks it to save and end, without SIG.
-        grace_seconds: That it has for it.
+        grace_seconds: Time for it to save and end.
         lock: File that is locked while the program lives.
         given: The file of ``MARK``.
         metric: File for its metric; one of an earlier attempt is deleted.
         values: File for its values; half a line of an earlier attempt is cut off.
         out, err: Files for its outputs.
-        most_bytes: That are kept of each, in two files: the last ones.
+        most_bytes: Size of each output's log, which keeps the end of it in two files.
     """
 
     words: list[str]
@@ -80,7 +80,7 @@ class Outcome:
         hindered: Why it did not: it could not be started; its lock could not be had; the guard
             was asked to end while it waited for an earlier worker's program.
         killed: Whether it had to be killed.
-        children: Whether it left children behind, which were killed.
+        children: Whether children of it were left, and killed.
         last_words: The end of its standard error, or the error that hindered it.
     """
 

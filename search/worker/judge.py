@@ -31,9 +31,9 @@ class Judge:
 
     Args:
         spec: The study's.
-        ledger: Of the row.
+        ledger: The row's.
         claim: The row.
-        prunes: Whether it may be ended; a baseline or a given arm is measured to its end alone.
+        prunes: Whether the pruner may end it; baselines and given arms always run to the end.
     """
 
     def __init__(self, spec: StudySpec, ledger: Ledger, claim: Claim, *, prunes: bool) -> None:

@@ -37,7 +37,7 @@ def work_on_row(
     Args:
         ledger: The row's ledger.
         claim: The row.
-        work: From the held lease, the row's folder and its log to its result.
+        work: Makes the result, given the held lease, the row's folder and its log.
         fingerprint: The study's.
         asked: ``time.perf_counter()`` when the claim was asked for.
 

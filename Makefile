@@ -15,13 +15,12 @@ SPREAD := --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 search: $(VENV)/.installed
 	$(BIN)/bdense-search launch $(STUDY)
 
-# In the order of their files: those that start Ray come first, and wait much, while unit tests run beside them.
+# The longest files come first: tests/conftest.py lists them.
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow" $(SPREAD) tests
 
-# Slow tests: the service on real processes (kills and stops, given arms confirmed, promoted and transferred, 200 trials under
-# faults, clusters of other versions, two hosts, docker compose), too little memory, 10,000 trials, compiled networks. The longest
-# files come first.
+# Slow tests: the service on real processes (kills and stops, given arms confirmed, promoted and transferred, 120 trials under
+# faults, clusters of other versions, two hosts, docker compose), too little memory, 10,000 trials, compiled networks.
 test-service: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow $(SPREAD) tests
 

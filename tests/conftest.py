@@ -25,6 +25,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest.register_assert_rewrite("tests.contracts")
 
 
+# Files that take longest, of the slow suite and of the default one: the others fill what is left.
+LONGEST = """
+e2e/test_faults e2e/test_compose e2e/test_search e2e/test_arms e2e/test_two_hosts e2e/test_slurm
+test_ledger_postgres test_ledger_sqlite test_parallel test_docs test_evaluate test_doctor
+test_plans test_upgrade test_cost test_racing test_shortage test_latent_digits test_foreign_rows
+test_goldens_traces test_goldens_latent_traces test_sfd test_rows test_zoo_pipelines
+test_progressive test_epd test_hostile_texts test_exposition test_command test_consistency
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no process ends long after the others."""
+    folder = Path(__file__).parent
+    ranks = {folder / f"{name}.py": rank for rank, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
 @dataclass
 class Postgres:
     """A real server on its own socket, without a password."""
@@ -91,7 +108,7 @@ class Postgres:
         )
 
 
-def _memory() -> Path | None:
+def memory() -> Path | None:
     """A folder in memory with a gigabyte left, if there is one."""
     folder = Path("/dev/shm")
     return folder if folder.is_dir() and shutil.disk_usage(folder).free >= 2**30 else None
@@ -108,7 +125,7 @@ def postgres() -> Iterator[Postgres]:
     # Not pytest's folder: run by root the server has a user of its own, whom the next pytest
     # session would lock out of it. In memory where there is room: to remove some thousand files
     # takes a disk up to a minute.
-    data = Path(tempfile.mkdtemp(prefix="bdense-postgres-", dir=_memory())) / "data"
+    data = Path(tempfile.mkdtemp(prefix="bdense-postgres-", dir=memory())) / "data"
     # The wheel knows only the process it started itself: after a restart it would stop nothing.
     server = pgserver.get_server(data, cleanup_mode=None)
     running = Postgres(

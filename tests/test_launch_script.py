@@ -98,7 +98,7 @@ def test_where_the_head_died_it_joins_again(start, status, gone):
 
 
 def test_where_no_cluster_can_be_joined_it_gives_up(start, tmp_path):
-    process = start(REFUSED=1, PAUSE=0, PATIENCE=5)
+    process = start(REFUSED=1, PAUSE=0, PATIENCE=1)
     assert process.communicate(timeout=60)[0] == ""
     assert process.returncode == 1
     assert (tmp_path / "joins").read_text().count("joining") > 1

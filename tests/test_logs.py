@@ -251,7 +251,7 @@ def test_logs_of_a_trial_are_followed_to_its_end():
         log("complete", fid=3.0)
         study.search.complete(taken, 3.0, {})
 
-    timer = threading.Timer(0.7, end)
+    timer = threading.Timer(0.2, end)
     timer.start()
     status, out, _ = command("logs", "digits", "0", "--follow")
     timer.join()

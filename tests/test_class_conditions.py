@@ -1,10 +1,9 @@
-"""Conditions: one-hot classes, and nothing."""
+"""Conditions: one-hot classes, and nothing; guidance: what is called, and what comes of it."""
 
 import pytest
 import torch
 
 from bdense.data.datasets import Dataset
-from bdense.diffusion.branches import widen_head
 from bdense.diffusion.conditions import (
     Classes,
     OneClass,
@@ -19,6 +18,7 @@ from bdense.diffusion.preconditioning import DDPM
 from bdense.errors import InputError, ShapeError
 from bdense.networks.diffusers_unet import DiffusersTextUNet
 from tests.contracts.conditions import ConditionContract
+from tests.contracts.networks import three_branches
 from tests.networks import TEXT_UNET, image, one_hot, tiny_denoiser, untrained
 
 
@@ -158,11 +158,7 @@ def test_it_mixes_two_predictions_in_one_call(denoiser, scale, sigma):
 
 
 def test_every_branch_is_guided(denoiser):
-    student = widen_head(denoiser, 2)
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        for parameter in student.model.get_submodule(student.model.head_name).parameters():
-            parameter.normal_()
+    student = three_branches(denoiser)
     labels = one_hot(2, 0, 1)
     found = guided(student.branches, 3.0, NULL)(X, LEVELS, class_labels=labels)
     without, told = student.branches(X, LEVELS), student.branches(X, LEVELS, labels)

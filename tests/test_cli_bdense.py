@@ -26,8 +26,10 @@ from tests.small import small_teacher
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cli")
+def folder(tmp_path_factory, shared_cache) -> Path:
+    path = tmp_path_factory.mktemp("cli")
+    (path / "cache").symlink_to(shared_cache)
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""One declaration of each setting: the class, files, options, errors and documentation."""
+"""One declaration of each setting: class, files, options, errors, documentation; registries."""
 
 import argparse
 import importlib

@@ -104,8 +104,8 @@ def test_converting_twice_is_fine_and_another_model_is_refused(made, tmp_path):
     assert "differs in: model" in refused(bdense("convert", student, "--out", out))
 
 
-def test_statistics_of_another_set_are_not_replaced(tmp_path):
-    out, made = tmp_path / "x.npz", ("reference", *DIGITS, "--cache", tmp_path / "cache")
+def test_statistics_of_another_set_are_not_replaced(tmp_path, shared_cache):
+    out, made = tmp_path / "x.npz", ("reference", *DIGITS, "--cache", shared_cache)
     done(*made, "--data", "digits", "--out", out)
     done(*made, "--data", "digits", "--out", out)
     line = refused(bdense(*made, "--data", "digits@16", "--out", out))

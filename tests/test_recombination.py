@@ -108,8 +108,10 @@ def test_branches_are_kept_only_where_asked_for_and_where_there_are_some(tmp_pat
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("recombine")
+def folder(tmp_path_factory, shared_cache) -> Path:
+    path = tmp_path_factory.mktemp("recombine")
+    (path / "cache").symlink_to(shared_cache)
+    return path
 
 
 @pytest.fixture(scope="module")

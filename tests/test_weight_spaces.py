@@ -260,12 +260,7 @@ def test_points_outside_the_space_are_refused(space, params, message):
 # ---- values ----
 
 
-def test_weights_of_each_space():
-    log_linear = LogLinearSpace().weighting({"a": math.log(2), "b": -1.0}, 4)
-    expected = [2 / math.e, 4 / math.e, 8 / math.e, 16 / math.e]
-    assert log_linear.weights().tolist() == pytest.approx(expected)
-    normalised = NormalisedSpace().weighting({"a": math.log(2)}, 3)
-    assert normalised.weights().tolist() == pytest.approx([3 / 7, 6 / 7, 12 / 7])
+def test_learned_weights_have_the_memory_of_their_space():
     learned = LearnedSpace(memory=7).weighting({"rule": RULES[1], "strength": -0.5}, 3)
     assert learned.describe() == {"rule": RULES[1], "strength": -0.5, "memory": 7}
 

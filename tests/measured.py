@@ -240,7 +240,7 @@ def open_unchecked(patch: pytest.MonkeyPatch) -> None:
     """Let ledgers trust the tables that they find, and never wait for the disk."""
 
     def quickly(url: str) -> RDBStorage:
-        storage = open_storage(url, skip_compatibility_check=True, skip_table_creation=True)
+        storage = open_storage(url, skip_compatibility_check=True)
         if storage.engine.dialect.name == "sqlite":
             sa.event.listen(storage.engine, "connect", _do_not_sync)
         return storage

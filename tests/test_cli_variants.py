@@ -249,7 +249,7 @@ def test_what_cannot_be_distilled_is_refused(teacher, tmp_path, monkeypatch, opt
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "is a student, which knows the levels .* second_stage, or give its own teacher"),
+        ((), "is a student, which only knows the levels .* second_stage, or give its own teacher"),
         (("--second-stage", "--nfe", 1, 2), r"is for one NFE, got nfe=\[1, 2\]; give one"),
         (("--second-stage", "--solver", "heun"), "--solver must be euler with --second-stage"),
         (("--second-stage", "--rho", 5), "keeps the teacher's noise levels"),

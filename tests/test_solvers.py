@@ -157,7 +157,7 @@ def test_solvers_by_name():
         ("heum", {}, "no solver is called 'heum'; .* euler, ddim, heun, .* did you mean heun"),
         ("dpmpp", {"order": 4}, "dpmpp's order must be .* from 1 to 3, got 4"),
         ("ipndm", {"order": 1}, "ipndm's order must be .* from 2 to 4, got 1"),
-        ("heun", {"order": 3}, "heun has order 2 alone, got 3; leave .*, or take ipndm or dpmpp"),
+        ("heun", {"order": 3}, "heun only has order 2, got 3; leave .*, or take ipndm or dpmpp"),
         ("euler", {"order": 2}, "euler only has order 1, got 2"),
         ("heun", {"thresholding": True}, "heun has no thresholding; leave it out, or take dpmpp"),
     ],

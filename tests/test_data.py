@@ -208,10 +208,8 @@ def cifar(webp, tmp_path_factory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [pytest.param("cifar10", "train", marks=pytest.mark.slow), ("cifar10-test", "test")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "split"), [("cifar10", "train"), ("cifar10-test", "test")])
 def test_cifar_10_is_its_official_pickles(webp, cifar, monkeypatch, name, split):
     monkeypatch.setenv("BDENSE_DATA", str(cifar))
     found = load_dataset(name)

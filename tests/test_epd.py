@@ -269,12 +269,6 @@ def test_a_table_of_another_solver_or_with_other_rows_is_refused(tmp_path):
         read_table(path)
 
 
-def test_a_walk_over_another_number_of_intervals_is_refused():
-    solver, sigmas = read_rows(3).solver, Schedule().grid(4)
-    with pytest.raises(InputError, match="is for 3 intervals, and the grid has 4"):
-        next(solver.steps(lambda x, sigma: x, torch.zeros(1, 1, 4, 4), sigmas))
-
-
 # ---- as SFD's teacher ----
 
 
@@ -358,11 +352,6 @@ def test_a_table_is_learned_written_and_used(tmp_path):
     )
     assert (told["nfe"], told["sequential_nfe"]) == (5, 3)
     out = ("--out", tmp_path / "x.png")
-    for options, message in {
-        ("--nfe", 8): f"{table} holds a table for one sampler (NFE 5), and --nfe 8 asks for",
-        ("--no-afs",): "--no-afs asks for another",
-        ("--sigma-min", 0.1): "--sigma-min 0.1 asks for another",
-        ("--solver", "heun"): "--solver heun asks for another",
-    }.items():
-        assert message in refused(bdense("sample", teacher, "--epd-table", table, *options, *out))
+    line = refused(bdense("sample", teacher, "--epd-table", table, "--nfe", 8, *out))
+    assert f"{table} holds a table for one sampler (NFE 5), and --nfe 8 asks for" in line
     assert "is for teachers" in refused(bdense("sample", student, "--epd-table", table, *out))

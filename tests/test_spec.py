@@ -90,6 +90,11 @@ OF_ANY = [
     ({"prompts": __file__}, "prompts", "takes no text"),
     ({"teacher__train__kimg": 0}, "teacher.train.kimg", "got 0"),
     ({"teacher__train__network__model_channels": 6}, "teacher.train.network", "multiple of 4"),
+    (
+        {"teacher__train__network": {"num_blok": 3}},
+        "teacher.train.network.num_blok",
+        "mean num_blocks",
+    ),
     ({"evaluation__metrics": ["fid", "is"]}, "evaluation.metrics", "got ['fid', 'is']"),
     ({"evaluation__metrics": ["kid"]}, "evaluation", "['kid'] lack fid"),
     (

@@ -28,6 +28,11 @@ SPACE = search_space(spec())
 AWKWARD = 'quoted " back\\slash\nbdense_best_fid{study="forged"} 0'
 
 
+@pytest.fixture
+def url(either_url) -> str:
+    return either_url
+
+
 def get(application, path: str = "/metrics", method: str = "GET") -> tuple[int, dict, str]:
     """Status, headers and text of one request."""
     status, headers, content = answer_of(application, method, path)
@@ -60,8 +65,8 @@ def of_study(found: dict, name: str) -> dict[tuple[str, ...], float]:
     return {(key[0], *key[2:]): value for key, value in found.items() if key[1] == name}
 
 
-def test_every_state_and_figure_of_a_search(either_url):
-    study = Study.create(either_url, spec(plan__trials=20))
+def test_every_state_and_figure_of_a_search(url):
+    study = Study.create(url, spec(plan__trials=20))
     trials = study.search
     for value in (12.5, 11.25, 14.0):
         trials.complete(take(trials), value, {})
@@ -78,7 +83,7 @@ def test_every_state_and_figure_of_a_search(either_url):
         trials.enqueue({"a": a, "b": -1.0})
     finish(study, lambda arm, row: 13.5, most=1)
 
-    found = samples(either_url)
+    found = samples(url)
     own = of_study(found, "digits")
     lease, since = own.pop(("oldest_lease_seconds",)), own.pop(("seconds_since_completion",))
     assert 0.0 <= lease < 60.0
@@ -109,23 +114,23 @@ def test_of_replicates_the_one_under_the_trials_seed_is_shown(url):
     assert shown == {"plain": 10.0, "uniform": 10.0}
 
 
-def test_a_lease_that_was_not_renewed_is_overdue(either_url):
-    ledger = Ledger.open(either_url, "digits", budget=2, ttl=60)
+def test_a_lease_that_was_not_renewed_is_overdue(url):
+    ledger = Ledger.open(url, "digits", budget=2, ttl=60)
     take(ledger)
-    assert of_study(samples(either_url), "digits")[("leases_overdue",)] == 0
+    assert of_study(samples(url), "digits")[("leases_overdue",)] == 0
     with ledger.storage.engine.begin() as connection:
         connection.execute(sa.text("UPDATE bdense_lease SET expires = expires - 100"))
-    assert of_study(samples(either_url), "digits")[("leases_overdue",)] == 1
+    assert of_study(samples(url), "digits")[("leases_overdue",)] == 1
 
 
-def test_an_empty_database_and_an_empty_study(either_url):
-    with_others = open_storage(either_url)
-    Ledger.open(either_url, "digits", budget=4)
+def test_an_empty_database_and_an_empty_study(url):
+    with_others = open_storage(url)
+    Ledger.open(url, "digits", budget=4)
     optuna.create_study(study_name="foreign", storage=with_others).ask()
     # Baselines of an older form are left out until they are upgraded.
-    old = Ledger.open(either_url, f"digits{BASELINES_SUFFIX}", budget=1)
+    old = Ledger.open(url, f"digits{BASELINES_SUFFIX}", budget=1)
     old.complete(take(old), 10.0, {})
-    found = samples(either_url)
+    found = samples(url)
     assert {key[1] for key in found} == {"digits", "digits.baselines"}
     assert not [key for key in found if key[0] == "baseline_fid"]
     assert {key[0]: value for key, value in of_study(found, "digits").items() if value} == {
@@ -133,13 +138,13 @@ def test_an_empty_database_and_an_empty_study(either_url):
     }
 
 
-def test_a_database_of_optuna_alone_is_said_to_be_one(either_url):
-    storage = open_storage(either_url)
+def test_a_database_of_optuna_alone_is_said_to_be_one(url):
+    storage = open_storage(url)
     optuna.create_study(study_name="theirs", storage=storage).ask()
     application = mount(lambda *_: [], storage)
     status, _, said = answer_of(application, "GET", "/metrics")
     assert (status, b"no study" in said) == (404, True)
-    assert list_studies(either_url) == []
+    assert list_studies(url) == []
 
 
 @pytest.mark.parametrize("method", ["sfd", "progressive"])
@@ -151,12 +156,12 @@ def test_values_of_given_arms_are_no_best(url, method):
     assert ("best_fid",) not in own
 
 
-def test_an_infinite_value_is_not_the_best(either_url):
-    ledger = Ledger.open(either_url, "digits", budget=3)
+def test_an_infinite_value_is_not_the_best(url):
+    ledger = Ledger.open(url, "digits", budget=3)
     for value in (-math.inf, 12.0):
         own = {ENDED: True}
         ledger.study.add_trial(optuna.trial.create_trial(value=value, system_attrs=own))
-    assert of_study(samples(either_url), "digits")[("best_fid",)] == 12.0
+    assert of_study(samples(url), "digits")[("best_fid",)] == 12.0
 
 
 def test_a_name_stays_in_its_label(url):
@@ -194,13 +199,13 @@ def test_a_database_that_is_away_is_said_so_and_no_more(postgres):
     assert get(application)[0] == 200
 
 
-def test_a_scrape_asks_as_often_however_many_trials_there_are(either_url):
+def test_a_scrape_asks_as_often_however_many_trials_there_are(url):
     of = spec(weights=NORMALISED, plan__trials=1000)
-    study, storage, asked = Study.create(either_url, of), open_reading(either_url), []
+    study, storage, asked = Study.create(url, of), open_reading(url), []
     sa.event.listen(storage.engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
     application, times = mount(elsewhere, storage), []
     for count in (10, 300):
-        fill(study, open_storage(either_url), of, count)
+        fill(study, open_storage(url), of, count)
         asked.clear()
         _, _, text = get(application)
         times.append(len(asked))

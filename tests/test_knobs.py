@@ -22,8 +22,6 @@ from bdense.knobs import (
     reference,
 )
 from bdense.registry import Registry
-from search.spec.reference import page
-from tests.goldens import ROOT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,15 +275,6 @@ def test_the_reference_is_a_row_for_each_knob():
     assert "| `afs` | true or false | true | first step for nothing |" in rows
     single = len(knobs_of(Config)) - 1 + len(knobs_of(Levels))
     assert len(rows) == single
-
-
-# ---- the reference page of the study file ----
-
-
-def test_the_tables_are_those_of_the_code():
-    """Else put what `python -m search.spec.reference` prints below the line in docs/study.md."""
-    _, _, tables = (ROOT / "docs/study.md").read_text().partition("\n---\n\n")
-    assert tables == page()
 
 
 # ---- members by name ----

@@ -480,7 +480,8 @@ _NAMES: Mapping[Any, tuple[str, str]] = {
 def _type_text(kind: Any, *, several: bool = False) -> str:  # noqa: ANN401
     """A type, for people: of one value or of several."""
     if _is_union(kind):
-        return " or ".join(_type_text(each, several=several) for each in get_args(kind))
+        kinds = [each for each in get_args(kind) if each is not int or float not in get_args(kind)]
+        return " or ".join(_type_text(each, several=several) for each in kinds)
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:

@@ -152,7 +152,7 @@ def test_mean_and_standard_error():
     error = pytest.approx(math.sqrt(0.5))
     assert mean_of([1, 2, 3, 4, 5]) == Mean(mean=3.0, standard_error=error, n=5)
     assert mean_of([2.5]) == Mean(mean=2.5, standard_error=None, n=1)
-    assert (mean_of([2.5]).error_text(), mean_of([2.0, 3.0]).error_text()) == ("-", "0.500")
+    assert (mean_of([2.5]).error_text(".3f"), mean_of([2.0, 3.0]).error_text(".3f")) == ("-", "0.500")
 
 
 def test_the_interval_by_hand():
@@ -165,7 +165,7 @@ def test_the_interval_by_hand():
     assert paired.high == pytest.approx(-5 / 6 + reach, rel=1e-6)
     assert paired.relative == pytest.approx(-2.5 / 10)
     assert not paired.tie
-    assert paired.text() == "-0.83 [-1.35, -0.32]"
+    assert paired.text("+.2f") == "-0.83 [-1.35, -0.32]"
 
 
 def test_the_interval_is_scipys():
@@ -184,14 +184,14 @@ def test_what_moves_both_drops_out():
 
 def test_ties():
     paired = paired_difference({0: 2.0, 1: 3.0}, {0: 2.5, 1: 2.9})
-    assert (paired.tie, paired.text()) == (True, "-0.20 [-4.01, +3.61], tie")
+    assert (paired.tie, paired.text("+.2f")) == (True, "-0.20 [-4.01, +3.61], tie")
     paired = paired_difference(BASE, BASE)
     assert (paired.low, paired.high, paired.tie) == (0, 0, True)
     # One common seed, however far apart.
     paired = paired_difference({0: 1.0, 5: 4.0}, {0: 2.0, 6: 4.0})
     assert (paired.mean, paired.low, paired.high) == (-1.0, -math.inf, math.inf)
     assert (paired.n, paired.relative, paired.tie) == (1, -0.5, True)
-    assert paired.text() == "-1.00 [one seed], tie"
+    assert paired.text("+.2f") == "-1.00 [one seed], tie"
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 

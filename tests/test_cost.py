@@ -135,8 +135,9 @@ def student_file(tmp_path) -> str:
     return str(tmp_path / "student.safetensors")
 
 
-def test_a_student_is_distilled_further(student_file):
+def test_a_student_is_distilled_further(student_file, monkeypatch):
     """The dry run's cost too is that of a teacher with a student's first step."""
+    monkeypatch.setattr(cost, "PATIENCE_SECONDS", 600.0)
     options = {"second_stage": True, "nfe": 1, "batch": 4, "kimg": 0.02}
     own = spec(teacher={"checkpoint": student_file}, method={"name": "sfd", **options})
     assert own.resolved.num_branches == 3

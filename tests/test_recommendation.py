@@ -152,7 +152,10 @@ def test_mean_and_standard_error():
     error = pytest.approx(math.sqrt(0.5))
     assert mean_of([1, 2, 3, 4, 5]) == Mean(mean=3.0, standard_error=error, n=5)
     assert mean_of([2.5]) == Mean(mean=2.5, standard_error=None, n=1)
-    assert (mean_of([2.5]).error_text(".3f"), mean_of([2.0, 3.0]).error_text(".3f")) == ("-", "0.500")
+    assert (mean_of([2.5]).error_text(".3f"), mean_of([2.0, 3.0]).error_text(".3f")) == (
+        "-",
+        "0.500",
+    )
 
 
 def test_the_interval_by_hand():

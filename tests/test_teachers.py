@@ -473,7 +473,11 @@ def test_what_makes_another_teacher(digits):
         ({"channel_mult": (1,) * 5}, (1, 8, 8), "cannot be halved 4 times[^@]*$"),
         ({"num_blocks": 10**9}, (1, 8, 8), "more than 10000 modules; take fewer blocks"),
         ({"model_channels": 10**9}, (1, 8, 8), "cannot be built"),
-        ({"dropout": 2.0}, (1, 28, 28), r"network\.dropout must be a number from 0 to 1, got 2\.0$"),
+        (
+            {"dropout": 2.0},
+            (1, 28, 28),
+            r"network\.dropout must be a number from 0 to 1, got 2\.0$",
+        ),
         ({}, (1, 20, 28), "square images, got 20 x 28; @32 after the data set's"),
         ({"channel_mult": (1,) * 4}, (1, 28, 28), "=28 cannot be halved 3 times; .*@32"),
     ],

@@ -56,8 +56,8 @@ class Verb:
         function: What runs it, as module:name; it gets an object of each of ``configs``.
         configs: The classes whose knobs are its options, or a function that gives them for the
             arguments that follow the verb.
-        elsewhere: For the arguments that follow the verb and an option that it does not have with
-            them: the message that names the arguments with which it has; "" if there are none.
+        elsewhere: Called with the verb's arguments and an option that they do not allow; returns a
+            message that names arguments that would allow it, or "".
     """
 
     help: str

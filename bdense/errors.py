@@ -2,6 +2,8 @@
 
 import contextlib
 import difflib
+import pickle
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 
 
@@ -63,6 +65,21 @@ def extra(name: str, what: str) -> Iterator[None]:
         raise InputError(
             f"{what} needs a package ({error}); pip install 'bdense[{name}]'"
         ) from error
+
+
+def portable(error: Exception, where: str) -> Exception:
+    """The error, or its text in the nearest base class that can be pickled, for other processes.
+
+    A note on it has ``where`` and its traceback.
+    """
+    note = f"{where}:\n{''.join(traceback.format_exception(error))}"
+    for kind in type(error).__mro__:
+        with contextlib.suppress(Exception):
+            found: Exception = error if kind is type(error) else kind(str(error))
+            found.add_note(note)
+            pickle.loads(pickle.dumps(found))  # noqa: S301  bytes of its own
+            return found
+    raise AssertionError("Exception can be pickled")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

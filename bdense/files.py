@@ -55,10 +55,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: object, *, indent: int | None = None) -> None:
+def write_json(
+    path: Path, value: object, *, indent: int | None = None, sort_keys: bool = False
+) -> None:
     """Write plain values as JSON, whole or not at all."""
     with atomic_write(path) as scratch:
-        scratch.write_text(json.dumps(value, indent=indent))
+        scratch.write_text(json.dumps(value, indent=indent, sort_keys=sort_keys))
 
 
 def plain_json(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,12 @@
 import multiprocessing
 import os
 import signal
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
-from bdense.errors import BdenseError
+from bdense.errors import BdenseError, portable
 
 T = TypeVar("T")
 
@@ -77,6 +76,5 @@ def _answer(to: Connection, call: Callable[[], object], quiet: bool) -> None:
     try:
         answer = call()
     except Exception as error:  # noqa: BLE001  the parent raises it
-        error.add_note(f"In a child process:\n{traceback.format_exc()}")
-        answer = _Raised(error)
+        answer = _Raised(portable(error, "in a child process"))
     to.send(answer)

@@ -40,7 +40,7 @@ from search.storage.own_study import BASELINES_SUFFIX, unknown_study
 from search.storage.schema import require_schema
 from search.storage.tables import LEASE, RELEASED, STUDIES, SYSTEM_ATTRIBUTES, TRIALS
 from search.study.artifacts import artifact_store, artifacts_place, is_stored
-from search.study.folders import named_file, row_folder
+from search.study.folders import named_file, row_folder, study_folder
 from search.study.retention import (
     IDENTITY,
     RESULT,
@@ -113,12 +113,12 @@ class Subject:
     @property
     def name(self) -> str:
         """Name of the ledger's Optuna study."""
-        return self.ledger.study.study_name
+        return self.ledger.name
 
     @property
     def folder(self) -> Path:
         """Folder of the ledger's rows."""
-        return self.row(0).parent
+        return study_folder(self.name).resolve()
 
     def row(self, number: int) -> Path:
         """A row's folder."""
@@ -365,7 +365,7 @@ def artifacts(subject: Subject) -> Findings:
         sa.select(TRIALS.c.number, SYSTEM_ATTRIBUTES.c.key)
         .join_from(TRIALS, SYSTEM_ATTRIBUTES, SYSTEM_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id)
         .where(
-            TRIALS.c.study_id == subject.ledger.study._study_id,
+            TRIALS.c.study_id == subject.ledger.key,
             SYSTEM_ATTRIBUTES.c.key.startswith(_ARTIFACT, autoescape=True),
         )
         .order_by(TRIALS.c.number)

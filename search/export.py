@@ -35,7 +35,7 @@ from search.report.plots import study_plots
 from search.storage.ledger import Ledger
 from search.storage.queries import StoredTrial
 from search.study.arms import ArmRow
-from search.study.folders import PROGRAM_FOLDER, grid_name, named_file, row_folder
+from search.study.folders import PROGRAM_FOLDER, grid_name, named_file, study_folder
 from search.study.results import Judged, TrialResult
 from search.study.study import FINGERPRINT, JUDGED, Study
 from search.study.summary import baselines_of, headline
@@ -197,7 +197,7 @@ def require_students(study: Study) -> None:
         InputError: Says where they are.
     """
     if study.spec.is_command:
-        place = row_folder(study.name, 0).parent / "NUMBER" / PROGRAM_FOLDER
+        place = study_folder(study.name) / "NUMBER" / PROGRAM_FOLDER
         raise InputError(
             f"the models of {study.name} are its program's own, where that put them, such as in "
             f"{place}; take them from there"
@@ -333,9 +333,7 @@ def _best_of(study: Study) -> tuple[Study, int]:
 def _complete_rows(ledger: Ledger) -> list[StoredTrial]:
     trials = ledger.rows(TrialState.COMPLETE)
     if not trials:
-        raise InputError(
-            f"no row of {ledger.study.study_name} is complete, so there is no student to export"
-        )
+        raise InputError(f"no row of {ledger.name} is complete, so there is no student to export")
     return trials
 
 
@@ -343,7 +341,7 @@ def _complete(ledger: Ledger, number: int) -> StoredTrial:
     trials = {trial.number: trial for trial in _complete_rows(ledger)}
     if number not in trials:
         raise InputError(
-            f"trial {number} of {ledger.study.study_name} is not complete, or there is none; "
+            f"trial {number} of {ledger.name} is not complete, or there is none; "
             f"complete are {', '.join(map(str, sorted(trials)))}"
         )
     return trials[number]

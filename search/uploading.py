@@ -35,7 +35,7 @@ def require_new_url(url: str) -> None:
 
 
 def upload(folder: Path, url: str) -> None:
-    """Copy a folder there, its ``config.json`` last: with it the copy is whole.
+    """Copy a folder to a URL, its ``config.json`` last: with it the copy is whole.
 
     Raises:
         InputError: It cannot be written, or no library for it is installed.

@@ -1,4 +1,4 @@
-"""The tables of docs/study.md, made from the declarations: see ``test_reference``."""
+"""The tables of docs/study.md, made from the declarations; tests/test_knobs.py compares them."""
 
 from bdense.knobs import Knobs, knobs_of, reference
 from bdense.methods import METHODS

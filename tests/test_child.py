@@ -7,12 +7,16 @@ import time
 
 import pytest
 
-from bdense.errors import InputError
+from bdense.errors import InputError, NonFiniteError, NonFiniteLossError
 from search.child import ChildError, in_child
 
 
 def refuse() -> None:
     raise InputError("no")
+
+
+def diverge() -> None:
+    raise NonFiniteLossError("the loss", iteration=3)
 
 
 def kill(number: int) -> None:
@@ -28,6 +32,11 @@ def test_what_the_call_raises_is_raised_here():
         in_child(refuse)
     assert str(error.value) == "no"
     assert "in refuse" in error.value.__notes__[0]  # the child's traceback
+
+
+def test_an_error_that_cannot_be_pickled_comes_as_its_base():
+    with pytest.raises(NonFiniteError, match="iteration 3"):
+        in_child(diverge)
 
 
 def test_a_child_that_takes_too_long_is_killed():

@@ -68,7 +68,7 @@ def test_it_is_the_cosine_of_transformers_own_logits(clip, channels):
 def test_what_is_no_clip_is_refused(clip, tmp_path):
     with pytest.raises(InputError, match="there are none"):
         load_clip_scorer(clip, [], CPU)
-    with pytest.raises(CheckpointError, match=r"CLIPTextModel.*give a CLIPModel"):
+    with pytest.raises(CheckpointError, match=r"CLIPTextModel.*needs a CLIPModel"):
         load_clip_scorer(LATENT / "pipeline-a/text_encoder", PROMPTS, CPU)
     with pytest.raises(CheckpointError, match="neither a diffusers folder nor a hub id"):
         load_clip_scorer(tmp_path / "missing", PROMPTS, CPU)

@@ -185,12 +185,15 @@ def test_a_launch_that_goes_on_asks_only_what_is_free(monkeypatch):
 
 
 def test_a_kept_cost_of_another_form_is_measured_again(monkeypatch):
-    monkeypatch.setattr(cost, "measure", lambda *_, **__: CUDA)
+    measured = []
+    monkeypatch.setattr(cost, "measure", lambda *_, **__: measured.append(CUDA) or CUDA)
     study = spec(resources={"gpus": 0.25})
-    require_room(study, 1)
-    (kept,) = (cache_folder() / "costs").iterdir()
-    kept.write_text("{}")
-    require_room(study, 1)
+    for number in (1, 2, 2):
+        require_room(study, 1)
+        assert len(measured) == number
+        if number == 1:
+            (kept,) = (cache_folder() / "costs").iterdir()
+            kept.write_text("{}")
 
 
 def test_a_preparation_on_a_gpu_tells_workers_what_a_trial_takes_of_one(url, monkeypatch):

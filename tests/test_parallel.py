@@ -19,7 +19,7 @@ import bdense.training.loop
 import bdense.training.parallel
 from bdense.diffusion.branches import widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.errors import InputError, NonFiniteError, NonFiniteLossError
+from bdense.errors import InputError, NonFiniteError, NonFiniteLossError, portable
 from bdense.methods.recordings import TrajectoryStore
 from bdense.training.loop import Evaluations, IterationReport
 from bdense.training.parallel import Follow, Team, team_of
@@ -275,7 +275,7 @@ class LocalWordsError(OSError):
     ],
 )
 def test_errors_travel_with_their_words(error, kind):
-    found = bdense.training.parallel._portable(error, torch.device("cuda", 1))
+    found = portable(error, "on cuda:1")
     assert (type(found), str(found)) == (kind, str(error))
     assert found.__notes__[-1].startswith("on cuda:1:\n")
 

@@ -1,5 +1,6 @@
 """The history of learned weights: short in a row, drawn; tests/test_evaluate.py interrupts it."""
 
+import pickle
 from itertools import pairwise
 
 import torch
@@ -26,6 +27,12 @@ def test_a_short_history_is_whole():
         iterations=[0, 1, 2],
         weights=[[0.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]],
     )
+
+
+def test_it_travels_to_the_other_processes_of_a_training():
+    sent = pickle.loads(pickle.dumps(noted(3)))  # noqa: S301
+    assert sent.history() == noted(3).history()
+    assert sent.num_branches == 4
 
 
 def test_fixed_weights_have_no_history():

@@ -294,7 +294,7 @@ def killed_after(writes: int, monkeypatch) -> Iterator[None]:
             write()
 
     with monkeypatch.context() as patch:
-        patch.setattr(upgrade, "atomic_write", dying)
+        patch.setattr("bdense.files.atomic_write", dying)
         sa.event.listen(sa.Engine, "before_cursor_execute", execute)
         try:
             yield

@@ -63,7 +63,7 @@ def _json(text: str) -> list[Any]:
     return found if isinstance(found, list) else [found]
 
 
-# Of a file's text, its rows: mappings by column, or prompts.
+# Readers by file suffix. A row is a mapping by column, or a prompt.
 _TABLES: Mapping[str, Callable[[str], list[Any]]] = {
     ".csv": lambda text: list(csv.DictReader(io.StringIO(text))),
     ".tsv": lambda text: list(csv.DictReader(io.StringIO(text), delimiter="\t")),

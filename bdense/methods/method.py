@@ -271,7 +271,10 @@ class Stage(Training, Protocol):
 
 
 class MethodStage(Stateless, abc.ABC):
-    """What a stage of a method takes from its config and its sampler; it keeps no state."""
+    """A stage with the sizes of its config, which has ``num_updates``, too.
+
+    It keeps nothing between iterations, unless it overrides what ``Stateless`` does.
+    """
 
     config: AnyConfig
 

@@ -110,7 +110,7 @@ class SFDConfig(GridConfig, GuidanceKnobs):
             raise KnobError("nfe", f"must be one number or several different ones, got {several}")
         kept = tuple(sorted(several)) if len(several) > 1 else several[0]
         object.__setattr__(self, "nfe", kept)
-        self.grid()  # which refuses what does not fit together
+        _ = self.levels  # refuses noise levels that do not fit together
         try:
             solver = self.make_solver()
             # The highest order is the default: given or not, the config is the same.

@@ -107,10 +107,7 @@ class Trajectories:
         fine = grid.fine()
         null = null_for(self.guidance, self.conditions, like=start)
         denoise = self.teacher.given(
-            condition,
-            num_points=len(fine),
-            guidance=self.guidance,
-            null=null,
+            condition, num_points=len(fine), guidance=self.guidance, null=null
         )
         if self.teacher_afs:
             denoise = analytical_first_step(denoise, fine[0])

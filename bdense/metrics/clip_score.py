@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdense.errors import InputError, NonFiniteError
+from bdense.errors import InputError, NonFiniteError, extra
 from bdense.execution import exact_products
 from bdense.files import sha256_model
 from bdense.metrics.records import CLIPScore
@@ -145,11 +145,13 @@ def load_clip_scorer(
     """
     if not prompts:
         raise InputError("the CLIP score compares images with prompts, and there are none")
+    with extra("diffusers", "the CLIP score"):  # before anything is downloaded
+        import transformers  # noqa: F401
     folder = folder_of(source, FILES)
     return CLIPScorer(
         name=public_name(source, folder),
         sha256=sha256_model(folder),
-        model=load_transformers("CLIPModel", folder).to(device),
+        model=load_transformers("CLIPModel", folder, "the CLIP score").to(device),
         tokenizer=load_processor("CLIPTokenizer", folder),
         processor=load_processor("CLIPImageProcessor", folder),
         prompts=tuple(prompts),

@@ -192,20 +192,25 @@ def load_part(model_class: Any, folder: Path, **options: Any) -> Any:  # noqa: A
     return model.float().eval()
 
 
-def load_transformers(kind: str, folder: Path) -> Any:  # noqa: ANN401
+def load_transformers(kind: str, folder: Path, what: str) -> Any:  # noqa: ANN401
     """A model of transformers, as ``load_part``, without gradients.
+
+    Args:
+        kind: Its class.
+        folder: Where it is.
+        what: What needs it, for errors.
 
     Raises:
         CheckpointError: As ``load_part``, or the folder describes another model.
         InputError: transformers is not installed.
     """
-    with extra("diffusers", kind):
+    with extra("diffusers", what):
         import transformers
         from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()  # type: ignore[no-untyped-call]
     if kind not in (kinds := read_json(folder / CONFIG).get("architectures") or []):
         raise CheckpointError(
-            f"{folder / CONFIG} describes {', '.join(kinds) or 'no model'}; give a {kind}"
+            f"{folder / CONFIG} describes {', '.join(kinds) or 'no model'}; {what} needs a {kind}"
         )
     return load_part(getattr(transformers, kind), folder).requires_grad_(False)
 

@@ -170,5 +170,5 @@ def load_text_encoder(source: str | Path) -> TextEncoder:
             raise CheckpointError(
                 f"{folder} has no {part}, which prompts need; give the whole pipeline's folder"
             )
-    model = load_transformers("CLIPTextModel", folder / TEXT_ENCODER)
+    model = load_transformers("CLIPTextModel", folder / TEXT_ENCODER, "prompts")
     return TextEncoder(load_processor("CLIPTokenizer", folder / TOKENIZER), model)

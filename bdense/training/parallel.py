@@ -7,12 +7,10 @@ import contextlib
 import ctypes
 import multiprocessing.connection
 import os
-import pickle
 import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bdense.errors import InputError
+from bdense.errors import InputError, portable
 
 # Timeout of an all-reduce. A process that has ended is noticed at once.
 PATIENCE = timedelta(minutes=10)
@@ -361,21 +359,9 @@ def _report_outcome(
     try:
         yield
     except Exception as error:  # noqa: BLE001  it is raised in the leader
-        outcome.send((time.monotonic(), _portable(error, device)))
+        outcome.send((time.monotonic(), portable(error, f"on {device}")))
         if device.type == "cuda":
             # Let the leader end this process: if NCCL sees it end first, it kills the leader.
             time.sleep(_END_SECONDS)
         os._exit(1)  # leaving the group would wait for the others
     outcome.send((time.monotonic(), None))
-
-
-def _portable(error: Exception, device: torch.device) -> Exception:
-    """The error, or its text in the nearest base class that can be pickled."""
-    where = f"on {device}:\n{''.join(traceback.format_exception(error))}"
-    for kind in type(error).__mro__:
-        with contextlib.suppress(Exception):
-            found: Exception = error if kind is type(error) else kind(str(error))
-            found.add_note(where)
-            pickle.loads(pickle.dumps(found))  # noqa: S301  bytes of its own
-            return found
-    raise AssertionError("Exception can be pickled")

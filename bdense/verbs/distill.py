@@ -21,12 +21,7 @@ from bdense.knobs import KnobError, Knobs
 from bdense.methods import METHODS
 from bdense.methods.distill import TrainedStage, keep_student
 from bdense.methods.distill import distill as distill_stages
-from bdense.methods.method import (
-    Inputs,
-    MethodConfig,
-    StagePlan,
-    require_shape,
-)
+from bdense.methods.method import Inputs, MethodConfig, StagePlan, require_shape
 from bdense.metrics.extractors import load_extractor
 from bdense.metrics.records import PromptFile
 from bdense.metrics.references import dataset_reference
@@ -183,10 +178,7 @@ class _StageProgress:
         """Report how far the stage is."""
         if plan != self._plan:
             path = self._out / f"{plan.name}{WEIGHTS}" if self._several else self._out
-            self._plan, self._show = (
-                plan,
-                Progress(self._interrupt, kept_in(path)),
-            )
+            self._plan, self._show = plan, Progress(self._interrupt, kept_in(path))
         self.tracking.iteration(plan.name, done)
         remark = f"{plan.label}, loss {done.loss:.4g}"
         self._show(done.iteration + 1, done.iterations, remark)

@@ -19,7 +19,7 @@ from search.study.results import Judged, TrialResult
 from search.study.study import Study
 from search.study.wording import align
 
-# A table of more seeds than this shows their mean alone.
+# A table of more seeds than this shows only their mean.
 _MOST_SEEDS = 6
 
 

@@ -20,7 +20,7 @@ from search.spec.study import StudySpec
 from search.study.study import Study
 
 # Complete trials for each coordinate before the rule is asked: fewer do not show a valley.
-FEWEST_TRIALS = 8
+MIN_TRIALS = 8
 # Points of the space that it looks at.
 NUM_POINTS = 512
 ENDED_EARLY = "ended_early"  # the study's attribute
@@ -76,7 +76,7 @@ def largest_gain(study: Study) -> LargestGain | None:
         return None
     least, best = noise_of(comparison).least_difference, recommend(comparison)
     trials = study.search.rows(TrialState.COMPLETE, ())
-    if least is None or best is None or len(trials) < FEWEST_TRIALS * len(spec.space.axes):
+    if least is None or best is None or len(trials) < MIN_TRIALS * len(spec.space.axes):
         return None
     now = observed(study, trials)
     if not now.baseline:

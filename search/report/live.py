@@ -42,12 +42,12 @@ class NoteWriter:
         self._write()
         if of := self._study.of:
             url = self._study.url
-            log_errors("the search's note", lambda: write_note(Study.open(url, of)), but=())
+            log_errors("the search's note", lambda: write_note(Study.open(url, of)), reraise=())
 
     def _write(self) -> None:
         with self._writing:
             started = time.monotonic()
-            log_errors("the study's note", self._write_if_changed, but=())
+            log_errors("the study's note", self._write_if_changed, reraise=())
             took = time.monotonic() - started
             self._not_before = time.monotonic() + max(LEAST_SECONDS, _SHARE * took)
 

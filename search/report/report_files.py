@@ -65,7 +65,7 @@ def write_report(study: Study, folder: Path, *, force: bool = False) -> Path:
 
 
 def _other_files(study: str, names: Sequence[str], folder: Path) -> str:
-    """Why a report must not be written to a folder: other files of its names; "" if it may."""
+    """Which file of another report or study is in the way; "" if there is none."""
     there = [name for name in names if (folder / name).exists()]
     there += sorted(path.name for path in folder.glob(f"{_SAMPLES}*.png"))
     page = folder / HTML_PAGE
@@ -101,7 +101,7 @@ def _copy_pictures(overview: Overview, folder: Path) -> list[Picture]:
     """Copy the sample grids that exist, and the best trial's losses and learned weights."""
     sources = []
     for title, ledger, number, name in overview.shown():
-        its = row_folder(ledger.study.study_name, number)
+        its = row_folder(ledger.name, number)
         # Of several stages the last one's.
         grid = next((path for path in pictures(its) if path.name.endswith(GRID)), None)
         sources.append((title, grid, f"{_SAMPLES}{name}.png"))

@@ -136,7 +136,7 @@ def describe_teacher(spec: StudySpec) -> tuple[dict[str, Any], Mapping[str, Any]
 
 
 def meta_teacher(spec: StudySpec) -> tuple[NetworkDenoiser, Mapping[str, Any]]:
-    """The teacher on the meta device, without weights, and its metadata; raises as above."""
+    """The teacher on the meta device and its metadata; raises as ``describe_teacher``."""
     described, known = describe_teacher(spec)
     with torch.device("meta"):
         return build_denoiser(described), known

@@ -33,7 +33,7 @@ class Member:
 
     @classmethod
     def of(cls, given: Any, key: str) -> Self:  # noqa: ANN401  as YAML has it
-        """Read a mapping with a ``name``, or the name alone.
+        """Read a mapping with a ``name``, or only the name.
 
         Raises:
             KnobError: It is neither.

@@ -353,7 +353,7 @@ class StudySpec(Knobs):
         return kept
 
     def _refuse_foreign(self) -> None:
-        """Refuse settings of a program's study that are for distillation alone."""
+        """Refuse settings of a program's study that are only for distillation."""
         parts: list[tuple[str, Knobs, tuple[str, ...]]] = [
             ("", self, _NOT_FOR_PROGRAMS),
             ("resources.", self.resources, _RESOURCES),

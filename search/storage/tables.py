@@ -111,7 +111,10 @@ def is_own(ended: FrozenTrial) -> bool:
 def attributes_by_owner(
     connection: sa.Connection, query: sa.Select[Any]
 ) -> dict[int, dict[str, Any]]:
-    """Attributes of each trial or study, from a query for its key, theirs, and JSON."""
+    """Attributes by trial or study.
+
+    The query selects the owner's id, the attribute's name and its JSON value, in this order.
+    """
     found: dict[int, dict[str, Any]] = {}
     for owner, key, value in connection.execute(query):
         found.setdefault(owner, {})[key] = json.loads(value)

@@ -38,7 +38,7 @@ class OneShotTask:
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> Self | None:
-        """From an arm's parameters; None of other arms."""
+        """Read an arm's parameters; None for other arms."""
         return cls(**params[ONE_SHOT]) if ONE_SHOT in params else None
 
 

@@ -96,12 +96,12 @@ def log_errors(
     what: str,
     call: Callable[[], None],
     *,
-    but: tuple[type[Exception], ...] = (LeaseLostError, StorageError),
+    reraise: tuple[type[Exception], ...] = (LeaseLostError, StorageError),
 ) -> None:
-    """Call to store something that can be done without: log every error ``but`` these."""
+    """Call to store what can be done without; log all errors but those in ``reraise``."""
     try:
         call()
-    except but:
+    except reraise:
         raise
     except Exception as error:  # noqa: BLE001  a picture must not cost a result
         _log.warning("%s could not be stored: %s", what, one_line(error))

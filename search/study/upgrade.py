@@ -20,7 +20,7 @@ from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
 
 from bdense.errors import InputError
-from bdense.files import atomic_write
+from bdense.files import write_json
 from bdense.weights.space import BASELINE, PLAIN, UNIFORM
 from search.child import in_child
 from search.errors import StorageError
@@ -385,7 +385,7 @@ def _rewrite_folder(folder: Path, row: _Row, form: _Form) -> bool:
         return False
     old = folder / _OLD_INTERMEDIATE_FILE
     if old.exists():
-        _write(folder / INTERMEDIATE_FILE, json.loads(old.read_text()))
+        write_json(folder / INTERMEDIATE_FILE, json.loads(old.read_text()))
         old.unlink()
     for path in folder.glob("*.fid.json"):
         _rewrite(path, lambda stored: stored if "fid" in stored else {"fid": stored})
@@ -405,12 +405,7 @@ def _rewrite_folder(folder: Path, row: _Row, form: _Form) -> bool:
 def _rewrite(path: Path, change: Callable[[Any], Any]) -> None:
     stored = json.loads(path.read_text())
     if (changed := change(stored)) != stored:
-        _write(path, changed)
-
-
-def _write(path: Path, value: Any) -> None:  # noqa: ANN401  JSON
-    with atomic_write(path) as scratch:
-        scratch.write_text(json.dumps(value, sort_keys=path.name == IDENTITY))
+        write_json(path, changed, sort_keys=path.name == IDENTITY)
 
 
 def _rewrite_rows(connection: sa.Connection, key: int, rows: Iterable[_Row], form: _Form) -> None:

@@ -94,7 +94,7 @@ def _refuse_readers(record: Study, folders: Collection[Path]) -> None:
 
     Studies of one teacher, grid and seed share them.
     """
-    own = {ledger.study.study_name for ledger in record.ledgers}
+    own = {ledger.name for ledger in record.ledgers}
     for other in retrying(record.ledgers[0].storage.get_all_studies):
         shared = [each for each in _folders(other.user_attrs.get(TRAJECTORIES)) if each in folders]
         if not shared or other.study_name in own:

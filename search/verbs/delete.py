@@ -11,7 +11,7 @@ from search.redaction import redact
 from search.storage.ledger import Ledger
 from search.storage.stop_flags import held
 from search.study.artifacts import Store, artifact_store, remove_attached
-from search.study.folders import row_folder
+from search.study.folders import study_folder
 from search.study.wording import counts_line
 from search.verbs.common import open_study
 from search.verbs.options import DeleteOptions
@@ -33,7 +33,7 @@ def delete(asked: DeleteOptions) -> None:
     for ledger in ledgers:
         folder = _folder(ledger)
         files = f", with the folder {folder}" if folder.is_dir() else ""
-        print(f"  {ledger.study.study_name}: {counts_line(ledger.counts(), 'rows')}{files}")
+        print(f"  {ledger.name}: {counts_line(ledger.counts(), 'rows')}{files}")
     if not asked.yes and not _agreed(study.name):
         print("nothing is deleted")
         return
@@ -58,7 +58,7 @@ def _agreed(name: str) -> bool:
 
 
 def _folder(ledger: Ledger) -> Path:
-    return row_folder(ledger.study.study_name, 0).parent
+    return study_folder(ledger.name)
 
 
 def _delete(ledger: Ledger, store: Store) -> None:

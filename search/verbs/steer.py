@@ -86,7 +86,7 @@ def logs(asked: LogsOptions) -> None:
     """Print the events of a row, and with --follow those to come."""
     study = open_study(asked, reading=True)
     ledger, number = _row(study, asked)
-    path = row_folder(ledger.study.study_name, number) / LOG_FILE
+    path = row_folder(ledger.name, number) / LOG_FILE
     offset, shown, explained = 0, 0, False
     while True:
         has_ended = _has_ended(ledger, number)
@@ -127,7 +127,7 @@ def _has_ended(ledger: Ledger, number: int) -> bool:
         return False
     more = f", {to_come} more are to come" if to_come else ""
     raise InputError(
-        f"study {ledger.study.study_name} has no trial {number}: there are {there} so far{more}, "
+        f"study {ledger.name} has no trial {number}: there are {there} so far{more}, "
         "numbered from 0"
     )
 

@@ -67,7 +67,7 @@ class Assets:
         dataset: None where nothing needs one; in latents, if students learn from them.
         evaluator: Measures students and teacher.
         terms: What students' metadata take over from the teacher's, such as its licence.
-        known: Metadata of the teacher's file.
+        metadata: Of the teacher's file.
         teacher_fid: The teacher's FID, where the method measures it.
         conditions: What students are trained under; None is the teacher's own kind.
     """
@@ -80,7 +80,7 @@ class Assets:
     dataset: Dataset | None
     evaluator: Evaluator
     terms: Mapping[str, Any]
-    known: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     teacher_fid: FID | None = None
     conditions: Conditions | None = None
 
@@ -164,7 +164,7 @@ class Assets:
             dataset=self.dataset,
             seed=seed,
             recordings=Recordings(root=root, dtype=dtype) if recorded else None,
-            metadata=self.known,
+            metadata=self.metadata,
             conditions=self.conditions,
         )
 
@@ -270,7 +270,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
             codec=codec,
             clip=clip_scorer_of(spec, device),
         ),
-        known=known,
+        metadata=known,
         terms=inherited(known, teacher_name(spec)),
         conditions=conditions,
     )

@@ -111,7 +111,8 @@ def measure(
         if error.status is None:
             return None
         if error.status != -signal.SIGKILL:
-            raise
+            failed = f"the measurement of a trial's cost failed: {error}"
+            raise ChildError(failed, error.status) from error
         why = "the system ended the process"
     except Exception as error:
         if not is_out_of_memory(error):

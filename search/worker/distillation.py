@@ -112,7 +112,7 @@ def _require_same_teacher(of: Ledger, teacher: NetworkDenoiser) -> None:
     if stored != mine:
         raise SpecChangedError(
             f"the teacher on {platform.node()} has other weights (sha256 {mine[:12]}) than the "
-            f"one that study {of.study.study_name} is measured with ({stored[:12]}), so its FIDs "
+            f"one that study {of.name} is measured with ({stored[:12]}), so its FIDs "
             "would not compare: give all machines one BDENSE_CACHE and the same checkpoint, or "
             "start a study of another name"
         )

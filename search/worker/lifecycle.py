@@ -48,7 +48,7 @@ def work_on_row(
         UnpreparedError: This machine cannot work on it; the trial was given back.
         SpecChangedError: What is measured was edited meanwhile; the trial was given back.
     """
-    study = ledger.study.study_name
+    study = ledger.name
     folder = row_folder(study, claim.number)
     log = TrialLog(folder)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import bdense
-from bdense.files import atomic_write, write_json
+from bdense.files import write_json
 from search.study.results import TrialResult
 from search.study.retention import IDENTITY, RESULT, drop_checkpoints
 from search.study.trial_log import LOG_FILE, worker_name
@@ -38,8 +38,7 @@ def take_folder(folder: Path, identity: Mapping[str, Any]) -> None:
         _log.warning("%s holds another study's trial; moved to %s", folder, aside.name)
         folder.rename(aside)
     if not mark.exists():
-        with atomic_write(mark) as scratch:
-            scratch.write_text(ours)
+        write_json(mark, identity, sort_keys=True)
 
 
 def read_result(folder: Path, identity: Mapping[str, Any]) -> TrialResult | None:

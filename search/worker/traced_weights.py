@@ -33,6 +33,8 @@ class TracedWeights:
         self._past: list[Tensor] = []
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  all else is the weighting's
+        if name == "_given":  # not there yet, as in unpickling
+            raise AttributeError(name)
         return getattr(self._given, name)
 
     def note(self, done: IterationReport) -> None:

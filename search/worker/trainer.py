@@ -107,7 +107,7 @@ class Trainer(Protocol):
         """Train and measure a row, or go on where an earlier attempt's checkpoint ends.
 
         Returns:
-            The result; read from the folder if an earlier worker wrote it.
+            The result; read from the folder if an earlier attempt wrote it.
 
         Raises:
             NonFiniteError: It diverged.

@@ -163,7 +163,7 @@ class Worker:
             claimed.ledger.release(claimed.claim, interrupted=True)
             raise SpecChangedError(
                 f"a worker measures under other conditions (fingerprint {mine}) than study "
-                f"{main.study.study_name} has ({stored}): another launch changed the study before "
+                f"{main.name} has ({stored}): another launch changed the study before "
                 "its first trial, or the worker runs another version of bdense; launch again"
             )
 

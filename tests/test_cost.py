@@ -186,8 +186,8 @@ def test_a_launch_that_goes_on_asks_only_what_is_free(monkeypatch):
 
 def test_a_kept_cost_of_another_form_is_measured_again(monkeypatch):
     measured = []
-    monkeypatch.setattr(cost, "measure", lambda *_, **__: measured.append(CUDA) or CUDA)
-    study = spec(resources={"gpus": 0.25})
+    monkeypatch.setattr(cost, "measure", lambda *_, **__: measured.append(CPU) or CPU)
+    study = spec(resources={"gpus": 0})
     for number in (1, 2, 2):
         require_room(study, 1)
         assert len(measured) == number

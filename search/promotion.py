@@ -144,12 +144,12 @@ class Promotion:
                 require_new(folder)
         arm = self._promoted()
         if asked.weights is None and asked.to is None:
-            for told in {other_budget(study, each) for each in self._settings} - {""}:
-                say(told)
+            for line in {other_budget(study, each) for each in self._settings} - {""}:
+                say(line)
         planned = self._planned(arm).store(study.url)
         searched_at, num_branches = (s.resolved.num_branches for s in (study.spec, spec))
-        if told := at_another_k(arm, searched_at, num_branches):
-            remark(told)
+        if line := at_another_k(arm, searched_at, num_branches):
+            remark(line)
         run_rows(planned, workers)
         return planned, arm
 

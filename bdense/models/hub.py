@@ -119,9 +119,9 @@ def push_model(folder: str | Path, repo_id: str) -> str:
 
 def _pipeline_section(card: Path, repo_id: str) -> str:
     """How the card of a pipeline says that it is sampled, for the page."""
-    told = card.read_text().split(HOW_TO_SAMPLE, 1)[1].split("\n## ", 1)[0]
-    told = told.replace(json.dumps(PIPELINE), json.dumps(repo_id))
-    return f"\n## With diffusers{told.rstrip()}\n"
+    section = card.read_text().split(HOW_TO_SAMPLE, 1)[1].split("\n## ", 1)[0]
+    section = section.replace(json.dumps(PIPELINE), json.dumps(repo_id))
+    return f"\n## With diffusers{section.rstrip()}\n"
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -142,14 +142,14 @@ def card_data(repo_id: str, metadata: Mapping[str, Any], *, has_pipeline: bool) 
     results = None
     if "value" in fid:
         conditions = {name: fid[name] for name in ("images", "nfe", "extractor", "reference")}
-        told = ", ".join(f"{name} {value}" for name, value in conditions.items())
+        measured = ", ".join(f"{name} {value}" for name, value in conditions.items())
         results = [
             EvalResult(
                 task_type=pipeline_tag(metadata),
                 dataset_type=known or str(fid["reference"]),
                 dataset_name=str(fid["reference"]),
                 metric_type="fid",
-                metric_name=f"FID ({told})",
+                metric_name=f"FID ({measured})",
                 metric_value=round(fid["value"], 4),
                 metric_args=conditions | {"extractor_sha256": fid["extractor_sha256"]},
             )

@@ -74,9 +74,9 @@ def fid(
         prompts=None if drawing.prompts is None else PromptFile.of(drawing.prompts, texts),
         clip=clip,
     ).as_dict()
-    told: dict[str, Any] = {} if drawing.class_ is None else {"class": drawing.class_}
-    told |= {"negative_prompt": drawing.negative_prompt} if drawing.negative_prompt else {}
-    unusual = sequential(drawer.sampler) | told | unusual_precision(execution)
+    conditions: dict[str, Any] = {} if drawing.class_ is None else {"class": drawing.class_}
+    conditions |= {"negative_prompt": drawing.negative_prompt} if drawing.negative_prompt else {}
+    unusual = sequential(drawer.sampler) | conditions | unusual_precision(execution)
     print(json.dumps(measured.pop("fid") | measured | unusual))
 
 

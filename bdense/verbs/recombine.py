@@ -120,14 +120,14 @@ def _measured(judge: _Judge, own: RecombineOptions) -> tuple[Sequence[float], di
     records = {"last_branch": last.as_dict(), "combined": combined.as_dict()}
     print(json.dumps({"c": list(c), **records, "difference": difference, "noise": noise}))
     name = f"branch {judge.student.num_branches} alone"
-    told = f"FID {combined.value:.4g} - {last.value:.4g} = {difference:+.2g} +- {noise:.2g}"
+    comparison = f"FID {combined.value:.4g} - {last.value:.4g} = {difference:+.2g} +- {noise:.2g}"
     if difference < -2 * noise:
-        print(f"better than {name} by more than two standard errors: {told}")
+        print(f"better than {name} by more than two standard errors: {comparison}")
     elif own.c is None:
-        print(f"no better than {name}, which is written, by two standard errors: {told}")
+        print(f"no better than {name}, which is written, by two standard errors: {comparison}")
         return judge.last, last.as_dict()
     else:
-        print(f"no better than {name} by two standard errors: {told}")
+        print(f"no better than {name} by two standard errors: {comparison}")
     return c, combined.as_dict()
 
 

@@ -108,11 +108,11 @@ class Overview:
 
 def overview_of(study: Study) -> Overview:
     """Read a study."""
-    now, found, trials, recommended, told = None, None, [], None, []
+    now, found, trials, recommended, lines = None, None, [], None, []
     if study.is_search:
         now, found = judged_summary(study)
         assessment = assess(study, found)
-        recommended, told = assessment.recommended, assessment.lines()
+        recommended, lines = assessment.recommended, assessment.lines()
         trials = summary.complete_trials(study)
         replicates = replicates_of(study)
         comparisons = [] if replicates is None else [replicates]
@@ -127,7 +127,7 @@ def overview_of(study: Study) -> Overview:
         verdict=found,
         curve=curve_of(study),
         recommended=recommended,
-        assessment=told,
+        assessment=lines,
         comparisons=comparisons,
         teacher=teacher_of(study),
         legend=next(filter(None, legends), ""),

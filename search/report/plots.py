@@ -72,9 +72,9 @@ def metric_over(
                 measured = [Observation(point=p, value=e.value, group="search") for p, e in placed]
                 axes.plot(curve, posterior_means(measured, asked), color=colour, linewidth=1.0)
         if one_shot is not None and one_shot.axes == [axis]:
-            told = sorted((each.coordinates[0], each.fid) for each in one_shot.points)
+            points = sorted((each.coordinates[0], each.fid) for each in one_shot.points)
             label = plain(f"one student, told {axis}")
-            axes.plot(*zip(*told, strict=True), "x:", color="#777777", label=label)
+            axes.plot(*zip(*points, strict=True), "x:", color="#777777", label=label)
         place = next(point[axis] for point, each in placed if each.number == best.number)
         axes.plot(place, best.value, "o", color=_BEST, label=f"best: trial {best.number}")
         values = [each.value for each in trials]

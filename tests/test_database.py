@@ -252,9 +252,11 @@ def test_a_reader_of_a_file_cannot_write(tmp_path):
         connection.exec_driver_sql("DELETE FROM studies")
 
 
-def test_roles_of_a_file_are_refused(tmp_path):
-    with pytest.raises(InputError, match="which has no roles; leave --writer and --reader out"):
-        grant(f"sqlite:///{tmp_path}/a.db", [Role(name="me", access="read-only")])
+def test_roles_of_a_file_are_refused_before_it_is_made(tmp_path, capsys):
+    storage = f"sqlite:///{tmp_path}/a.db"
+    assert cli.main(["storage", "init", "--reader", "me", "--storage", storage]) == 2
+    assert "which has no roles; leave --writer and --reader out" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_takes_no_files_is_named(capsys):

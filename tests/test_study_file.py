@@ -72,6 +72,13 @@ def test_a_file_that_is_no_study_is_named(tmp_path, content, expected):
     assert "\n" not in refusal(path)
 
 
+def test_a_file_beside_it_is_named(tmp_path):
+    path = write(tmp_path)
+    other = path.with_name(path.name.replace("yaml", "yml"))
+    assert f"{other} cannot be read: " in refusal(other)
+    assert f"did you mean {path.name}" in refusal(other)
+
+
 def test_options_replace_keys_of_sections(tmp_path):
     changed = read_spec(write(tmp_path), {"plan": {"trials": 9}, "method": {"kimg": 5.12}})
     assert changed == spec(plan__trials=9, method__kimg=5.12)

@@ -166,7 +166,9 @@ def read_tree(path: Path) -> dict[str, Any]:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error  # an OSError names the file, too
-        raise SpecError(f"the study file {path} cannot be read: {reason}") from error
+        there = [each.name for each in path.parent.glob("*.y*ml")]
+        hint = "" if path.exists() else did_you_mean(path.name, there)
+        raise SpecError(f"the study file {path} cannot be read: {reason}{hint}") from error
     try:
         tree = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
     except yaml.MarkedYAMLError as error:

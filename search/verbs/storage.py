@@ -22,9 +22,9 @@ def storage(asked: TablesOptions) -> None:
         for line in itertools.chain(upgrade(url), upgrade_studies(url)):
             print(line, flush=True)
         return
+    left = grant(url, roles) if roles else []  # refuses a file before it makes one
     open_tables(url)
     print(f"tables are there: {redact(url)}")
-    left = grant(url, roles) if roles else []
     for role in roles:
         print(f"{role.name} may {role.access}")
     for statement in left:

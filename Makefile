@@ -19,7 +19,7 @@ search: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow" $(SPREAD) tests
 
-# Slow tests: the service on real processes (kills and stops, given arms confirmed, promoted and transferred, 120 trials under
+# Slow tests: the service on real processes (kills and stops, given arms confirmed, promoted and transferred, 200 trials under
 # faults, clusters of other versions, two hosts, docker compose), too little memory, 10,000 trials, compiled networks.
 test-service: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow $(SPREAD) tests

@@ -41,8 +41,8 @@ from tests.studies import spec
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.postgres]
 
 NAME = "faults"
-TRIALS = int(os.environ.get("BDENSE_FAULT_TRIALS", "120"))
-FEWEST_FAULTS = max(10, TRIALS // 20)
+TRIALS = int(os.environ.get("BDENSE_FAULT_TRIALS", "200"))
+FEWEST_FAULTS = TRIALS // 20
 MOST_SECONDS = 7.5 * TRIALS  # of 200: 250 on an idle machine, beside other tests 640 and once 900
 CHECKPOINT_SECONDS = 0.1
 JITTER_SECONDS = 0.05  # of the log's times

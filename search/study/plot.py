@@ -36,7 +36,7 @@ class Plot:
         with rc_context({"font.size": 11.5}):
             figure = Figure(figsize=(7.0, 4.2), layout="constrained")
             axes = figure.subplots()
-            axes.grid(color="0.9", linewidth=0.6)
+            axes.grid(which="both", color="0.9", linewidth=0.6)
             axes.set_axisbelow(True)
             self.draw(axes)
             axes.set_title(plain(self.title))

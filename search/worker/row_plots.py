@@ -29,10 +29,14 @@ def draw_losses(folder: Path) -> None:
         return
 
     def draw(axes: "Axes") -> None:
+        from matplotlib.ticker import LogFormatter
+
         for stage, by_iteration in losses.items():
             axes.plot(*zip(*sorted(by_iteration.items()), strict=True), linewidth=1.0, label=stage)
         if min(loss for each in losses.values() for loss in each.values()) > 0:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())  # 20, not 2 x 10^1
+            axes.yaxis.set_minor_formatter(LogFormatter())
         axes.set(xlabel="iteration", ylabel="loss of the batch")
 
     Plot("loss", "", draw).save(folder / LOSS_PLOT)

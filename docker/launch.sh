@@ -24,8 +24,10 @@ while [ -z "$ended" ]; do
         become_the_command "$@" &
         child=$!
         if [ -n "$ended" ]; then kill -TERM "$child" 2>/dev/null; fi   # the signal came before its number was known
-        # A signal to this shell ends a wait early.
+        # A signal to this shell ends a wait early, perhaps as the command ends: then its status is there for one more wait.
         while wait "$child"; status=$?; kill -0 "$child" 2>/dev/null; do :; done
+        wait "$child" 2>/dev/null; own=$?
+        if [ "$own" -ne 127 ]; then status=$own; fi   # 127: waited for already
         child= joined=$(date +%s)
     else
         cat /tmp/ray-start.log >&2

@@ -174,38 +174,26 @@ def test_the_weights_of_a_process_by_hand(kind):
 # ---- learning ----
 
 
-def test_training_lowers_the_loss(digits):
+@pytest.mark.parametrize("precond", [None, COSINE, DDPM_64], ids=["edm", "cosine-v", "ddpm-eps"])
+def test_training_lowers_the_loss(digits, precond):
     """Measured with the averaged weights on noise that training never saw."""
     losses = []
-    learning = config(images=2560, batch=32, warmup_kimg=0.32, ema_halflife_kimg=0.32)
+    learning = config(
+        images=2560, batch=32, warmup_kimg=0.32, ema_halflife_kimg=0.32, precond=precond
+    )
     teacher = train_teacher(
         digits, learning, device=CPU, on_iteration=lambda done, total, loss: losses.append(loss)
     )
     assert len(losses) == learning.iterations == 80
-    assert sum(losses[-10:]) / 10 < 0.7 * sum(losses[:10]) / 10
-
+    assert teacher.precond == learning.preconditioning
+    assert not teacher.training
     draw = torch.Generator().manual_seed(1)
     clean = to_float(digits.images)[:256]
     noise = torch.randn(clean.shape, generator=draw)
-    sigma = (-1.2 + 1.2 * torch.randn(256, generator=draw)).exp()
-    with torch.no_grad():
-        before = losses_of(new_denoiser(learning, SHAPE), clean, noise, sigma).mean()
-        after = losses_of(teacher, clean, noise, sigma).mean()
-    assert after < 0.7 * before
-    assert not teacher.training
-
-
-@pytest.mark.parametrize("precond", [COSINE, DDPM_64], ids=["cosine-v", "ddpm-eps"])
-def test_training_on_a_process_lowers_its_loss(digits, precond):
-    """Measured with the averaged weights on noise that training never saw."""
-    learning = config(
-        images=1920, batch=32, warmup_kimg=0.32, ema_halflife_kimg=0.32, precond=precond
-    )
-    teacher = train_teacher(digits, learning, device=CPU)
-    assert teacher.precond == learning.preconditioning
-    clean = to_float(digits.images)[:256]
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
-    sigma = native_schedule(teacher.precond).draw(torch.arange(256) / 256).float()
+    if precond is None:
+        sigma = (-1.2 + 1.2 * torch.randn(256, generator=draw)).exp()
+    else:
+        sigma = native_schedule(teacher.precond).draw(torch.arange(256) / 256).float()
     with torch.no_grad():
         before, after = (
             losses_of(denoiser, clean, noise, sigma, learning.vp_loss).mean()

@@ -575,21 +575,14 @@ class MethodContract(TrainingContract):
                 idle.append(name)
         assert idle == []
 
-    def test_every_seed_is_another_run(self, tmp_path):
-        base = self._told(self.run(tmp_path / "a"), {})
-        other = self._told(self.run(tmp_path / "b", seed=6), {}, seed=6)
-        for stage, (described, *made) in other.items():
-            assert described != base[stage][0]
-            assert tuple(made) != base[stage][1:]
-
     def _told(
-        self, stages: list[TrainedStage], changes: dict[str, Any], seed: int = 5
+        self, stages: list[TrainedStage], changes: dict[str, Any]
     ) -> dict[str, tuple[str, str, str]]:
         """By name: what a stage says of itself, its student, how that draws."""
         method, config, teacher = self.method(), self.config(**changes), self.teacher()
         found = {}
         for done in stages:
-            stage = method.stage(done.plan, teacher, config, self.inputs(seed))
+            stage = method.stage(done.plan, teacher, config, self.inputs())
             told = json.dumps(stage.describe(self.weighting(stage)), sort_keys=True)
             drawn = json.dumps(done.sampler.describe())
             found[done.plan.name] = (told, denoiser_sha256(done.student), drawn)

@@ -381,7 +381,6 @@ def test_ddpm_ends_in_noise_in_any_number_of_times(timesteps):
             ("--precond", "ddpm", "--timesteps", 20),
             "--timesteps must be a whole number from 21 to 100000, or none \\(1000\\), got 20",
         ),
-        (("--clip", 0), "--clip must be a number above 0, or none \\(no limit\\), got 0"),
     ],
 )
 def test_options_of_another_process_are_refused(tmp_path, options, message):
@@ -396,11 +395,7 @@ def test_options_of_another_process_are_refused(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"images": 0}, "kimg must be"),
-        ({"seed": -1}, "seed must be"),
-        ({"clip": math.nan}, "clip must be .* got nan"),
         ({"loss": "snr"}, "loss snr is for a process, .* choose precond cosine or ddpm"),
-        ({"loss": "mse", "precond": COSINE}, "loss must be one of constant, .* got 'mse'"),
         ({"precond": {}}, "precond needs the name cosine or ddpm, got None; leave precond out"),
         ({"precond": {"name": "edm"}}, "got 'edm'; leave precond out for EDM's"),
         ({"precond": {"name": "vp"}}, "precond needs the name cosine or ddpm, got 'vp'"),

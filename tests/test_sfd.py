@@ -27,6 +27,7 @@ from tests.contracts.methods import (
     KilledError,
     MethodContract,
     assert_no_waits,
+    dying_in,
 )
 from tests.networks import tiny_denoiser
 from tests.pd_nets import small_conv
@@ -84,13 +85,10 @@ def test_several_nfe_resume_bit_for_bit(tmp_path):
         several_nfe(), weights, on_iteration=lambda done: intervals.append(len(done.weights))
     )
 
-    def kill(done):
-        if done.iteration == 3:
-            raise KilledError
-
     path = tmp_path / "checkpoint.safetensors"
+    keep = {"checkpoint": path, "checkpoint_seconds": 0}
     with pytest.raises(KilledError):
-        train(several_nfe(), weights, checkpoint=path, checkpoint_seconds=0, on_iteration=kill)
+        train(several_nfe(), weights, **keep, on_iteration=dying_in(3))
     torch.manual_seed(99)
     resumed = train(
         several_nfe(),

@@ -36,6 +36,16 @@ class KilledError(Exception):
     """Stands for a kill at that point."""
 
 
+def dying_in(iteration: int) -> Callable[..., None]:
+    """An ``on_iteration`` that is killed in that one."""
+
+    def kill(*told: Any) -> None:
+        if told[-1].iteration == iteration:
+            raise KilledError
+
+    return kill
+
+
 class HalfSquare:
     """A perceptual loss without a network, in the place of LPIPS."""
 
@@ -207,13 +217,9 @@ class TrainingContract:
                 stage = self.learning()
                 return train(stage, weighting(stage.num_branches), **options)
 
-            def kill(done, path=path):
-                if done.iteration == killed_in:
-                    raise KilledError
-
             whole = run()
             with pytest.raises(KilledError):
-                run(checkpoint=path, checkpoint_seconds=0, on_iteration=kill)
+                run(checkpoint=path, checkpoint_seconds=0, on_iteration=dying_in(killed_in))
             kept = load_tensors(path)[1]["iteration"] if path.exists() else 0
             assert kept == killed_in
             torch.manual_seed(99)

@@ -459,7 +459,9 @@ def test_a_dry_run_plans_nothing_and_prints_what_a_launch_would_take(
 ):
     """What it costs is measured elsewhere."""
     monkeypatch.setenv("RAY_TMPDIR", "/proc")  # which only a launch would need
-    monkeypatch.setattr("search.worker.cost.cost_lines", lambda *_, **__: ["what it costs"])
+    monkeypatch.setattr(
+        "search.worker.distillation.cost_lines", lambda *_, **__: ["what it costs"]
+    )
     to = ("promote", "digits", "--to", write(tmp_path, PROMOTION), "-n")
     answer = command(*to, "--seeds", "4,5")
     assert answer.status == 0, answer.err
@@ -483,10 +485,10 @@ def test_a_confirmations_and_a_transfers_dry_run_print_the_rows_that_they_would_
     told = []
 
     def cost_lines(study, **_):
-        told.append((study.planned_rows, study.method.options["kimg"]))
+        told.append((study.plan.num_rows(study), study.method.options["kimg"]))
         return ["what it costs"]
 
-    monkeypatch.setattr("search.worker.cost.cost_lines", cost_lines)
+    monkeypatch.setattr("search.worker.distillation.cost_lines", cost_lines)
     options = ("--kimg", "5", "--seeds", "4", "--candidates", "2")
     answer = command("confirm", "digits", "-n", *options)
     assert answer.status == 0, answer.err

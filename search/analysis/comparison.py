@@ -177,16 +177,16 @@ def compare(study: Study, *, variant: int = 0, stage: str | None = None) -> Comp
         baselines=spec.baselines,
         stage=at.name,
         variant=variants[variant] if variants else {},
-        results=tuple(_with_trials(study, at, results) if study.is_search else results),
+        results=tuple(_with_trials(study, at, results)),
     )
 
 
 def _with_trials(
     study: Study, stage: StagePlan, results: Sequence[ArmResult]
 ) -> Sequence[ArmResult]:
-    """Replicated points with the figure of their trial, their training under the first seed."""
+    """A search's replicates with the figure of their trial, a training under the first seed."""
     raced = {each.arm.trial: each for each in results if each.arm.trial is not None}
-    if not raced:
+    if not (study.is_search and raced):
         return results
     spec = study.spec
     for trial in study.search.rows(TrialState.COMPLETE, ("fid", "fids", "score")):

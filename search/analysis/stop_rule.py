@@ -58,7 +58,9 @@ class LargestGain:
 
     @classmethod
     def of(cls, study: Study) -> Self | None:
-        """What ended a search before its last trial; None where nothing did."""
+        """What ended a search before its last trial; None where nothing did, or of given arms."""
+        if not study.is_search:
+            return None
         stored = study.search.attribute(ENDED_EARLY)
         is_over = stored is not None and study.search.budget < study.spec.search.points
         return cls(**stored) if is_over else None
@@ -125,14 +127,14 @@ def points_of(spec: StudySpec) -> list[Point]:
 
 
 def stop_or_replicate(study: Study) -> bool:
-    """End a search that has nothing left to find; otherwise plan its next replicate.
+    """End a search that has nothing left to find; otherwise plan its next replicate, if any.
 
     Workers call it between rows, and a launch before its first one.
 
     Returns:
         Whether a row was planned.
     """
-    plan = study.spec.search
+    plan = study.spec.plan
     if LargestGain.of(study) is not None:
         return False
     if plan.stop:

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from bdense.knobs import Knobs, knob, knob_of, knobs_of
 from bdense.weights.parameters import SET_HELP, parameter_knobs
-from search.spec.sections import ConfirmSpec, SearchPlan
+from search.spec.plan import SearchPlan
+from search.spec.sections import ConfirmSpec
 
 FRESH_SEEDS: int = knobs_of(ConfirmSpec)["seeds"].default
 

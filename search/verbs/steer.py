@@ -138,20 +138,20 @@ def _row(study: Study, asked: LogsOptions) -> tuple[Ledger, int]:
         raise InputError("give either the number of a TRIAL, or --baseline")
     if asked.trial is not None:
         return study.main, asked.trial
-    if not study.is_search or study.given is None:
+    if (baselines := study.baselines) is None:
         raise InputError(f"{study.name} has no baselines of its own; give the number of a row")
     if asked.baseline not in study.spec.baselines:
         known = " or ".join(study.spec.baselines)
         raise KnobError("baseline", f"must be {known} here, got {asked.baseline}")
     seed = study.spec.seeds.training
     # The last one: a launch plans a failed baseline anew.
-    arms, params = study.arms, study.given.asked()
+    arms, params = study.arms, baselines.asked()
     for number in reversed(range(len(params))):
         if params[number].keys() != ROW_SPACE.keys():
             continue  # foreign
         row = ArmRow(**params[number])
         if arms[row.arm].baseline == asked.baseline and row.seed == seed:
-            return study.given, number
+            return baselines, number
     raise InputError(
         f"study {study.name} has no baseline {asked.baseline} yet: its launch was killed before "
         "it was whole; launch it again"

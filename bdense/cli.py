@@ -4,10 +4,13 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from bdense import command
-from bdense.command import Force, Verb, run_verb
+from bdense.command import Force, Verb, kept_in, run_verb
+from bdense.errors import StoppedError
 from bdense.execution import Execution
+from bdense.files import UNFINISHED
 from bdense.metrics.settings import MetricSettings
 from bdense.verbs.options import (
     ConvertOptions,
@@ -98,20 +101,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def call() -> None:
         options = make_parser(argv).parse_args(argv)
-        options.run(options)
+        try:
+            options.run(options)
+        except KeyboardInterrupt:
+            if argv[0] not in ("teacher", "distill"):
+                raise
+            raise StoppedError(f"interrupted; {_kept(Path(options.out))}") from None
 
     # As Ctrl-C: what is under way is removed, or saved.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    trains = argv[:1] in (["teacher"], ["distill"])
-    return run_verb(
-        "bdense",
-        call,
-        on_interrupt="interrupted; run the same command again to continue from the last "
-        "checkpoint, if one was saved"
-        if trains
-        else "interrupted; nothing was saved",
-    )
+    return run_verb("bdense", call, on_interrupt="interrupted; nothing was saved")
+
+
+def _kept(out: Path) -> str:
+    """What a training of that output continues from, if it ended where it could not be saved."""
+    for unfinished in (out.with_suffix(UNFINISHED), *sorted(out.glob(f"*{UNFINISHED}"))):
+        if unfinished.exists():
+            return kept_in(unfinished)
+    return "no unfinished training was saved; finished models are kept"
 
 
 def make_parser(arguments: Sequence[str]) -> command.Parser:

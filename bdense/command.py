@@ -233,6 +233,11 @@ def _naming_output() -> Iterator[None]:
         raise OSError(error.errno, error.strerror, "standard output") from error
 
 
+def kept_in(unfinished: Path) -> str:
+    """What an interrupted training says that is saved in that file."""
+    return f"saved in {unfinished}; run the same command again to continue"
+
+
 class _ShowVersion(argparse.Action):
     """Print the installed version; argparse's own action would look it up at every start."""
 

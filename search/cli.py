@@ -166,10 +166,10 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 done, 1 failed, 2 user's mistake, 75 Ray is gone, 130 stopped."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    options = make_parser(argv).parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
 
     def call() -> None:
+        options = make_parser(argv).parse_args(argv)
         start_logging()
         if "storage" in options:
             _hide_password(options.storage, argv)

@@ -439,3 +439,10 @@ def test_a_closed_standard_output_is_no_mistake(tmp_path):
     found = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (0, "")
     assert (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("package", ["bdense", "search"])
+def test_a_version_on_a_closed_standard_output_is_no_mistake(package):
+    command = f"exec {sys.executable} -m {package} --version >&-"
+    found = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")

@@ -145,7 +145,9 @@ def test_an_interrupted_chain_carries_on(chain, teacher, tmp_path, shared_cache,
         during.setattr(bdense.verbs.distill._StageProgress, "__call__", interrupt)
         answer = command(*made)
     assert answer.status == 130
-    assert "interrupted; run the same command again to continue" in answer.err
+    assert (out / "00004.safetensors").exists()
+    assert not list(out.glob("*.training.safetensors"))
+    assert answer.err.splitlines()[-1].endswith("finished models are kept")
     assert (trained, drawings) == ([(4, 0), (4, 1), (2, 0), (2, 1)], [8, 4])
     lines = done(*made).splitlines()
     assert drawings == [8, 4, 2]

@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import os
-import re
 import struct
 import tracemalloc
 import zipfile
@@ -402,17 +401,18 @@ def test_all_problems_of_a_folder_are_one_summary(tmp_path):
     """Also a pipe, which would wait for a writer for ever."""
     with pytest.raises(InputError) as caught:
         read_folder(photos(tmp_path / "set"))
-    line = str(caught.value)
-    assert "7 of 8 images cannot be used: 2, such as b.png: it is 8 x 9 pixels" in line
+    first, *lines = str(caught.value).splitlines()
+    assert first.endswith("6 of 8 images cannot be used:")
+    assert len(lines) == 6
     for name, reason in (
+        ("a.png", "8 x 8 pixels, RGB, and b.png is 8 x 9"),  # of which there are two
         ("d.png", "transparent"),
         ("e.png", "2 frames"),
         ("f.png", ""),
         ("g.jpg", "EXIF"),
         ("h.png", "not a file"),
     ):
-        assert re.search(rf"1, such as {name}: [^|]*{reason}", line)
-    assert "\n" not in line
+        assert any(line.startswith(f"- {name}: ") and reason in line for line in lines)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

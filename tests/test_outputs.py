@@ -145,3 +145,19 @@ def test_an_interrupted_training_is_saved(tmp_path):
     assert saved.exists()
     assert not out.exists()
     assert load_tensors(saved)[1]["iteration"] >= done_first
+
+
+def test_a_training_that_is_ended_at_once_says_what_is_saved(tmp_path, monkeypatch):
+    """A second Ctrl-C, or one before the first iteration: as there is a checkpoint, or none."""
+    out = tmp_path / "teacher.safetensors"
+    saved = out.with_suffix(".training.safetensors")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bdense.verbs.teacher.train_teacher", interrupted)
+    answer = bdense("teacher", *TINY, "--kimg", 1, "--out", out)
+    assert (answer.status, str(saved) in answer.err) == (130, False)
+    saved.touch()
+    answer = bdense("teacher", *TINY, "--kimg", 1, "--out", out)
+    assert (answer.status, f"saved in {saved}; " in answer.err) == (130, True)

@@ -165,3 +165,12 @@ def test_the_images_locks_hold_what_is_wanted_at_the_versions_of_the_constraints
         for each in map(Requirement, requirements):
             assert each.specifier.contains(locked[canonicalize_name(each.name)])
         assert "://" not in file.read_text()
+
+
+def test_the_example_settings_pin_each_base_image_of_its_default_tag():
+    root = Path(__file__).parents[1]
+    example = (root / ".env.example").read_text()
+    found = re.findall(r"^(\w+_IMAGE)=(\S+)@sha256:[0-9a-f]{64}$", example, re.MULTILINE)
+    compose = (root / "docker-compose.yml").read_text()
+    assert set(found) == set(re.findall(r"\$\{(\w+_IMAGE):-([^}]+)\}", compose))
+    assert len(found) == 3

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from optuna.trial import TrialState
 
 from bdense.errors import InputError
 from search.run.ending import EarlyEnd
+from search.run.launch import run_rows
 from search.run.machine import count_gpus, use_gpus
 from search.spec.space import search_space
 from search.storage.engine import resolve_storage_url
@@ -27,6 +29,7 @@ from search.study.folders import row_folder
 from search.study.retention import CHECKPOINT, STUDENT
 from search.study.study import SPEC, TRAJECTORIES, Study
 from search.study.summary import failures
+from search.worker.trainer import Preparation, Step
 from tests.contracts.scene import take, wait_until
 from tests.measured import (
     command,
@@ -209,6 +212,31 @@ def test_a_study_without_workers_is_stopped_at_once():
     assert [Stops.of(each.attribute(HALT)).count for each in study.ledgers] == [1, 1]
     _, out, _ = command("status", "digits")
     assert "asked to stop at 20" in out
+
+
+def test_status_shows_what_a_launch_prepares_until_rows_run(monkeypatch):
+    study = search()
+    shown: list[str] = []
+
+    def run(study, launch, *, on_preparing, on_running, **_):
+        for done in (1, 2):  # the second comes too soon to be kept
+            on_preparing(Preparation(Step.TEACHER, done, 9, "loss 1.5"))
+            shown.append(command("status", "digits")[1])
+        on_preparing(Preparation(Step.TRAJECTORIES, 0, 1))
+        shown.append(command("status", "digits")[1])
+        on_running()
+        shown.append(command("status", "digits")[1])
+        on_preparing(Preparation(Step.FEATURES, 0, 1))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("search.run.launch.run", run)
+    with pytest.raises(KeyboardInterrupt):
+        run_rows(study, workers=1)
+    texts = ["training the teacher 1/9, loss 1.5"] * 2 + ["recording trajectories"]
+    for out, text in zip(shown[:3], texts, strict=True):
+        assert re.search(rf"^preparing, \d+ s ago: {text}$", out, re.MULTILINE)
+    for out in (shown[3], command("status", "digits")[1]):
+        assert "preparing" not in out
 
 
 def test_stop_waits_for_a_worker_to_give_its_trial_back(monkeypatch):

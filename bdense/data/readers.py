@@ -243,56 +243,67 @@ def _read_images(
     if not names:
         raise InputError(f"{source} holds no images; accepted are {', '.join(SUFFIXES)} files")
     images: NDArray[np.uint8] | None = None
-    first = ""
     problems: dict[str, list[str]] = {}
+    shapes: dict[tuple[int, ...], list[str]] = {}
     for index, name in enumerate(names):
         try:
             with open_file(name) as file, Image.open(file) as image:
-                like = None if images is None else (first, images.shape[1:])
-                pixels = _pixels(image, crop, like)
+                pixels = _pixels(image, crop)
         except _UNREADABLE as error:
             problems.setdefault(_reason(error), []).append(name)
             continue
         if images is None:
-            images, first = np.empty((len(names), *pixels.shape), np.uint8), name
-        if crop is not None and len(pixels) != images.shape[1]:  # grey among colour
+            images = np.empty((len(names), *pixels.shape), np.uint8)
+        if crop is None:
+            shapes.setdefault(pixels.shape, []).append(name)
+        elif len(pixels) != images.shape[1]:  # grey among colour
             images = images if images.shape[1] == 3 else images.repeat(3, axis=1)
             pixels = pixels if len(pixels) == 3 else pixels.repeat(3, axis=0)
-        images[index] = pixels
+        if pixels.shape == images.shape[1:]:
+            images[index] = pixels
+    problems |= _other_shapes(shapes)
     if problems:
         raise InputError(_summary(source, len(names), problems))
     assert images is not None
     return torch.from_numpy(images)
 
 
+def _other_shapes(shapes: Mapping[tuple[int, ...], Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Names of images of another shape [C, H, W] than most, by what is wrong with them."""
+    most = max(shapes, key=lambda shape: len(shapes[shape]), default=())
+    return {
+        f"it is {_size(shape)}, and {shapes[most][0]} is {_size(most)}; add @cropSIDE to the data "
+        "set's name": names
+        for shape, names in shapes.items()
+        if shape != most
+    }
+
+
 def _summary(source: str, count: int, problems: Mapping[str, Sequence[str]]) -> str:
-    """Every problem with the number of its images and the first of them."""
+    """Every problem on a line, with the number of its images and the first of them."""
     bad = sum(map(len, problems.values()))
     if bad == 1:
         ((reason, (name,)),) = problems.items()
         return f"{source}: the image {name} cannot be used: {reason}"
     most = sorted(problems.items(), key=lambda each: -len(each[1]))
-    lines = [
-        f"{len(names)}, such as {names[0]}: {reason}" for reason, names in most[:_SHOWN_PROBLEMS]
-    ]
-    left = len(most) - len(lines)
-    lines += [f"and {left} other problem{'s' * (left > 1)}"] if left > 0 else []
-    return f"{source}: {bad} of {count} images cannot be used: {' | '.join(lines)}"
+    lines = [f"{source}: {bad} of {count} images cannot be used:"]
+    for reason, names in most[:_SHOWN_PROBLEMS]:
+        named = names[0] if len(names) == 1 else f"{len(names)} images, such as {names[0]}"
+        lines.append(f"- {named}: {reason}")
+    if (left := len(most) - _SHOWN_PROBLEMS) > 0:
+        lines.append(f"- and {left} other problem{'s' * (left > 1)}")
+    return "\n".join(lines)
 
 
-def _pixels(
-    image: Image.Image, crop: int | None, like: tuple[str, tuple[int, ...]] | None
-) -> NDArray[np.uint8]:
+def _pixels(image: Image.Image, crop: int | None) -> NDArray[np.uint8]:
     """[C, H, W]: grey stays grey, everything else (palettes, CMYK) becomes RGB.
 
     Args:
         image: Opened, and not decoded yet.
         crop: See ``read_folder``.
-        like: Name and [C, H, W] of the first image, which those that are not cropped must have.
 
     Raises:
-        ValueError: The file is not one opaque, upright still image of 8 bits a channel and of
-            that size.
+        ValueError: The file is not one opaque, upright still image of 8 bits a channel.
     """
     # A camera's JPEG may carry a preview behind the picture (MPO), which is not an animation.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
@@ -303,16 +314,10 @@ def _pixels(
     if deep or image.mode[0] in "IF":
         raise ValueError("it has more than 8 bits a channel; convert it to 8")
     mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-    if crop is None:  # before EXIF data are read, for which a PNG is decoded
+    # Before EXIF data are read, for which a PNG is decoded.
+    if crop is None and image.width * image.height > _MOST_PIXELS:
         shape = (1 if mode == "L" else 3, image.height, image.width)
-        if like is not None and shape != like[1]:
-            first, wanted = like
-            raise ValueError(
-                f"it is {_size(shape)}, and {first} is {_size(wanted)}; add @cropSIDE to the data "
-                "set's name"
-            )
-        if image.width * image.height > _MOST_PIXELS:
-            raise ValueError(f"it is {_size(shape)}; add @cropSIDE to the data set's name")
+        raise ValueError(f"it is {_size(shape)}; add @cropSIDE to the data set's name")
     if crop is not None:
         image = ImageOps.exif_transpose(image)
     elif image.getexif().get(ExifTags.Base.Orientation, 1) != 1:

@@ -48,17 +48,19 @@ class TrainingCheckpoint:
     def __post_init__(self) -> None:
         self.identity = plain_json(self.identity)
         self._kind = f"{self.stage.kind}-training"
+        self._saves = self.writes and self.path is not None
         self._last = time.monotonic()
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time for a save."""
-        return time.monotonic() - self._last >= self.seconds
+        """Whether it is time for a save by this process."""
+        return self._saves and time.monotonic() - self._last >= self.seconds
 
     def save(self, done: int) -> None:
         """Save the run after so many iterations."""
-        if self.path is None or not self.writes:
+        if not self._saves:
             return
+        assert self.path is not None
         tensors = self._trained(self.student) | self._adam()
         tensors |= _prefixed(_WEIGHTING, self.weighting.state())
         tensors |= _prefixed(_STAGE, self.stage.state())

@@ -6,6 +6,7 @@ S updates an iteration, K branches.
 import contextlib
 import functools
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,11 @@ from bdense.training.optimisation import Average
 from bdense.training.parallel import Team, team_of
 from bdense.training.stage import Branches, BranchLosses, Training, Update
 from bdense.weights.weighting import BranchWeighting, Observed
+
+# Iterations whose losses wait on a GPU before they are read, which makes it idle; only as many as
+# end within the time, so that a stop is seen soon and what is kept of their batches is small.
+UNREAD = 16
+UNREAD_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +93,7 @@ def train(
     on_iteration: Callable[[IterationReport], None] | None = None,
     on_save: Callable[[int], None] | None = None,
     evaluations: Evaluations | None = None,
+    unread: int | None = None,
 ) -> NetworkDenoiser:
     """Train the student of one stage.
 
@@ -99,10 +106,12 @@ def train(
             They equal one device up to rounding and dropout masks.
         checkpoint: File to resume from and save to; None keeps nothing.
         checkpoint_seconds: Time between saves; the end is always saved.
-        on_iteration: Called after every iteration; an exception ends the run, a ``StoppedError``
-            after a save.
+        on_iteration: Called with every iteration's report once it is read; an exception ends the
+            run, a ``StoppedError`` after a save.
         on_save: Called after each save with the iterations done.
         evaluations: Intermediate evaluations; each is saved before.
+        unread: Iterations whose losses are read together, at most; None is ``UNREAD`` on a GPU,
+            else 1. They are read before each save.
 
     Returns:
         The branched student in eval mode, or the average of its weights if the stage has one.
@@ -123,6 +132,7 @@ def train(
         checkpoint_seconds=checkpoint_seconds,
         on_iteration=on_iteration,
         on_save=on_save,
+        unread=unread,
     )
     _require_fitting(stage, weighting)
     if devices is None or len(devices) == 1:
@@ -151,6 +161,7 @@ def _train(
     checkpoint_seconds: float = 60.0,
     on_iteration: Callable[[IterationReport], None] | None = None,
     on_save: Callable[[int], None] | None = None,
+    unread: int | None = None,
 ) -> NetworkDenoiser:
     """The loop in one process of a team."""
     evaluated = evaluations.within(stage.num_updates)
@@ -179,6 +190,7 @@ def _train(
     )
     first = kept.resume()
     step = _Step(stage, weighting, student, optimizer, team)
+    reports = _Reports(stage, step, on_iteration, unread)
     parts = team.parts_of(stage.batch_size, stage.optimisation.accumulate)
     for iteration in range(first, stage.num_updates):
         if iteration in evaluated:
@@ -191,21 +203,23 @@ def _train(
         updates = zip(*(stage.updates(iteration, batch) for batch in batches), strict=True)
         steps = [step(iteration, index, each) for index, each in enumerate(updates)]
         stage.end(iteration)
+        reports.add(iteration, lr, steps)
         if iteration == first:
             _require_used(weighting, len(steps))
         if average is not None:
             where = iteration, stage.num_updates, stage.batch_size
             average.add(student, stage.optimisation.share_at(*where))
         done = iteration + 1
+        is_saved = done in evaluated or done == stage.num_updates or kept.is_due
         # Before the save: a caller that has lost its right to the checkpoint ends the run here.
         try:
             team.raise_peer_error()
-            if on_iteration is not None:
-                on_iteration(_report(iteration, stage.num_updates, lr, steps))
+            if is_saved or reports.are_due:
+                reports.read()
         except StoppedError:
             kept.save(done)
             raise
-        if done in evaluated or done == stage.num_updates or kept.is_due:
+        if is_saved:
             kept.save(done)
     return _without_adapters(trained, stage).eval()
 
@@ -251,26 +265,87 @@ def _evaluate(
 
 
 @dataclass(frozen=True, slots=True)
-class _UpdateResult:
-    """What one update did; K losses and weights."""
+class _Updated:
+    """What one update did, before it is read.
 
-    losses: list[float]
-    weights: list[float]
-    loss: float
-    gradient_norm: float
+    Attributes:
+        parts: The update, for each part of its batch.
+        branch_losses, weights: [K] on the device.
+        figures: [2K + 2] on the device: these two, the loss, the norm of the gradient.
+    """
+
+    parts: Sequence[Update]
+    branch_losses: Tensor
+    weights: Tensor
+    figures: Tensor
+
+
+@dataclass(eq=False)
+class _Reports:
+    """Reports of iterations whose figures are still on the device."""
+
+    stage: Training
+    step: "_Step"
+    on_iteration: Callable[[IterationReport], None] | None
+    unread: int | None
+
+    def __post_init__(self) -> None:
+        on_gpu = self.step.device.type == "cuda"
+        self._most = self.unread or (UNREAD if on_gpu else 1)
+        self._due = 1  # until the time of an iteration is known
+        self._waiting: list[tuple[int, float, list[_Updated]]] = []
+        self._last = time.monotonic()
+
+    def add(self, iteration: int, lr: float, updates: list[_Updated]) -> None:
+        """Keep what that iteration did."""
+        self._waiting.append((iteration, lr, updates))
+
+    @property
+    def are_due(self) -> bool:
+        """Whether it is time to read them."""
+        return len(self._waiting) >= self._due
+
+    def read(self) -> None:
+        """Read them, and pass each on.
+
+        Raises:
+            NonFiniteLossError: By the first update whose figures are not finite.
+        """
+        waiting, self._waiting = self._waiting, []
+        # The only wait for a GPU.
+        figures = torch.stack([each.figures for *_, steps in waiting for each in steps]).tolist()
+        now = time.monotonic()
+        seconds, self._last = (now - self._last) / len(waiting), now
+        self._due = max(1, min(self._most, int(UNREAD_SECONDS / max(seconds, 1e-9))))
+        stopped: StoppedError | None = None
+        rows = iter(figures)
+        for iteration, lr, updates in waiting:
+            read = [next(rows) for _ in updates]
+            for row, updated in zip(read, updates, strict=True):
+                if not all(map(math.isfinite, row)):
+                    raise self.step.diagnose(updated, iteration)
+            try:
+                if self.on_iteration is not None:
+                    self.on_iteration(_report(iteration, self.stage.num_updates, lr, read))
+            except StoppedError as error:
+                stopped = error  # what is saved holds the others, too
+        if stopped is not None:
+            raise stopped
 
 
 def _report(
-    iteration: int, iterations: int, lr: float, steps: Sequence[_UpdateResult]
+    iteration: int, iterations: int, lr: float, figures: Sequence[Sequence[float]]
 ) -> IterationReport:
+    table = torch.tensor(figures, dtype=torch.float64)
+    branches = (table.shape[1] - 2) // 2
     return IterationReport(
         iteration=iteration,
         iterations=iterations,
         lr=lr,
-        branch_losses=torch.tensor([step.losses for step in steps], dtype=torch.float64),
-        weights=torch.tensor([step.weights for step in steps], dtype=torch.float64),
-        loss=sum(step.loss for step in steps) / len(steps),
-        gradient_norm=max(step.gradient_norm for step in steps),
+        branch_losses=table[:, :branches],
+        weights=table[:, branches:-2],
+        loss=sum(row[-2] for row in figures) / len(figures),
+        gradient_norm=max(row[-1] for row in figures),
     )
 
 
@@ -298,12 +373,19 @@ class _Step:
 
     def __post_init__(self) -> None:
         self._parameters = [p for p in self.student.parameters() if p.requires_grad]
+        self.device = self._parameters[0].device
+        # torch's own switch: from the first update that is not finite, steps are left out, and
+        # the weights stay as they were before it.
+        self._failed = torch.zeros((), device=self.device)
+        self.optimizer.found_inf = self._failed  # type: ignore[attr-defined]
         self._branches: Branches = self.student.branches
         if self.team.size > 1:
             self._branches = self.team.wrap(_Branches(self.student))
 
-    def __call__(self, iteration: int, index: int, parts: Sequence[Update]) -> _UpdateResult:
+    def __call__(self, iteration: int, index: int, parts: Sequence[Update]) -> _Updated:
         """Make an iteration's update, unless a loss or gradient is not finite.
+
+        Nothing here waits for a GPU.
 
         Args:
             iteration: Counted from 0.
@@ -332,14 +414,11 @@ class _Step:
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         seen = team.mean(torch.stack(per_branch).mean(0))
         total = team.mean(torch.stack(minimised).sum())
-        # The only wait for a GPU.
-        read = torch.hstack((seen, moved(weights, seen), total, norm.to(seen))).tolist()
-        if not all(map(math.isfinite, read)):
-            raise self._diagnose(parts, seen, weights, iteration)
-        *branches, value, length = read
-        optimisation.clip(gradients, length)
+        figures = torch.hstack((seen, moved(weights, seen), total, norm.to(seen)))
+        self._failed.logical_or_(~figures.isfinite().all())
+        optimisation.clip(gradients, norm)
         self.optimizer.step()
-        return _UpdateResult(branches[: len(seen)], branches[len(seen) :], value, length)
+        return _Updated(parts, seen, weights, figures)
 
     def _measure_part(self, part: int, update: Update, count: int) -> tuple[Tensor, ...]:
         """What is seen of a part of the batch before it is trained on."""
@@ -367,9 +446,8 @@ class _Step:
         self, update: Update, part: int, count: int
     ) -> contextlib.AbstractContextManager[None]:
         """The random state of dropout in this update, the same on every call."""
-        device = self._parameters[0].device
         own = (*self.team.own_index, *([part] if count > 1 else []))
-        return seeded(device, self.stage.seed, Stream.DROPOUT, *update.stream, *own)
+        return seeded(self.device, self.stage.seed, Stream.DROPOUT, *update.stream, *own)
 
     @contextlib.contextmanager
     def _shared_features(self) -> Iterator[list[Tensor]]:
@@ -417,12 +495,11 @@ class _Step:
             compared = {"gradient_norms": norms, "cosines": cosines}
         self.weighting.observe(Observed(losses=losses, progress=progress, **compared))
 
-    def _diagnose(
-        self, parts: Sequence[Update], seen: Tensor, weights: Tensor, iteration: int
-    ) -> NonFiniteLossError:
+    def diagnose(self, updated: _Updated, iteration: int) -> NonFiniteLossError:
         """What is not finite and by which branch; each is tried alone, with the same draws."""
+        parts, weights = updated.parts, updated.weights
         where = {"iteration": iteration, **parts[0].where}
-        for k, loss in enumerate(seen, 1):
+        for k, loss in enumerate(updated.branch_losses, 1):
             if not bool(loss.isfinite()):
                 return NonFiniteLossError("the loss", **where, branch=k)
         for part, update in enumerate(parts):
@@ -433,7 +510,7 @@ class _Step:
             ):
                 losses: BranchLosses = update(self.student.branches)
                 # Weighted as in the update: a large weight may cause the overflow.
-                for k, loss in enumerate(weights.to(seen) * losses.per_branch, 1):
+                for k, loss in enumerate(weights.to(losses.per_branch) * losses.per_branch, 1):
                     alone = torch.autograd.grad(
                         loss, self._parameters, retain_graph=True, allow_unused=True
                     )

@@ -115,20 +115,21 @@ class OptimisationConfig(Knobs):
         return lr
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimiser of these parameters."""
+        """The optimiser of these parameters, fused: these alone know ``found_inf``."""
         if self.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=self.lr)
+            return torch.optim.SGD(parameters, lr=self.lr, fused=True)
         if self.optimizer == "adam":
             return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas, fused=True)
         return torch.optim.AdamW(
             parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True
         )
 
-    def clip(self, gradients: list[Tensor], norm: float) -> None:
-        """Scale gradients of that norm down to ``clip_norm``, in place."""
-        if self.clip_norm is not None and norm > self.clip_norm:
+    def clip(self, gradients: list[Tensor], norm: Tensor) -> None:
+        """Scale gradients of that 0-dim norm down to ``clip_norm``, in place."""
+        if self.clip_norm is not None:
             # torch's own adds 1e-6 to the norm, which the reference of PD does not.
-            torch._foreach_mul_(gradients, self.clip_norm / norm)
+            factor = (self.clip_norm / norm.double()).clamp(max=1)
+            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
     def scaled(self, weights: Tensor) -> Tensor:
         """The branch weights [.., K] as the loss uses them."""

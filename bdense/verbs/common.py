@@ -15,7 +15,7 @@ import torch
 
 from bdense.errors import InputError, StoppedError
 from bdense.execution import Execution
-from bdense.files import UNFINISHED, require_output
+from bdense.files import require_output
 from bdense.models.card import no_card
 from bdense.verbs.options import Hardware
 
@@ -69,11 +69,6 @@ def require_model_out(
         raise InputError(f"--out {out} must end in {WEIGHTS}, the format that is written")
     require_output(out, problem=problem, inputs=inputs, force=force)
     require_output(out.with_suffix(".md"), problem=no_card, force=force)
-
-
-def kept_in(out: Path) -> str:
-    """What an interrupted training of that file says."""
-    return f"saved in {out.with_suffix(UNFINISHED)}; run the same command again to continue"
 
 
 class Interrupt(contextlib.AbstractContextManager["Interrupt"]):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bdense.command import Force
+from bdense.command import Force, kept_in
 from bdense.data.datasets import Dataset, image_shape, load_dataset
 from bdense.data.encoded import encode_dataset
 from bdense.diffusion.conditions import captions
@@ -16,7 +16,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.epd import EPD, write_table
 from bdense.diffusion.sampling import Sampler
 from bdense.execution import Execution
-from bdense.files import plain_json, require_output
+from bdense.files import UNFINISHED, plain_json, require_output
 from bdense.knobs import KnobError, Knobs
 from bdense.methods import METHODS
 from bdense.methods.distill import TrainedStage, keep_student
@@ -35,7 +35,6 @@ from bdense.verbs.common import (
     Interrupt,
     Progress,
     chosen_hardware,
-    kept_in,
     require_model_out,
 )
 from bdense.verbs.evaluation import FIDEvaluation
@@ -180,7 +179,8 @@ class _StageProgress:
         """Report how far the stage is."""
         if plan != self._plan:
             path = self._out / f"{plan.name}{WEIGHTS}" if self._several else self._out
-            self._plan, self._show = plan, Progress(self._interrupt, kept_in(path))
+            self._plan = plan
+            self._show = Progress(self._interrupt, kept_in(path.with_suffix(UNFINISHED)))
         self.tracking.iteration(plan.name, done)
         remark = f"{plan.label}, loss {done.loss:.4g}"
         self._show(done.iteration + 1, done.iterations, remark)

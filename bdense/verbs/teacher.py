@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from bdense.command import Force
+from bdense.command import Force, kept_in
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.errors import InputError
 from bdense.execution import Execution
@@ -22,7 +22,6 @@ from bdense.verbs.common import (
     Interrupt,
     Progress,
     chosen_hardware,
-    kept_in,
     require_model_out,
 )
 from bdense.verbs.options import Hardware, Logging, ModelOptions, TeacherOptions
@@ -55,7 +54,7 @@ def teacher(
         return
     scratch = own.out.with_suffix(UNFINISHED)
     with Interrupt() as interrupt, Tracking(logging.log, own.out.stem, identity) as tracking:
-        show = Progress(interrupt, kept_in(own.out))
+        show = Progress(interrupt, kept_in(scratch))
 
         def on_iteration(done: int, total: int, loss: float) -> None:
             tracking.update("", done, total, {"loss": loss})

@@ -1,8 +1,11 @@
 """Run what is left of a study; the ``launch`` verb with its result."""
 
+import contextlib
+
 from search.analysis.pilot import images_of, plan_pilot
 from search.analysis.priors import plan_first_points
 from search.analysis.stop_rule import stop_or_replicate
+from search.errors import StorageError
 from search.log import log_context, say
 from search.report.live import NoteWriter
 from search.report.overview import Overview, overview_of
@@ -10,10 +13,12 @@ from search.run.progress import Display, snapshot_of
 from search.run.runner import run
 from search.storage.stop_flags import Launch, held, is_asked, stopped_error
 from search.study.folders import named_file
+from search.study.preparing import PreparationNote
 from search.study.results import sample_command
 from search.study.study import Study
 from search.study.summary import copy_baselines, failures, headline
 from search.study.wording import align
+from search.worker.trainer import Preparation
 
 
 def launch(study: Study, source: str, workers: int | None) -> tuple[str, bool]:
@@ -90,9 +95,14 @@ def run_rows(study: Study, workers: int | None, launch: Launch | None = None) ->
                 f"{study.main.ttl:g} s"
             )
         note.refresh()  # the preparations may take minutes
-        display = Display(lambda: snapshot_of(study))
+        display, preparing = Display(lambda: snapshot_of(study)), PreparationNote(study.main)
+
+        def on_preparing(message: Preparation) -> None:
+            display.preparing(message)
+            preparing.tell(message.step, message.text)
 
         def on_running() -> None:
+            preparing.clear()
             display.running()
             note.refresh()
 
@@ -102,11 +112,13 @@ def run_rows(study: Study, workers: int | None, launch: Launch | None = None) ->
                     study,
                     launch or Launch.begin(study.ledgers),
                     workers=workers,
-                    on_preparing=display.preparing,
+                    on_preparing=on_preparing,
                     on_running=on_running,
                 )
         finally:
             display.close()
+            with contextlib.suppress(StorageError):  # the first error counts
+                preparing.clear()
     copy_baselines(study)
     for line in study.main.differing_versions():
         say(

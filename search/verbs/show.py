@@ -24,6 +24,7 @@ from search.storage.engine import sqlite_file
 from search.storage.stop_flags import CONTINUE, asked_at
 from search.study.catalogue import list_studies, studies_json, studies_table
 from search.study.curve import curve_line, curve_of, curve_text, one_shot_json
+from search.study.preparing import preparing_line
 from search.study.study import Study
 from search.study.summary import best_json, counts_json, failures, foreign_rows, headline, table
 from search.study.trial_list import list_rows, rows_csv, rows_table
@@ -73,6 +74,8 @@ def status(asked: StatusOptions) -> None:
                 f"{row} {running.number} on {running.worker} for {duration(running.seconds)}, "
                 f"attempt {running.attempt}: {running.progress or 'starting'}"
             )
+    if (preparing := preparing_line(study.main)) is not None:
+        print(preparing)
     if study.is_search and (waiting := study.counts().waiting):
         print(f"planned before any other point: {waiting}")
     if when := asked_at(study.ledgers):
@@ -150,8 +153,11 @@ def export(asked: ExportOptions) -> None:
     url = asked.folder.rstrip("/") if is_url(asked.folder) else None
     with _pushable_later(asked):
         require_new(Path(asked.folder)) if url is None else require_new_url(url)
-    with tempfile.TemporaryDirectory(prefix="bdense-export-") as scratch:
-        folder = Path(asked.folder) if url is None else Path(scratch) / "model"
+    with contextlib.ExitStack() as until_uploaded:
+        folder = Path(asked.folder)
+        if url is not None:
+            scratch = tempfile.TemporaryDirectory(prefix="bdense-export-")
+            folder = Path(until_uploaded.enter_context(scratch)) / "model"
         written = export_trial(study, folder, **wanted)
         if url is not None:
             upload(folder, url)

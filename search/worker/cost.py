@@ -447,7 +447,7 @@ def _update_seconds(stage: Stage, lap: Callable[[], float]) -> tuple[float, floa
 
     weights = FixedWeights(uniform_weights()(stage.num_branches))
     with contextlib.suppress(StoppedError):
-        train(cast("Stage", timed), weights, on_iteration=on_iteration)
+        train(cast("Stage", timed), weights, on_iteration=on_iteration, unread=1)
     return timed.seconds, seconds
 
 

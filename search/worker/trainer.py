@@ -51,6 +51,12 @@ class Preparation:
     total: int
     remark: str = ""
 
+    @property
+    def text(self) -> str:
+        """For people."""
+        counted = f" {self.done}/{self.total}" if self.total > 1 else ""
+        return f"{self.step}{counted}" + (f", {self.remark}" if self.remark else "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:

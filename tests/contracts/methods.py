@@ -250,6 +250,56 @@ class TrainingContract:
         assert load_tensors(path)[1]["iteration"] == 3
         assert saves == [3]
 
+    def test_losses_that_are_read_together_change_nothing(self, tmp_path, monkeypatch):
+        """Weights and reports; a stop saves where the run is, after all reports until there."""
+        monkeypatch.setattr("bdense.training.loop.UNREAD_SECONDS", 1e9)
+
+        class Counted(Around):
+            ended = 0
+
+            def end(self, iteration: int) -> None:
+                self.ended = iteration + 1
+                self.own.end(iteration)
+
+        for name, weighting in self.weightings().items():
+            seen: dict[int, list[Any]] = {1: [], 4: []}
+            students = []
+            for unread, reports in seen.items():
+                stage = Counted(self.learning())
+                read_at = []
+
+                def report(done, stage=stage, reports=reports, read_at=read_at):
+                    reports.append((done.iteration, done.loss, done.gradient_norm))
+                    read_at.append(stage.ended)
+
+                students.append(
+                    train(
+                        stage,
+                        weighting(stage.num_branches),
+                        on_iteration=report,
+                        unread=unread,
+                    )
+                )
+                assert read_at[:5] == ([1, 2, 3, 4, 5] if unread == 1 else [1, 5, 5, 5, 5])
+            assert same_weights(*students)
+            assert seen[1] == seen[4]
+
+            path, told = tmp_path / f"{name}.safetensors", []
+
+            def stop(done, told=told):
+                told.append(done.iteration)
+                if done.iteration == 1:
+                    raise StoppedError("enough")
+
+            stage = self.learning()
+            keep = {"checkpoint": path, "checkpoint_seconds": 1e6}
+            with pytest.raises(StoppedError):
+                train(stage, weighting(stage.num_branches), on_iteration=stop, unread=4, **keep)
+            assert load_tensors(path)[1]["iteration"] == 5
+            assert told == [0, 1, 2, 3, 4]
+            again = self.learning()
+            assert same_weights(train(again, weighting(again.num_branches), **keep), students[0])
+
     def test_batches_depend_on_seed_and_iteration_alone(self):
         one, same, other = self.learning(), self.learning(), self.learning(seed=6)
         forward = [one.batch(i, ALL) for i in range(4)]
@@ -321,8 +371,13 @@ class TrainingContract:
         assert not path.exists()
 
     @pytest.mark.parametrize("first", [0, 1, 3])
-    def test_a_gradient_that_is_not_finite_is_named_and_makes_no_update(self, tmp_path, first):
-        """By iteration and branch; the student is left as the last good update made it."""
+    def test_a_gradient_that_is_not_finite_is_named_and_makes_no_update(
+        self, tmp_path, monkeypatch, first
+    ):
+        """By iteration and branch; the student is left as the last good update made it.
+
+        Also where it is seen after later updates.
+        """
         calm = self.learning()
         branch = calm.num_branches
         path, kept = tmp_path / "checkpoint.safetensors", []
@@ -338,11 +393,15 @@ class TrainingContract:
         stage = Noted(self.learning(), branch, first)
         with pytest.raises(NonFiniteLossError, match="the gradient is not finite") as caught:
             train(stage, self.weighting(calm), checkpoint=path, checkpoint_seconds=0)
-        iteration, where, state = kept[first]
-        assert len(kept) == first + 1
-        assert (caught.value.iteration, caught.value.branch) == (iteration, branch)
-        assert caught.value.interval == where.get("interval")
-        assert all(torch.equal(stage.student.state_dict()[name], state[name]) for name in state)
+        at_once, (iteration, where, state) = stage, kept[first]
+        late = Noted(self.learning(), branch, first)
+        monkeypatch.setattr("bdense.training.loop.UNREAD_SECONDS", 1e9)
+        with pytest.raises(NonFiniteLossError, match="the gradient is not finite") as seen_late:
+            train(late, self.weighting(calm), unread=calm.num_updates)
+        for error, student in ((caught, at_once.student), (seen_late, late.student)):
+            assert (error.value.iteration, error.value.branch) == (iteration, branch)
+            assert error.value.interval == where.get("interval")
+            assert all(torch.equal(student.state_dict()[name], state[name]) for name in state)
         assert (load_tensors(path)[1]["iteration"] if path.exists() else 0) == iteration
 
     def test_evaluations_see_the_student_on_its_way_and_change_nothing(self, tmp_path):

@@ -19,8 +19,8 @@ search: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow" $(SPREAD) tests
 
-# Slow tests: the service on real processes (kills and stops, given arms confirmed, promoted and transferred, 200 trials under
-# faults, clusters of other versions, two hosts, docker compose), too little memory, 10,000 trials, compiled networks.
+# Slow tests: the service on real processes (kills and stops, given arms confirmed and promoted, 200 trials under faults, a
+# cluster of another version, two hosts, docker compose), too little memory, 10,000 trials, compiled networks.
 test-service: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow $(SPREAD) tests
 

@@ -22,8 +22,8 @@ from bdense.methods.one_shot import Coordinates, OneShot
 from bdense.training.loop import train
 from bdense.weights.log_linear import NormalisedSpace, uniform_weights
 from bdense.weights.weighting import FixedWeights
+from benchmarks.bank import BANK, IMAGES, SLOPES, TAIL
 from benchmarks.common import DIGITS_STUDY, ROOT, parser, publish, table
-from benchmarks.digits_bank import BANK, IMAGES, SLOPES, TAIL
 from search.spec.file import read_spec
 from search.worker.assets import Assets, load, use_device
 

@@ -1,24 +1,30 @@
-"""What the bank of digits students says of recipes: which tells slopes apart for the same cost?
+"""Which recipe tells slopes apart for the same cost? From banks of students, and from studies.
 
-``python -m benchmarks.recipes`` reads benchmarks/data/digits-bank.csv. A recipe is a schedule of
-the step size with what is taken of the iterates, see ``benchmarks.digits_bank``. Recipes are
-compared over the students that all of them have at a budget. Noise is the standard deviation over
-training seeds of a slope's difference to a = 0 of the same seed, pooled over the slopes. Seeds to
-tell 0.2: with so many, a true difference of 0.2 is told from 0 at 95 % in 80 of 100 cases,
-((1.96 + 0.84) noise / 0.2)^2.
+``python -m benchmarks.recipes`` reads benchmarks/data/digits-bank.csv, and with ``--bank`` another
+one. A recipe is a schedule of the step size with what is taken of the iterates, see
+``benchmarks.bank``. Recipes are compared over the students that all of them have at a budget.
+Noise is the standard deviation over training seeds of a slope's difference to a = 0 of the same
+seed, pooled over the slopes. Seeds to tell 0.2: with so many, a true difference of 0.2 is told
+from 0 at 95 % in 80 of 100 cases, ((1.96 + 0.84) noise / 0.2)^2.
+
+``--study JSON`` reads what ``bdense-search trials STUDY --json`` printed of a study of given arms
+whose variants are recipes, and compares these in the same way.
 """
 
 import csv
+import json
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from scipy.stats import spearmanr
 
+from benchmarks.bank import BANK, SLOPES
 from benchmarks.common import parser, publish, table
-from benchmarks.digits_bank import BANK, SLOPES
+from search.analysis.paired import paired_difference
 
 SHOWN = tuple(a for a in SLOPES if a != "0")
 APART, QUANTILES = 0.2, 1.96 + 0.84
@@ -26,13 +32,13 @@ APART, QUANTILES = 0.2, 1.96 + 0.84
 Students = dict[tuple[str, int], float]
 
 
-def read_bank() -> dict[tuple[float, str, float], Students]:
+def read_bank(bank: Path) -> dict[tuple[float, str, float], Students]:
     """FIDs of students by kimg, recipe, and the share of the training before they were made.
 
     Each is a mean over the latents that all students of a budget and share were measured under.
     """
     found: dict[tuple[float, str, float], dict[tuple[str, int], dict[str, float]]] = {}
-    with BANK.open(newline="") as file:
+    with bank.open(newline="") as file:
         for row in csv.DictReader(file):
             key = (float(row["kimg"]), row["recipe"], float(row["at"]))
             fids = found.setdefault(key, {}).setdefault((row["a"], int(row["seed"])), {})
@@ -78,10 +84,18 @@ def _rank_correlation(early: Students, final: Students) -> float | None:
 
 
 def main() -> None:
-    """Print, and write where asked, one table of recipes and one of intermediate students."""
+    """Print, and write where asked, the tables of what is given."""
     options = parser(__doc__)
+    options.add_argument("--bank", type=Path, default=BANK)
+    options.add_argument("--study", type=Path, metavar="JSON")
     given = options.parse_args()
-    bank = read_bank()
+    body = of_bank(given.bank) if given.study is None else of_study(given.study)
+    publish("recipes", body, write=given.write)
+
+
+def of_bank(path: Path) -> str:
+    """One table of recipes and one of intermediate students."""
+    bank = read_bank(path)
     rows, early = [], []
     for kimg in sorted({kimg for kimg, _, _ in bank}):
         finals = {recipe: of for (k, recipe, at), of in bank.items() if (k, at) == (kimg, 1.0)}
@@ -94,20 +108,53 @@ def main() -> None:
             level = statistics.fmean(students[one] for one in shared if one[0] == "0")
             means = [f"{statistics.fmean(apart[a]):+.2f}" if a in apart else "" for a in SHOWN]
             seeds = f"{min(map(len, apart.values()))} to {max(map(len, apart.values()))}"
-            needed = math.ceil((QUANTILES * noise / APART) ** 2)
             name = f"{recipe}, {kimg:g} kimg"
+            needed = _seeds_to_tell(APART, noise)
             rows.append((name, seeds, f"{level:.2f}", *means, f"{noise:.3f}", needed))
     for (kimg, recipe, at), students in sorted(bank.items()):
         final = bank.get((kimg, f"{recipe.partition('-')[0]}-ema", 1.0))
         if at < 1.0 and final and (found := _rank_correlation(students, final)) is not None:
             early.append((f"{recipe} at {at:g}, {kimg:g} kimg", f"{found:+.2f}"))
     header = ("recipe", "seeds", "FID at a = 0", *SHOWN, "noise", "seeds to tell 0.2")
-    body = (
+    return (
         f"FID, then each slope's mean difference to a = 0 of the same seed.\n\n"
         f"{table(header, rows)}\n\nSpearman's correlation over the slopes with the final EMA "
         f"student, mean over seeds:\n\n{table(('intermediate student', 'correlation'), early)}"
     )
-    publish("recipes", body, write=given.write)
+
+
+def of_study(path: Path) -> str:
+    """One table: a line for each variant of the method."""
+    # FID by recipe, arm and seed.
+    fids: dict[str, dict[str, dict[int, float]]] = {}
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for row in json.loads(path.read_text()):
+        if row["state"] == "complete":
+            settings = (f"{name} {value}" for name, value in row["variant"].items())
+            recipe = ", ".join(settings) or "as it is"
+            arm = fids.setdefault(recipe, {}).setdefault(row["arm"], {})
+            arm[row["seed"]] = row["fid"]
+            seconds[recipe].append(row["seconds"])
+    rows = []
+    for recipe, arms in fids.items():
+        uniform = arms.pop("uniform")
+        pairs = {arm: paired_difference(of, uniform) for arm, of in arms.items()}
+        noise = _noise({arm: [of[s] - uniform[s] for s in of] for arm, of in arms.items()})
+        level = statistics.fmean(uniform.values())
+        cells = [pair.text("+.2f") if pair else "" for pair in pairs.values()]
+        needed, spent = _seeds_to_tell(level / 10, noise), statistics.median(seconds[recipe])
+        rows.append(
+            (recipe, len(uniform), f"{level:.2f}", *cells, f"{noise:.3f}", needed, f"{spent:.0f}")
+        )
+    header = ("recipe", "seeds", "uniform", *arms, "noise", "seeds to tell 10 %", "seconds")
+    return (
+        f"{path.stem}: FID of uniform weights, and how much more the other arms have, with its "
+        f"95 % t interval; seconds of a training with its FID.\n\n{table(header, rows)}"
+    )
+
+
+def _seeds_to_tell(apart: float, noise: float) -> int:
+    return math.ceil((QUANTILES * noise / apart) ** 2)
 
 
 if __name__ == "__main__":

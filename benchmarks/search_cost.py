@@ -29,8 +29,8 @@ import optuna
 from scipy.interpolate import PchipInterpolator
 
 from bdense.metrics.records import FID
+from benchmarks.bank import BANK
 from benchmarks.common import DIGITS_STUDY, ROOT, parser, publish, table
-from benchmarks.digits_bank import BANK
 from search.analysis.comparison import ArmResult, Comparison
 from search.analysis.recommendation import recommend
 from search.analysis.surrogate import Observation, candidates

@@ -1,7 +1,8 @@
-"""The ``bdense`` command as tests call it."""
+"""The commands as tests call them."""
 
 import contextlib
 import io
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -33,15 +34,23 @@ class Answer(NamedTuple):
     err: str
 
 
-def bdense(*arguments: object) -> Answer:
-    """Run it in this process."""
+def answered(main: Callable[[list[str]], int], *arguments: object) -> Answer:
+    """Run a command in this process."""
     out, err = io.StringIO(), io.StringIO()
+    before = signal.getsignal(signal.SIGTERM)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = main([str(argument) for argument in arguments])
         except SystemExit as usage:
             status = int(usage.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, before)
     return Answer(status, out.getvalue(), err.getvalue())
+
+
+def bdense(*arguments: object) -> Answer:
+    """Run ``bdense`` in this process."""
+    return answered(main, *arguments)
 
 
 def done(*arguments: object) -> str:
@@ -53,10 +62,10 @@ def done(*arguments: object) -> str:
 
 def refused(answer: Answer) -> str:
     """The one line of a mistake: exit status 2, nothing on stdout."""
-    assert (answer.status, answer.out) == (2, "")
+    assert (answer.status, answer.out) == (2, ""), answer
     (line,) = answer.err.splitlines()
     command, _, problem = line.partition(": ")
-    assert command.split()[0] == "bdense"
+    assert command.split()[0] in ("bdense", "bdense-search")
     return problem
 
 

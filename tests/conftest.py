@@ -27,9 +27,10 @@ pytest.register_assert_rewrite("tests.contracts")
 
 # Files that take longest, of the slow suite and of the default one: the others fill what is left.
 LONGEST = """
-e2e/test_faults e2e/test_compose e2e/test_search e2e/test_arms e2e/test_two_hosts e2e/test_slurm
+e2e/test_faults e2e/test_compose e2e/test_search e2e/test_api e2e/test_two_hosts e2e/test_arms
+e2e/test_slurm e2e/test_command e2e/test_strangers test_latent_digits test_execution
 test_ledger_postgres test_ledger_sqlite test_parallel test_docs test_evaluate test_doctor
-test_plans test_upgrade test_cost test_racing test_shortage test_latent_digits test_foreign_rows
+test_plans test_upgrade test_pilot test_cost test_racing test_shortage test_foreign_rows
 test_goldens_traces test_goldens_latent_traces test_sfd test_rows test_zoo_pipelines
 test_progressive test_epd test_hostile_texts test_exposition test_command test_consistency
 """

@@ -1,10 +1,7 @@
 """Studies with FIDs that are chosen, not measured: no training, no Ray."""
 
-import contextlib
 import functools
-import io
 import shutil
-import signal
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -34,7 +31,8 @@ from search.storage.schema import open_tables
 from search.study.arms import ROW_SPACE, Arm, ArmRow
 from search.study.results import TrialResult
 from search.study.study import Study
-from tests.commands import Answer
+from tests.commands import Answer, answered
+from tests.commands import refused as refused
 from tests.studies import NORMALISED, spec
 
 TEACHER_FID = 3.0
@@ -263,21 +261,4 @@ def copy_storage(source: Path, target: Path) -> str:
 
 def command(*arguments: object) -> Answer:
     """Run ``bdense-search`` in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    before = signal.getsignal(signal.SIGTERM)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as usage:
-            status = int(usage.code or 0)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-    return Answer(status, out.getvalue(), err.getvalue())
-
-
-def refused(answer: Answer) -> str:
-    """The one line of a mistake: exit status 2, nothing on stdout."""
-    assert (answer.status, answer.out) == (2, ""), answer
-    (line,) = answer.err.splitlines()
-    assert line.startswith("bdense-search: ")
-    return line.removeprefix("bdense-search: ")
+    return answered(main, *arguments)

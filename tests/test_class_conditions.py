@@ -124,15 +124,6 @@ def test_one_class_may_be_asked_for():
         conditions_for(0, 0)
 
 
-def test_a_data_set_without_labels_is_refused(dataset):
-    bare = Dataset("bare", dataset.images, "0" * 64)
-    Unconditional().require(bare)
-    with pytest.raises(InputError, match="'bare' has no labels"):
-        Classes(4).require(bare)
-    with pytest.raises(InputError, match="label_dim"):
-        Classes(3).require(dataset)
-
-
 # ---- guidance ----
 
 

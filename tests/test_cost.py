@@ -39,7 +39,6 @@ from tests.programs import end_of_work
 from tests.small import small_teacher
 from tests.studies import (
     CONSISTENCY,
-    PROMOTION,
     REMOVED,
     STUDIES,
     STUDY,
@@ -145,18 +144,10 @@ def test_a_student_is_distilled_further(student_file, monkeypatch):
     assert "measured on " in time
 
 
-@pytest.mark.parametrize(
-    ("tree", "expected"),
-    [
-        (STUDY, "method: .* is a student, .* second_stage"),
-        (changed(method=CONSISTENCY), "method: .* is a student"),
-        (changed(PROMOTION, method__schedule="polynomial"), "method: .* is a student .* euler"),
-    ],
-    ids=["sfd", "consistency", "progressive"],
-)
-def test_a_student_is_no_teacher_of_another_method(student_file, tree, expected):
-    with pytest.raises(InputError, match=expected):
-        spec(tree, teacher={"checkpoint": student_file})
+def test_a_student_is_no_teacher_of_another_method(student_file):
+    for tree in (STUDY, changed(method=CONSISTENCY)):
+        with pytest.raises(InputError, match=r"method: .* is a student"):
+            spec(tree, teacher={"checkpoint": student_file})
 
 
 # Too little memory.

@@ -79,10 +79,7 @@ def ask(application: Application, method: str, path: str, body: object = None) -
 
 WRITES = [
     ("DELETE", "/api/studies/{key}", {}),
-    ("POST", "/api/studies/{key}/rename", {"study_name": "mine"}),
     ("POST", "/api/studies", {"study_name": "new", "directions": ["minimize"]}),
-    ("PUT", "/api/studies/{key}/note", {"body": "hello", "version": 1}),
-    ("POST", "/api/trials/1/tell", {"state": "Complete", "values": [0.1]}),
     ("PATCH", "/api/studies/{key}", {}),
     # A way round: some frameworks take the method from here.
     ("POST", "/api/studies/{key}?_method=GET", {}),

@@ -24,7 +24,7 @@ from search.verbs.storage import read_password
 from search.worker import ray_tasks
 from search.worker.ray_tasks import WorkerConfig, WorkerError, slot
 from tests.contracts.ledger_worker import SPACE
-from tests.contracts.scene import expire_leases, take, wait_until
+from tests.contracts.scene import expire_leases, take, take_once_free
 from tests.studies import spec
 
 PASSWORD = "it's 50 % \\ secret"
@@ -469,14 +469,7 @@ def test_a_study_is_restored_from_its_backup_and_carried_on(postgres, tmp_path):
     counts = restored.counts()
     assert (counts.planned, counts.complete, counts.running) == (2, 1, 1)
     expire_leases(copy)
-    taken: list[Claim] = []
-
-    def take_over() -> bool:
-        claim = restored.claim(SPACE, RandomSampler)
-        taken.extend([claim] if isinstance(claim, Claim) else [])
-        return bool(taken)
-
-    wait_until(take_over)
-    assert (taken[0].number, taken[0].params, taken[0].attempt) == (1, second.params, 2)
-    restored.complete(taken[0], 2.0, {})
+    taken = take_once_free(restored)
+    assert (taken.number, taken.params, taken.attempt) == (1, second.params, 2)
+    restored.complete(taken, 2.0, {})
     assert restored.counts().complete == 2

@@ -272,8 +272,6 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 def test_what_does_not_fit_together_is_refused_at_once(tmp_path):
     with pytest.raises(InputError, match="exceed those that this cosine teacher was trained for"):
         run(tmp_path, schedule="polynomial", sigma_max=1e5)
-    with pytest.raises(InputError, match="there are 3 branch weights"):
-        list(run(tmp_path, weights=torch.ones(3)))
     with pytest.raises(InputError, match="learns from images; give a data set"):
         run(tmp_path, inputs=Inputs())
     assert names(tmp_path) == []

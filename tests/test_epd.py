@@ -28,6 +28,7 @@ from bdense.weights.weighting import FixedWeights
 from tests.commands import DIGITS, bdense, done, refused
 from tests.contracts.methods import ONE, MethodContract
 from tests.networks import tiny_denoiser
+from tests.pd_nets import small_conv
 from tests.small import same_weights, small_teacher
 
 KNOBS = {"steps": 2, "points": 2, "substeps": 2, "kimg": 0.03, "batch": 6}
@@ -83,7 +84,7 @@ def learned(stage: EPDStage) -> NetworkDenoiser:
     return student
 
 
-@pytest.mark.slow  # a minute and a half
+@pytest.mark.slow  # half a minute
 class TestEPD(MethodContract):
     method = EPDMethod
     knobs = KNOBS | {"dropout": True}
@@ -91,7 +92,7 @@ class TestEPD(MethodContract):
     rate = 1e-3
 
     def teacher(self) -> NetworkDenoiser:
-        return small_teacher(dropout=0.2)
+        return small_conv(dropout=0.2)
 
     def learning(self, seed: int = 5, **changes) -> EPDStage:
         method, config = self.method(), self.config(**changes)

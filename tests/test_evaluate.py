@@ -53,8 +53,8 @@ def folders(tmp_path, monkeypatch, shared_cache) -> None:
 
 @EACH_METHOD
 def test_the_last_students_file_says_how_it_was_made_and_draws_what_was_measured(tmp_path, tree):
-    assets, folder = loaded(tree), tmp_path / "study/00000"
-    found = run(assets, folder, task(SLOPE, seed=3, latents=5))
+    assets, folder, told = loaded(tree), tmp_path / "study/00000", []
+    found = run(assets, folder, task(SLOPE, seed=3, latents=5), report=told.append)
     assert found.value == found.fid.value > 0
     assert found.fid.seeds == {"training": 3, "evaluation": 5}
     student, metadata = load_denoiser(tmp_path / found.student)
@@ -70,6 +70,10 @@ def test_the_last_students_file_says_how_it_was_made_and_draws_what_was_measured
     assert sum(p.numel() for p in student.parameters()) == count
     assert not list(folder.glob("*training*"))
     assert not (folder / CHECKPOINT).exists()
+    progress = [share_done(text) for text in told]
+    assert progress == sorted(progress)
+    assert 0 < progress[0] < 0.3
+    assert progress[-1] == 1.0
 
 
 def test_a_method_of_stages_keeps_each_student_with_its_fid_and_pictures(tmp_path):
@@ -92,12 +96,8 @@ def test_a_method_of_stages_keeps_each_student_with_its_fid_and_pictures(tmp_pat
 
 def test_a_teacher_that_predicts_otherwise_is_converted_in_a_stage_of_its_own(tmp_path):
     assets = loaded(PD, method__prediction_type="epsilon", method__until=4)
-    told: list[str] = []
-    found = run(assets, tmp_path / "study/00000", report=told.append)
+    found = run(assets, tmp_path / "study/00000")
     assert list(found.fids) == ["8", "4"]
-    done = [share_done(text) for text in told]
-    assert done == sorted(done)
-    assert done[-1] == 1.0
     assert found.fids["8"].value != found.teacher_fid.value
     student = load_denoiser(tmp_path / found.student)[0]
     assert student.precond.prediction_type == "epsilon"
@@ -275,16 +275,6 @@ def test_a_folder_of_another_row_is_moved_aside(tmp_path):
     assert other.value != first.value
     (aside,) = place.parent.glob("00000.*")
     assert json.loads((aside / RESULT).read_text())["value"] == first.value
-
-
-@EACH_METHOD
-def test_progress_grows_and_ends_at_1(tmp_path, tree):
-    texts: list[str] = []
-    run(loaded(tree), tmp_path / "s/00000", report=texts.append)
-    shares = [share_done(text) for text in texts]
-    assert shares == sorted(shares)
-    assert 0 < shares[0] < 0.3
-    assert shares[-1] == 1.0
 
 
 # ---- intermediate evaluations ----

@@ -19,7 +19,7 @@ from bdense.training.loop import train
 from bdense.training.teacher import TeacherConfig, train_teacher
 from bdense.weights.log_linear import LogLinearWeights
 from bdense.weights.weighting import FixedWeights, LearnedWeights
-from tests.contracts.methods import KilledError, Steep
+from tests.contracts.methods import KilledError, Steep, dying_in
 from tests.goldens import discover, golden_network
 from tests.pd_nets import small_conv
 from tests.precisions import assert_within_bounds
@@ -181,13 +181,9 @@ def test_stopped_and_resumed_is_never_stopped_in_any_layout(tmp_path):
     trajectories = small_trajectories(teacher)
     whole = sfd(trajectories, WEIGHTS)
 
-    def stop(report):
-        if report.iteration == 2:
-            raise KilledError
-
     keep = {"checkpoint": tmp_path / "checkpoint.safetensors", "checkpoint_seconds": 0}
     with pytest.raises(KilledError):
-        sfd(trajectories, WEIGHTS, on_iteration=stop, **keep)
+        sfd(trajectories, WEIGHTS, on_iteration=dying_in(2), **keep)
     assert same_weights(sfd(trajectories, WEIGHTS, **keep), whole)
 
 

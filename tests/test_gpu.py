@@ -25,7 +25,7 @@ from bdense.training.teacher import TeacherConfig, train_teacher
 from bdense.weights.log_linear import LogLinearWeights
 from bdense.weights.weighting import FixedWeights
 from search.worker.cost import _CONTEXT, measure
-from tests.contracts.methods import KilledError
+from tests.contracts.methods import KilledError, dying_in
 from tests.goldens import discover, golden_network
 from tests.networks import tiny_denoiser
 from tests.precisions import assert_within_bounds
@@ -184,16 +184,12 @@ def test_a_round_resumes_bit_for_bit_on_a_deterministic_gpu(tmp_path, monkeypatc
     config = {"updates": 5, "lr": 1e-3, "dropout": True, "flip": True}
     path = tmp_path / "round.safetensors"
 
-    def stop(done):
-        if done.iteration == 3:
-            raise KilledError
-
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
         whole = halved("cuda", config)
         with pytest.raises(KilledError):
-            halved("cuda", config, checkpoint=path, checkpoint_seconds=0, on_iteration=stop)
+            halved("cuda", config, checkpoint=path, checkpoint_seconds=0, on_iteration=dying_in(3))
         torch.manual_seed(99)
         seen = []
         resumed = halved("cuda", config, checkpoint=path, on_iteration=seen.append)

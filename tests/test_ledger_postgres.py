@@ -10,11 +10,18 @@ import sqlalchemy as sa
 from optuna.samplers import RandomSampler
 
 from search.run.ending import EarlyEnd
-from search.storage.ledger import Claim, Wait
+from search.storage.ledger import Wait
 from search.storage.stop_flags import Launch, ask_all
 from tests.contracts.ledger import LedgerContract
 from tests.contracts.ledger_worker import SPACE, STEPS
-from tests.contracts.scene import LONG_TTL, complete, expire_leases, take, wait_until
+from tests.contracts.scene import (
+    LONG_TTL,
+    complete,
+    expire_leases,
+    take,
+    take_once_free,
+    wait_until,
+)
 from tests.measured import open_unchecked
 
 pytestmark = pytest.mark.postgres
@@ -90,18 +97,10 @@ class TestLedgerOnPostgres(LedgerContract):
         postgres.control("restart", "-m", "immediate")
         time.sleep(1.1)
         first_answer = time.monotonic()
-        found: list[Claim] = []
-
-        def adopt() -> bool:
-            claim = ledger.claim(SPACE, RandomSampler)
-            if isinstance(claim, Claim):
-                found.append(claim)
-            return bool(found)
-
-        wait_until(adopt)
+        claim = take_once_free(ledger)
         assert time.monotonic() - first_answer >= 1.0
-        assert (found[0].number, found[0].attempt) == (0, 2)
-        complete(ledger, found[0])
+        assert (claim.number, claim.attempt) == (0, 2)
+        complete(ledger, claim)
         assert scene.settle().complete == 1
 
     @pytest.mark.faults

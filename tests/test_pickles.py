@@ -256,18 +256,13 @@ def test_a_tensor_cannot_reach_beyond_its_bytes(read, geometry, message):
         read({"ema": Persistent(_parameters={"w": weight})})
 
 
-def test_a_module_inside_itself_is_refused(read):
-    loop = Persistent()
-    loop.meta["state"]["_modules"]["again"] = child = Persistent()
-    child.meta["state"] = loop.meta["state"]
-    with pytest.raises(CheckpointError, match="is in the network more than once"):
-        read({"ema": loop})
-
-
-def test_a_shared_module_is_refused(read):
-    child = Persistent()
-    with pytest.raises(CheckpointError, match="is in the network more than once"):
-        read({"ema": Persistent(_modules={"one": child, "two": child})})
+def test_a_module_that_is_shared_or_inside_itself_is_refused(read):
+    loop, child = Persistent(), Persistent()
+    loop.meta["state"]["_modules"]["again"] = within = Persistent()
+    within.meta["state"] = loop.meta["state"]
+    for network in (loop, Persistent(_modules={"one": child, "two": child})):
+        with pytest.raises(CheckpointError, match="is in the network more than once"):
+            read({"ema": network})
 
 
 # ---- tricks: the canary is what every one of them would call ----

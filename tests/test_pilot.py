@@ -1,5 +1,6 @@
 """``evaluation.images: auto``: the pilot that settles a study's number of images."""
 
+import json
 from dataclasses import asdict, replace
 
 import pytest
@@ -16,7 +17,10 @@ from search.study.catalogue import list_studies
 from search.study.study import Study, intermediate_of
 from search.verbs.launch import dry_run
 from search.worker.worker import Worker
-from tests.measured import finish, normalised, search
+from tests.measured import command, finish, normalised, search
+from tests.programs import work
+from tests.rows import SFD
+from tests.studies import write
 
 
 def auto(**keys):
@@ -146,6 +150,31 @@ def test_a_dry_run_tells_the_pilots_cost(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.index("6 rows of it") < out.index("11 rows of it")
     assert "images: auto" in out
+
+
+def test_a_launch_trains_the_pilot_then_the_search_and_races_its_seeds(
+    url, monkeypatch, tmp_path, shared_cache
+):
+    """Really, but for the numbers of images, which are for a GPU."""
+    monkeypatch.setenv("BDENSE_CACHE", str(shared_cache))
+    monkeypatch.setattr("search.spec.sections.PILOT_IMAGES", 64)
+    monkeypatch.setattr("search.analysis.pilot.MOST_IMAGES", 128)
+    monkeypatch.setattr("search.run.launch.run", lambda study, *_, **__: work(study))
+    plan = {"trials": 4, "race": 1, "replicates": 2}
+    file = write(tmp_path, SFD, plan=plan, evaluation__images="auto")
+    assert command("launch", file).status == 0
+    images, noise = images_of(Study.open(url, "digits.pilot"))
+    assert noise.replicates == 3
+    study = Study.open(url, "digits")
+    assert study.spec.evaluation.images == images
+    # Of four trials one is the replicate of the most promising of the three points.
+    assert (study.left(), study.search.counts().complete) == (0, 3)
+    (raced,) = (row for row, _ in study.rows() if study.arms[row.arm].trial is not None)
+    assert raced.seed == study.spec.baseline_seeds[1]
+    told = json.loads(command("best", file, "--json").out)
+    assert told["best"]["images"] == images
+    assert told["noise"]["least_difference"] > 0
+    assert told["best"]["number"] == study.arms[raced.arm].trial
 
 
 def test_a_pilot_stops_and_goes_with_its_study(url, monkeypatch, tmp_path):

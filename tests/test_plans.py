@@ -212,18 +212,28 @@ def test_other_conditions_are_refused_once_a_row_has_begun_and_replaced_before(s
 
 
 @each_way
-def test_when_it_is_complete_the_verb_tells_the_result_and_starts_nothing(source, way, tmp_path):
-    study = way.planned(source)
-    finish(study, fid)
-    keep(study)
-    answer = command(*way.command(tmp_path))
-    assert answer.status == 0, answer.err
-    assert f"{way.name} is complete; nothing is left to do\n" in answer.err
+def test_the_verb_runs_all_rows_and_tells_the_result_and_again_starts_nothing(
+    source, way, tmp_path, monkeypatch
+):
+    """Rows are trained elsewhere."""
+
+    def run(study: Study, *_: object, **__: object) -> None:
+        finish(study, fid)
+        keep(study)
+
+    monkeypatch.setattr("search.run.launch.run", run)
+    first, again = (command(*way.command(tmp_path)) for _ in range(2))
+    study = source.sibling(way.name)
     rows = len(study.rows())
-    assert f"{way.name}: {rows} of {rows} rows complete" in answer.out
-    for line in align(comparison_rows(comparisons_of(study), teacher_of(study))):
-        assert line in answer.out
-    assert "-2.00 [-2.00, -2.00]" in answer.out
+    assert rows == len(way.variants) * len(way.seeds) * (2 + len(way.trials))
+    told = align(comparison_rows(comparisons_of(study), teacher_of(study)))
+    for answer in (first, again):
+        assert answer.status == 0, answer.err
+        assert f"{way.name}: {rows} of {rows} rows complete" in answer.out
+        assert all(line in answer.out for line in told)
+        assert "-2.00 [-2.00, -2.00]" in answer.out
+    nothing = f"{way.name} is complete; nothing is left to do\n"
+    assert [nothing in answer.err for answer in (first, again)] == [False, True]
 
 
 # ---- weights at work ----
@@ -408,10 +418,10 @@ def test_each_nfe_has_a_model_and_other_weights_another(confirmed, tmp_path):
             arms_study(confirmed.spec, "digits.promote"),
             arm,
             seeds=[4],
-            variants=({}, {"nfe": 3}),
+            variants=({}, {"nfe": 3}, {"kimg": 5.0}),
         )
         finish(study, fid)
-    keep(study, 2, 5, 6)
+    keep(study, 2, 5, 8, 9)
 
     def exported(*options: str) -> dict[str, str]:
         answer = command(*verb, *options)
@@ -419,11 +429,12 @@ def test_each_nfe_has_a_model_and_other_weights_another(confirmed, tmp_path):
         folders = re.findall(r"^model folder: (.*)$", answer.out, re.MULTILINE)
         return {Path(path).name: denoiser_sha256(load_model(path)[0]) for path in folders}
 
-    # Rows: plain, uniform, winner at 2 NFE, then at 3; then the given weights'.
+    # Rows: plain, uniform, winner at 2 NFE, at 3, and longer; then the given weights'.
     assert exported() == {"model": digest(2)}
     assert exported("--nfe", "2,3") == {"model-nfe2": digest(2), "model-nfe3": digest(5)}
     assert exported("--nfe", "3", "--out", str(tmp_path / "mine")) == {"mine": digest(5)}
-    assert exported("--weights", "1.386,-4.274") == {"model": digest(6)}
+    assert exported("--kimg", "5") == {"model-kimg5": digest(8)}
+    assert exported("--weights", "1.386,-4.274") == {"model": digest(9)}
     assert exported() == {"model": digest(2)}
 
 

@@ -88,6 +88,36 @@ def test_noise_of_its_own_takes_a_prior_s_weight_away():
     assert lowest(disagreement(prior, own) * 12**0.5) == pytest.approx(2.5, abs=0.15)
 
 
+def test_trainings_of_another_length_inform_as_far_as_they_agree():
+    """A third as long: beside few own values the prior's valley counts, beside six their own."""
+
+    def lowest(prior: list[Observation], own: list[Observation]) -> float:
+        asked = [{"a": a} for a in np.linspace(-0.5, 3, 36).tolist()]
+        means = posterior_means([*own, *prior], asked)
+        return asked[means.index(min(means))]["a"]
+
+    prior = [
+        replace(each, log_length=-np.log(3))
+        for each in of(np.linspace(-0.4, 2.9, 12).tolist(), 1.1, "prior early", level=5.0)
+    ]
+    ends = of([-0.5, 3.0], 1.1, "search")
+    assert lowest(prior, ends) == pytest.approx(1.1, abs=0.3)
+    opposed = of(np.linspace(-0.5, 3, 6).tolist(), 2.5, "search")
+    assert lowest(prior, opposed) == pytest.approx(2.5, abs=0.2)
+    # As one more search of the study's own length, the twelve would have outvoted the six.
+    assert lowest([replace(each, log_length=0.0) for each in prior], opposed) < 2.1
+
+
+def test_the_length_of_a_prior_is_told_in_the_study_s(url):
+    early(url, method__kimg=0.64)
+    trials = [({"a": a}, curve(a)) for a in (0.3, 0.9, 1.4, 2.2)]
+    study = search(url, trials, study=normalised(plan=PLAN, method__kimg=2.56), uniform=10.2)
+    told = observed(study, require_trials(study)).observations
+    assert [each.log_length for each in told[:5]] == [0.0] * 5
+    assert [each.log_length for each in told[5:]] == pytest.approx([np.log(0.25)] * 6)
+    assert all(each.noise == 0.0 for each in told)
+
+
 @pytest.mark.parametrize(
     ("plan", "keys", "named"),
     [

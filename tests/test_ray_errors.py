@@ -9,9 +9,7 @@ from search.run import runner
 from search.run.machine import ray_folder_problems, require_ray_folders
 from search.run.runner import cannot_use
 
-HEAD, WORKER = (
-    {"Alive": True, "Resources": resources} for resources in ({"memory": 1e9}, {"CPU": 2.0})
-)
+HEAD = {"Alive": True, "Resources": {"memory": 1e9}}
 
 
 @pytest.fixture
@@ -53,14 +51,6 @@ def test_a_cluster_that_cannot_be_used_is_named_on_one_line(address, error, told
 def test_without_an_address_this_machine_is_meant(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert "this machine: no room" in str(cannot_use(ValueError("no room")))
-
-
-def test_a_head_without_cpus_waits_for_its_first_worker(monkeypatch):
-    looks = iter([[HEAD], [HEAD], [HEAD, WORKER]])
-    monkeypatch.setattr(ray, "nodes", lambda: next(looks))
-    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
-    runner._await_machines()
-    assert list(looks) == []
 
 
 def test_a_cluster_that_nobody_joins_is_named(monkeypatch):

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from bdense.diffusion.ddpm import DDPMSchedule
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Euler
 from bdense.diffusion.step_condition import with_step_condition
+from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import InputError
 from bdense.methods.recordings import TrajectoryStore
 from bdense.methods.trajectories import Trajectories
@@ -23,7 +25,13 @@ SCHEDULES = [
     Schedule(kind="time_uniform", rho=1.0),
     Schedule(kind="time_uniform", rho=2.0, sigma_min=0.002),
 ]
-each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.kind}-{s.rho}")
+PROCESSES = [
+    CosineSchedule(),
+    CosineSchedule(logsnr_min=-6.0, logsnr_max=9.0),
+    DDPMSchedule(),
+    DDPMSchedule(num_train_timesteps=3, trained_betas=(0.5, 0.5, 0.5)),
+]
+each_schedule = pytest.mark.parametrize("schedule", [*SCHEDULES, *PROCESSES], ids=lambda s: s.kind)
 
 
 def levels(num_intervals: int, **options) -> list[float]:
@@ -31,13 +39,16 @@ def levels(num_intervals: int, **options) -> list[float]:
 
 
 @each_schedule
-@pytest.mark.parametrize("num_intervals", [1, 2, 7, 100])
-def test_a_grid_goes_down_from_sigma_max_to_sigma_min(schedule, num_intervals):
+@pytest.mark.parametrize("num_intervals", [1, 2, 7, 1024])
+def test_a_grid_goes_down_from_sigma_max_to_sigma_min_or_of_a_process_to_0(
+    schedule, num_intervals
+):
     grid = schedule.grid(num_intervals)
     assert grid.dtype == torch.float64
     assert grid.shape == (num_intervals + 1,)
-    assert grid[0].item() == pytest.approx(schedule.sigma_max, rel=1e-12)
-    assert grid[-1].item() == pytest.approx(schedule.sigma_min, rel=1e-9)
+    assert grid[0].item() == pytest.approx(schedule.sigma_max, rel=1e-11)
+    end = 0 if schedule in PROCESSES else schedule.sigma_min
+    assert grid[-1].item() == pytest.approx(end, rel=1e-9, abs=0)
     assert bool((grid.diff() < 0).all())
 
 
@@ -71,7 +82,9 @@ def test_time_uniform_is_the_vp_process_on_an_even_grid_of_times(rho):
 
 
 @each_schedule
-@pytest.mark.parametrize(("num_intervals", "substeps"), [(1, 4), (3, 4), (3, 7), (18, 5), (64, 3)])
+@pytest.mark.parametrize(
+    ("num_intervals", "substeps"), [(1, 4), (2, 2), (3, 7), (18, 5), (64, 3), (1000, 2), (1000, 7)]
+)
 def test_every_kth_level_of_the_teachers_grid_is_the_students_exactly(
     schedule, num_intervals, substeps
 ):
@@ -108,8 +121,9 @@ def test_a_schedule_that_is_none_is_refused(options, message):
 
 
 def test_a_grid_has_an_interval():
-    with pytest.raises(InputError, match="at least 1 interval, got 0"):
-        Schedule().grid(0)
+    for schedule in (Schedule(), CosineSchedule()):
+        with pytest.raises(InputError, match="at least 1 interval, got 0"):
+            schedule.grid(0)
     with pytest.raises(InputError, match="at most 100000 intervals, got 1000000000"):
         Schedule().grid(10**9)
 

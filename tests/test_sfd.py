@@ -27,6 +27,7 @@ from tests.contracts.methods import (
     KilledError,
     MethodContract,
     assert_no_waits,
+    dying_in,
 )
 from tests.networks import tiny_denoiser
 from tests.pd_nets import small_conv
@@ -84,13 +85,10 @@ def test_several_nfe_resume_bit_for_bit(tmp_path):
         several_nfe(), weights, on_iteration=lambda done: intervals.append(len(done.weights))
     )
 
-    def kill(done):
-        if done.iteration == 3:
-            raise KilledError
-
     path = tmp_path / "checkpoint.safetensors"
+    keep = {"checkpoint": path, "checkpoint_seconds": 0}
     with pytest.raises(KilledError):
-        train(several_nfe(), weights, checkpoint=path, checkpoint_seconds=0, on_iteration=kill)
+        train(several_nfe(), weights, **keep, on_iteration=dying_in(3))
     torch.manual_seed(99)
     resumed = train(
         several_nfe(),
@@ -210,11 +208,7 @@ def test_usual_values_depend_on_what_is_made():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"substeps": 0}, "substeps must be .* from 1 to 1000, got 0"),
         ({"nfe": (2, 2)}, "nfe must be one number or several different ones"),
-        ({"nfe": ()}, "nfe must be"),
-        ({"solver": "dpm3"}, "solver must be .* did you mean dpm2"),
-        ({"solver": "consistency"}, "solver must be one of euler, ddim"),
         ({"solver": "euler", "order": 2}, "euler only has order 1, got 2"),
         ({"step_condition": "random"}, "step_condition random is for a student of several NFE"),
         ({"second_stage": True}, "solver must be euler with `second_stage`"),

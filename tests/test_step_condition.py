@@ -1,18 +1,16 @@
 """One student for several numbers of steps: its new layers, its start, what it must be told."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from bdense.diffusion.branches import export_branch, widen_head
 from bdense.diffusion.denoiser import build_denoiser
 from bdense.diffusion.step_condition import with_step_condition
 from bdense.errors import InputError, ShapeError
 from tests.goldens import close, discover, golden_network, settings, tensors
-from tests.networks import image, one_hot, tiny_denoiser
+from tests.networks import image, tiny_denoiser
 from tests.small import same_weights
 
 BOTH = pytest.mark.parametrize("network", ["SongUNet", "DhariwalUNet"])
@@ -24,7 +22,9 @@ def is_step_conditional(path: Path) -> bool:
     return bool(settings(path)["config"]["step_cond"])
 
 
-def compare_untrained(path: Path) -> None:
+@pytest.mark.golden
+@pytest.mark.parametrize("path", discover("*trace*.safetensors", where=is_step_conditional))
+def test_the_reference_s_students_answer_as_theirs_do(path):
     """The random layers of a golden file are entries of our state dict; outputs at each N + 1."""
     info, data = settings(path), tensors(path)
     prefix = "probe_out_init.step"
@@ -46,46 +46,6 @@ def compare_untrained(path: Path) -> None:
                 x, labels = data["probe_x"][i], data.get("probe_labels")
                 out = student.branches(x, sigma, labels, num_points=num_points)
                 close(out if info["K"] > 1 else out[:, 0], golden[i], atol=1e-5)
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize("path", discover("*trace*.safetensors", where=is_step_conditional))
-def test_the_reference_s_students_answer_as_theirs_do(path):
-    compare_untrained(path)
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize("net", discover("edm-dhariwal-tiny.nosrc.pkl"))
-def test_a_golden_with_classes_and_steps_is_found_and_its_classes_are_told(tmp_path, net):
-    """The reference's files have one or the other: here is one with both, made by the engine."""
-    name = net.name.removesuffix(".nosrc.pkl")
-    student = with_step_condition(golden_network(name), start="random", seed=3)
-    draw = torch.Generator().manual_seed(0)
-    data = {
-        "probe_x": torch.randn(2, 2, *student.image_shape, generator=draw),
-        "probe_sigma": torch.tensor([0.5, 5.0]),
-        "probe_labels": one_hot(3, 7, of=student.label_dim),
-        **{f"init.{name}": v for name, v in student.state_dict().items() if "step" in name},
-    }
-    wide, told = widen_head(student, 2), {"class_labels": data["probe_labels"]}
-    for points in (4, 6):
-        with torch.no_grad():
-            data[f"probe_out_init.step{points}"] = torch.stack(
-                [
-                    wide.branches(x, sigma, num_points=points, **told)
-                    for x, sigma in zip(data["probe_x"], data["probe_sigma"], strict=True)
-                ]
-            )
-    path = tmp_path / "bdense-trace-cond-k2.safetensors"
-    path.with_suffix(".json").write_text(
-        json.dumps({"K": 2, "config": {"net": name, "step_cond": True}})
-    )
-    save_file(data, path)
-    (found,) = discover("*trace*.safetensors", tmp_path, where=is_step_conditional)
-    compare_untrained(*found.values)
-    save_file(data | {"probe_labels": one_hot(4, 7, of=student.label_dim)}, path)
-    with pytest.raises(AssertionError, match="off by"):
-        compare_untrained(path)
 
 
 def test_the_random_start_is_the_reference_s():

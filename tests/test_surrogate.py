@@ -50,24 +50,6 @@ def test_the_rule_has_under_0_6_of_the_regret_of_the_lowest_raw_value():
     assert regrets[best] < 0.6 * regrets[lowest]
 
 
-def test_means_are_the_curve_without_the_noise():
-    """Of 40 values with noise 0.1, means are off by less than half of it, root mean square."""
-    evaluations = study(0, trials=40, noise=0.1)
-    truth = [bowl(e.point["a"]) for e in evaluations]
-    error = np.sqrt(np.mean((np.array(posterior_means(evaluations)) - truth) ** 2))
-    assert error < 0.05
-
-
-def test_a_lucky_value_is_not_chosen():
-    """At a = 1.8 one trial came out lowest by luck; its neighbours say what it is."""
-    places = np.linspace(-1, 2, 16).tolist()
-    evaluations = [of(a, bowl(a)) for a in places]
-    lucky = len(places) - 2
-    evaluations[lucky] = of(places[lucky], 2.4)
-    assert lowest(evaluations) == lucky
-    assert places[best(evaluations)] == pytest.approx(0.5, abs=0.35)
-
-
 def test_offsets_of_groups_are_recovered():
     """Four seeds apart by 1 each, on points of their own: pooled, one curve with no steps."""
     places = np.linspace(-1, 2, 24).tolist()

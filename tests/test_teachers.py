@@ -174,38 +174,26 @@ def test_the_weights_of_a_process_by_hand(kind):
 # ---- learning ----
 
 
-def test_training_lowers_the_loss(digits):
+@pytest.mark.parametrize("precond", [None, COSINE, DDPM_64], ids=["edm", "cosine-v", "ddpm-eps"])
+def test_training_lowers_the_loss(digits, precond):
     """Measured with the averaged weights on noise that training never saw."""
     losses = []
-    learning = config(images=2560, batch=32, warmup_kimg=0.32, ema_halflife_kimg=0.32)
+    learning = config(
+        images=2560, batch=32, warmup_kimg=0.32, ema_halflife_kimg=0.32, precond=precond
+    )
     teacher = train_teacher(
         digits, learning, device=CPU, on_iteration=lambda done, total, loss: losses.append(loss)
     )
     assert len(losses) == learning.iterations == 80
-    assert sum(losses[-10:]) / 10 < 0.7 * sum(losses[:10]) / 10
-
+    assert teacher.precond == learning.preconditioning
+    assert not teacher.training
     draw = torch.Generator().manual_seed(1)
     clean = to_float(digits.images)[:256]
     noise = torch.randn(clean.shape, generator=draw)
-    sigma = (-1.2 + 1.2 * torch.randn(256, generator=draw)).exp()
-    with torch.no_grad():
-        before = losses_of(new_denoiser(learning, SHAPE), clean, noise, sigma).mean()
-        after = losses_of(teacher, clean, noise, sigma).mean()
-    assert after < 0.7 * before
-    assert not teacher.training
-
-
-@pytest.mark.parametrize("precond", [COSINE, DDPM_64], ids=["cosine-v", "ddpm-eps"])
-def test_training_on_a_process_lowers_its_loss(digits, precond):
-    """Measured with the averaged weights on noise that training never saw."""
-    learning = config(
-        images=1920, batch=32, warmup_kimg=0.32, ema_halflife_kimg=0.32, precond=precond
-    )
-    teacher = train_teacher(digits, learning, device=CPU)
-    assert teacher.precond == learning.preconditioning
-    clean = to_float(digits.images)[:256]
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
-    sigma = native_schedule(teacher.precond).draw(torch.arange(256) / 256).float()
+    if precond is None:
+        sigma = (-1.2 + 1.2 * torch.randn(256, generator=draw)).exp()
+    else:
+        sigma = native_schedule(teacher.precond).draw(torch.arange(256) / 256).float()
     with torch.no_grad():
         before, after = (
             losses_of(denoiser, clean, noise, sigma, learning.vp_loss).mean()
@@ -393,7 +381,6 @@ def test_ddpm_ends_in_noise_in_any_number_of_times(timesteps):
             ("--precond", "ddpm", "--timesteps", 20),
             "--timesteps must be a whole number from 21 to 100000, or none \\(1000\\), got 20",
         ),
-        (("--clip", 0), "--clip must be a number above 0, or none \\(no limit\\), got 0"),
     ],
 )
 def test_options_of_another_process_are_refused(tmp_path, options, message):
@@ -408,11 +395,7 @@ def test_options_of_another_process_are_refused(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"images": 0}, "kimg must be"),
-        ({"seed": -1}, "seed must be"),
-        ({"clip": math.nan}, "clip must be .* got nan"),
         ({"loss": "snr"}, "loss snr is for a process, .* choose precond cosine or ddpm"),
-        ({"loss": "mse", "precond": COSINE}, "loss must be one of constant, .* got 'mse'"),
         ({"precond": {}}, "precond needs the name cosine or ddpm, got None; leave precond out"),
         ({"precond": {"name": "edm"}}, "got 'edm'; leave precond out for EDM's"),
         ({"precond": {"name": "vp"}}, "precond needs the name cosine or ddpm, got 'vp'"),

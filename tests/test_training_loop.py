@@ -21,7 +21,7 @@ from bdense.training.optimisation import OptimisationConfig
 from bdense.training.stage import Training
 from bdense.training.teacher import TeacherConfig, TeacherStage, new_denoiser
 from bdense.weights.weighting import FixedWeights
-from tests.contracts.methods import KilledError
+from tests.contracts.methods import KilledError, dying_in
 from tests.pd_nets import small_conv
 from tests.small import noise_images, same_weights
 
@@ -182,17 +182,13 @@ def test_a_training_that_an_earlier_version_began_is_resumed(
     path, old = tmp_path / "new.safetensors", tmp_path / "old.safetensors"
     whole = train(make(), FixedWeights(weights))
 
-    def kill(done):
-        if done.iteration == 2:
-            raise KilledError
-
     with pytest.raises(KilledError):
         train(
             make(),
             FixedWeights(weights),
             checkpoint=path,
             checkpoint_seconds=0,
-            on_iteration=kill,
+            on_iteration=dying_in(2),
         )
     tensors = tensors_of_3f7be1a(path, has_average=kind == "teacher-training")
     save_tensors(old, tensors, {"kind": kind, "iteration": 2, "identity": identity})

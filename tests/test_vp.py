@@ -39,24 +39,6 @@ def angles_between(schedule: CosineSchedule) -> tuple[float, float]:
 # ---- grids ----
 
 
-@EACH
-@pytest.mark.parametrize("substeps", [2, 3, 4, 7])
-def test_the_teachers_grid_holds_the_students_bit_for_bit(schedule, substeps):
-    for num_steps in (1, 2, 3, 5, 49, 128, 1000):
-        fine = schedule.grid(num_steps * substeps)
-        assert torch.equal(fine[::substeps], schedule.grid(num_steps))
-
-
-@EACH
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 64, 1024])
-def test_a_grid_falls_from_the_highest_level_to_0(schedule, num_steps):
-    grid = schedule.grid(num_steps)
-    assert (grid.shape, grid.dtype) == ((num_steps + 1,), torch.float64)
-    assert float(grid[0]) == pytest.approx(schedule.sigma_max, rel=1e-11)
-    assert float(grid[-1]) == 0
-    assert bool((grid.diff() < 0).all())
-
-
 @pytest.mark.parametrize("schedule", [COSINE, NARROW])
 def test_cosine_in_closed_form(schedule):
     """z = cos(phi) x_0 + sin(phi) eps, phi even in u; sigma = tan(phi)."""
@@ -132,11 +114,6 @@ def test_a_networks_own_process_is_that_of_its_preconditioning():
 def test_bounds_that_are_none_are_refused(low, high):
     with pytest.raises(InputError, match=f"logsnr_min < logsnr_max, got {low} and {high}"):
         CosineSchedule(logsnr_min=low, logsnr_max=high)
-
-
-def test_a_grid_of_nothing_is_refused():
-    with pytest.raises(InputError, match="at least 1 interval, got 0"):
-        COSINE.grid(0)
 
 
 # ---- DDPM's discrete times, and networks on a process ----

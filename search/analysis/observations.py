@@ -1,12 +1,14 @@
 """What a search has measured, as observations of its surrogate.
 
-Earlier searches may be its priors. One may be wrong here, under another budget or teacher: each is
-a group with an offset of its own, and where it disagrees with the study's values it is discounted.
+Earlier searches may be its priors. One may be wrong here, under another teacher: each is a group
+with an offset of its own, and where it disagrees with the study's values it is discounted. Of one
+whose students were trained for another length, that length is a coordinate, which says how far it
+counts.
 """
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,19 +122,27 @@ def prior_trials(study: Study, name: str) -> list[tuple[StoredTrial, Observation
         return []
     trials = prior.search.rows(TrialState.COMPLETE, ())
     measured = _searched(study.spec, trials)
-    group = f"prior {name}"
-    return [
-        (trial, replace(each, group=group)) for trial, each in zip(trials, measured, strict=True)
-    ]
+    told = {
+        "group": f"prior {name}",
+        "log_length": log_length(prior.spec.method.options, study.spec.method.options),
+    }
+    return [(trial, replace(each, **told)) for trial, each in zip(trials, measured, strict=True)]
+
+
+def log_length(method: Mapping[str, Any], of: Mapping[str, Any]) -> float:
+    """Logarithm of a training's length in another one's; 0 of a method without ``kimg``."""
+    return math.log(method["kimg"] / of["kimg"]) if "kimg" in method.keys() & of.keys() else 0.0
 
 
 def _priors(study: Study, own: Sequence[Observation]) -> list[Observation]:
     found: list[Observation] = []
     for name in study.spec.search.prior:
         prior = [each for _, each in prior_trials(study, name)]
-        # The whole prior counts as one value with that error.
-        noise = disagreement(prior, own) * math.sqrt(len(prior)) if prior else 0.0
-        found += [replace(each, noise=noise) for each in prior]
+        if prior and not prior[0].log_length:
+            # The whole prior counts as one value with that error.
+            noise = disagreement(prior, own) * math.sqrt(len(prior))
+            prior = [replace(each, noise=noise) for each in prior]
+        found += prior
     return found
 
 

@@ -24,6 +24,8 @@ Point = Mapping[str, float]
 MIN_EVALUATIONS, MAX_EVALUATIONS = 4, 300
 # In every coordinate, in shares of its range over the evaluations.
 LEAST_DISTANCE = 0.02
+# Trainings whose lengths differ by this factor are as far apart as the ends of a coordinate.
+FAR_LENGTH = 16.0
 MAX_ROUNDS = 5  # of offsets and kernel in turn; two to four suffice as a rule
 # Of inputs in [0, 1] and values of standard deviation 1; the last two are variances. Shorter
 # lengths or less noise would let the curve run through each of a few noisy points; a higher least
@@ -40,12 +42,16 @@ class Observation:
         value: The FID.
         group: Evaluations with one unknown offset: a training seed shifts all its trials.
         noise: Standard deviation of what it has beyond the noise of all.
+        log_length: Logarithm of its training's length in lengths of the trainings asked about.
+            Where lengths differ, it is one more coordinate, so that short trainings inform long
+            ones as far as they agree.
     """
 
     point: Point
     value: float
     group: str
     noise: float = 0.0
+    log_length: float = 0.0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
@@ -89,7 +95,7 @@ def posterior_means(
 
     Args:
         evaluations: n of them, with the same coordinates.
-        points: Where to; the n evaluations' own by default.
+        points: Where to; the n evaluations' own by default. Always of length 1.
 
     Returns:
         n means, or one for each of ``points``.
@@ -154,11 +160,16 @@ def _arrays(
     evaluations: Sequence[Observation], points: Sequence[Point] | None
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Places [n, d] and those asked for [m, d]; values [n], groups [n, g] and noises [n]."""
-    cube = _Cube.around([evaluation.point for evaluation in evaluations])
-    at = cube.place([evaluation.point for evaluation in evaluations])
+    own = [evaluation.point for evaluation in evaluations]
+    cube = _Cube.around(own)
+    at, asked = cube.place(own), cube.place(own if points is None else points)
+    lengths = np.array([evaluation.log_length for evaluation in evaluations])
+    if np.ptp(lengths) > 0:
+        at = np.column_stack([at, lengths / math.log(FAR_LENGTH)])
+        asked = np.column_stack([asked, np.zeros(len(asked))])
     return (
         at,
-        at if points is None else cube.place(points),
+        asked,
         np.array([evaluation.value for evaluation in evaluations]),
         _one_hot([evaluation.group for evaluation in evaluations]),
         np.array([evaluation.noise for evaluation in evaluations]),

@@ -7,9 +7,9 @@ import pytest
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from search.storage.ledger import Claim, Done
+from search.storage.ledger import Done
 from tests.contracts.ledger_worker import SPACE, STEPS, objective
-from tests.contracts.scene import LONG_TTL, PATIENCE_SECONDS, wait_until
+from tests.contracts.scene import LONG_TTL, PATIENCE_SECONDS, take_once_free, wait_until
 
 
 class Deaths:
@@ -74,22 +74,14 @@ class Deaths:
         zombie = scene.start()
         scene.wait_for_step(3)
         scene.freeze(zombie)
-        claims: list[Claim] = []
-
-        def adopt() -> bool:
-            claim = ledger.claim(SPACE, RandomSampler)
-            if isinstance(claim, Claim):
-                claims.append(claim)
-            return bool(claims)
-
-        wait_until(adopt)
-        assert (claims[0].number, claims[0].attempt, claims[0].adopted) == (0, 2, True)
-        with ledger.holding(claims[0]) as held:
+        claim = take_once_free(ledger)
+        assert (claim.number, claim.attempt, claim.adopted) == (0, 2, True)
+        with ledger.holding(claim) as held:
             zombie.send_signal(signal.SIGCONT)
             wait_until((scene.folder / "lost").exists)
             held.check()
         assert ledger.counts().complete == 0
-        ledger.complete(claims[0], objective(dict(claims[0].params)), {"attempt": 2})
+        ledger.complete(claim, objective(dict(claim.params)), {"attempt": 2})
         assert zombie.wait(PATIENCE_SECONDS) == 0
         scene.settle()
         assert ledger.study.trials[0].user_attrs["attempt"] == 2

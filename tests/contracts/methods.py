@@ -36,6 +36,16 @@ class KilledError(Exception):
     """Stands for a kill at that point."""
 
 
+def dying_in(iteration: int) -> Callable[..., None]:
+    """An ``on_iteration`` that is killed in that one."""
+
+    def kill(*told: Any) -> None:
+        if told[-1].iteration == iteration:
+            raise KilledError
+
+    return kill
+
+
 class HalfSquare:
     """A perceptual loss without a network, in the place of LPIPS."""
 
@@ -207,13 +217,9 @@ class TrainingContract:
                 stage = self.learning()
                 return train(stage, weighting(stage.num_branches), **options)
 
-            def kill(done, path=path):
-                if done.iteration == killed_in:
-                    raise KilledError
-
             whole = run()
             with pytest.raises(KilledError):
-                run(checkpoint=path, checkpoint_seconds=0, on_iteration=kill)
+                run(checkpoint=path, checkpoint_seconds=0, on_iteration=dying_in(killed_in))
             kept = load_tensors(path)[1]["iteration"] if path.exists() else 0
             assert kept == killed_in
             torch.manual_seed(99)
@@ -575,21 +581,14 @@ class MethodContract(TrainingContract):
                 idle.append(name)
         assert idle == []
 
-    def test_every_seed_is_another_run(self, tmp_path):
-        base = self._told(self.run(tmp_path / "a"), {})
-        other = self._told(self.run(tmp_path / "b", seed=6), {}, seed=6)
-        for stage, (described, *made) in other.items():
-            assert described != base[stage][0]
-            assert tuple(made) != base[stage][1:]
-
     def _told(
-        self, stages: list[TrainedStage], changes: dict[str, Any], seed: int = 5
+        self, stages: list[TrainedStage], changes: dict[str, Any]
     ) -> dict[str, tuple[str, str, str]]:
         """By name: what a stage says of itself, its student, how that draws."""
         method, config, teacher = self.method(), self.config(**changes), self.teacher()
         found = {}
         for done in stages:
-            stage = method.stage(done.plan, teacher, config, self.inputs(seed))
+            stage = method.stage(done.plan, teacher, config, self.inputs())
             told = json.dumps(stage.describe(self.weighting(stage)), sort_keys=True)
             drawn = json.dumps(done.sampler.describe())
             found[done.plan.name] = (told, denoiser_sha256(done.student), drawn)

@@ -153,6 +153,18 @@ def take(ledger: Ledger, constraint=None, *, space=SPACE) -> Claim:
     return claim
 
 
+def take_once_free(ledger: Ledger) -> Claim:
+    """The next trial, as soon as its last worker's lease lets it go."""
+    found: list[Claim | Wait | Done] = []
+
+    def is_taken() -> bool:
+        found.append(ledger.claim(SPACE, RandomSampler))
+        return isinstance(found[-1], Claim)
+
+    wait_until(is_taken)
+    return found[-1]
+
+
 def complete(ledger: Ledger, claim: Claim) -> None:
     ledger.complete(claim, objective(dict(claim.params)), {})
 

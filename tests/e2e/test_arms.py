@@ -1,6 +1,5 @@
 """Studies of given arms: launched, confirmed, promoted, transferred, from a user's seat."""
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from PIL import Image
 
 from bdense.models.store import denoiser_sha256, load_denoiser
 from tests.commands import bdense
-from tests.e2e.study import SMALL, Workplace, kill, small_study
+from tests.e2e.study import SMALL, Workplace, small_study
 
 PAPER = {"a": 1.386, "b": -4.274}
 # Three trials of ten updates; given arms of progressive distillation, 8 -> 4 -> 2 steps.
@@ -116,62 +115,3 @@ def test_a_confirmed_winner_is_promoted_with_another_method(launched):
     assert (early["nfe"], early["value"]) == (4, trials[2].user_attrs["fids"]["4"]["value"])
     launched.done("report", "promote-small", "--out", "rounds")
     assert (launched.folder / "rounds/fid.png").exists()
-
-
-@pytest.mark.slow
-def test_a_confirmed_winner_is_trained_again_by_its_own_method(launched):
-    options = ("--nfe", "2,3", "--seeds", "1", "--kimg", "0.32", "--arm", "weights")
-    out = launched.ran("promote", "small", *options)
-    assert "small.promote: 6 of 6 rows complete" in out
-    for nfe in (2, 3):
-        metadata = exported(launched.runs / f"small.promote/model-kimg0.32-nfe{nfe}")[1]
-        assert metadata["fid"]["nfe"] == nfe
-        assert metadata["params"] == winner(launched)["params"]
-
-
-@pytest.mark.slow
-def test_the_best_weights_are_measured_under_another_study_s_conditions(launched):
-    other = small_study(name="other", method={"kimg": 0.64, "nfe": 3, "substeps": 2})
-    options = ("--to", launched.write(other), "--top", "1", "--seeds", "2")
-    out = launched.ran("transfer", "small", *options)
-    assert out.startswith("other.from.small: 6 of 6 rows complete, 0 pruned, 0 failed, 0 running")
-    assert "64 images at NFE 3" in out
-    trials = launched.rows("other.from.small")
-    assert [len(t.user_attrs["weights"]) for t in trials] == [1, 2, 2] * 2
-    best = launched.json("best", "small")["confirmed"]["arms"][2]
-    assert trials[2].user_attrs["a"] == best["params"]["a"]
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-def test_progressive_rows_whose_worker_is_killed_end_the_same_bit_for_bit(workplace):
-    """Once in the first round, once in the second: what was done is not done again.
-
-    A study that is launched gives what one process without Ray does.
-    """
-    tree = {**PD, "plan": {"arms": ["plain", PAPER], "seeds": [0]}}
-    tree["method"] = {**PD["method"], "updates": 100}
-    workplace.work({**tree, "name": "calm"})
-    file = workplace.write({**tree, "name": "fault"})
-    launcher = workplace.start("launch", file, "--workers", "1")
-    try:
-        kill(workplace.worker_at("stage 1/2: training", "fault", row=0)[0])
-        kill(workplace.worker_at("stage 2/2: training", "fault", row=1)[0])
-        folder = workplace.runs / "fault/00001"
-        first_round = (folder / "00004.safetensors").stat().st_mtime_ns
-        out, err = launcher.communicate(timeout=900)
-    finally:
-        launcher.send_signal(signal.SIGINT)
-    assert launcher.returncode == 0, err
-    assert "fault: 2 of 2 rows complete, 0 pruned, 0 failed, 0 running" in out
-    assert (folder / "00004.safetensors").stat().st_mtime_ns == first_round
-
-    expected, found = workplace.rows("calm"), workplace.rows("fault")
-    assert [trial.user_attrs["tries"] for trial in found] == [2, 2]
-    for one, other in zip(expected, found, strict=True):
-        assert one.user_attrs["fids"] == other.user_attrs["fids"]
-        assert one.intermediate_values == other.intermediate_values
-        assert student(workplace, one) == student(workplace, other)
-    assert len({trial.value for trial in found}) == 2
-    first, last = found[1].user_attrs["weights"]
-    assert last / first == pytest.approx(3.999, rel=1e-3)

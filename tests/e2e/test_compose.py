@@ -15,7 +15,7 @@ from search.storage.tables import RELEASED
 from tests.e2e.stack import APP_USER, ROOT, SECRETS, Engine, Stack
 from tests.e2e.study import small_study, wait_until
 
-TRIALS = 6
+TRIALS = 4
 # Long enough to be killed in, again and again.
 STUDY = small_study(plan={"trials": TRIALS}, method={"kimg": 38.4})
 OURS = ("ray-head", "ray-worker", "launcher", "dashboard", "proxy")

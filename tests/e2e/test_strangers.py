@@ -1,11 +1,9 @@
-"""Workers and clusters of other versions, and trials that kill whoever takes them."""
+"""Workers and clusters of other versions."""
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,14 +11,13 @@ import pytest
 
 from search.errors import SpecChangedError
 from search.storage.engine import resolve_storage_url
-from search.storage.ledger import Ledger
 from search.study.arms import ROW_SPACE
 from search.study.study import Study
 from search.worker import result
 from search.worker.worker import Worker
 from tests.e2e.chaos import end_all
 from tests.e2e.stack import free_port
-from tests.e2e.study import Workplace, kill, small_study
+from tests.e2e.study import Workplace, small_study
 from tests.rows import SFD
 from tests.studies import spec
 
@@ -142,42 +139,3 @@ def ray_finding(place: Workplace) -> dict[str, str]:
     findings = json.loads(place.run("doctor", "--json").stdout)["findings"]
     (found,) = [each for each in findings if each["check"] == "Ray"]
     return {"level": found["level"], "text": found["text"]}
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-def test_a_trial_that_kills_its_workers_is_given_up_and_the_study_goes_on(tmp_path):
-    """Whoever works on trial 0 is killed, as the kernel does to what takes all the memory."""
-    tree = small_study(name="poison", method={"kimg": 1.28}, resources={"max_attempts": 2})
-    place = Workplace(tmp_path, tmp_path / "cache")
-    url = resolve_storage_url(f"sqlite:///{tmp_path}/runs/bdense.db")
-    study = Study.create(url, spec(tree))
-    for a in (0.5, 1.0, 1.5):
-        study.search.enqueue({"a": a})
-    launcher = place.start("launch", place.write(tree), "--workers", "2")
-    victims: set[int] = set()
-    try:
-        deadline = time.monotonic() + 900
-        while launcher.poll() is None:
-            assert time.monotonic() < deadline
-            for row in Ledger.open(url, "poison", budget=None).running():
-                pid = int(row.worker.rpartition(":")[2])
-                if row.number == 0 and pid not in victims:
-                    victims.add(pid)
-                    with contextlib.suppress(ProcessLookupError):
-                        kill(pid)
-            time.sleep(0.05)
-        _, err = launcher.communicate()
-    finally:
-        end_all(f"BDENSE_CACHE={tmp_path}")
-    assert launcher.returncode == 0, err
-    assert len(victims) == 2
-    given_up, *others = study.search.study.trials
-    assert (given_up.state.name, given_up.user_attrs["reason"]) == ("FAIL", "poisoned")
-    assert "started 2 times, and no worker finished it" in given_up.user_attrs["error"]
-    assert [each.state.name for each in others] == ["COMPLETE"] * 2
-    assert study.left() == 0
-    shown = place.done("status", "poison")
-    assert "trial 0" in shown
-    assert "poisoned" in shown
-    assert place.json("doctor", "poison")["ok"] is True

@@ -1,11 +1,12 @@
-"""Train a bank of digits students, so that later comparisons of searches replay it in seconds.
+"""Train a bank of a study's students, so that later comparisons of searches replay it in seconds.
 
-``python -m benchmarks.digits_bank`` adds to benchmarks/data/digits-bank.csv, one row for each FID:
-method, a (a slope, or plain), training seed, kimg, recipe, at (the share of the training after
-which the student was measured), latents (seed of 4096 images), fid, seconds (of CPU, the whole
-training). A training that is there is not made again. Each gives three recipes: last is the
-student as it ends, tail the average of the last quarter of its iterates, ema their moving average,
-.9 an iteration; a prefix names the step size's schedule.
+``python -m benchmarks.bank`` adds to benchmarks/data/digits-bank.csv (``--study``: to the bank of
+that study's data), one row for each FID: method, a (a slope, or plain), training seed, kimg,
+recipe, at (the share of the training after which the student was measured), latents (seed of 4096
+images), fid, seconds (of CPU, the whole training). A training that is there is not made again.
+Each gives three recipes: last is the student as it ends, tail the average of the last quarter of
+its iterates, ema their moving average, .9 an iteration; a prefix names the step size's schedule.
+The method must have one stage: in rounds, an average is the next round's teacher.
 """
 
 import csv
@@ -31,7 +32,8 @@ from search.spec.file import read_spec
 from search.spec.study import StudySpec
 from search.worker.assets import Assets, load, use_device
 
-BANK = ROOT / "benchmarks" / "data" / "digits-bank.csv"
+DATA = ROOT / "benchmarks" / "data"
+BANK = DATA / "digits-bank.csv"
 HEADER = ("method", "a", "seed", "kimg", "recipe", "at", "latents", "fid", "seconds")
 SLOPES = ("plain", "-1", "-0.6", "-0.3", "0", "0.2", "0.5", "1", "1.5", "2")
 SEEDS, BUDGETS, SCHEDULES = range(6), (12.8, 38.4), ("step", "linear")
@@ -60,27 +62,34 @@ class Job:
 def main() -> None:
     """Train and measure what the bank lacks."""
     options = parser(__doc__)
+    options.add_argument("--study", type=Path, default=ROOT / DIGITS_STUDY)
+    options.add_argument("--slopes", nargs="+", default=[*SLOPES], metavar="A")
     options.add_argument("--seeds", type=int, nargs="+", default=[*SEEDS])
     options.add_argument("--kimg", type=float, nargs="+", default=[*BUDGETS])
     options.add_argument("--schedules", nargs="+", default=[*SCHEDULES], choices=SCHEDULES)
     options.add_argument("--workers", type=int, default=2)
     given = options.parse_args()
-    there = set(jobs_of(BANK))
-    wanted = itertools.product(given.kimg, given.schedules, given.seeds, SLOPES)
+    spec = read_spec(given.study)
+    bank = bank_of(spec)
+    there = set(jobs_of(bank))
+    wanted = itertools.product(given.kimg, given.schedules, given.seeds, given.slopes)
     jobs = [job for k, c, s, a in wanted if (job := Job(a, s, k, c)) not in there]
     print(f"{len(there)} trainings are in the bank, {len(jobs)} are to be made", file=sys.stderr)
-    BANK.parent.mkdir(exist_ok=True)
     began = time.monotonic()
-    spec = read_spec(ROOT / DIGITS_STUDY)
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(given.workers, initializer=_prepare, initargs=(spec,)) as pool:
         for done, rows in enumerate(pool.imap_unordered(_measured, jobs), 1):
-            new = not BANK.exists()
-            with BANK.open("a", newline="") as file:
+            new = not bank.exists()
+            with bank.open("a", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerows([HEADER, *rows] if new else rows)
             spent = time.monotonic() - began
             print(f"{done}/{len(jobs)} after {spent:.0f} s", file=sys.stderr, flush=True)
+
+
+def bank_of(spec: StudySpec) -> Path:
+    """The file of a study's bank."""
+    return DATA / f"{spec.name.partition('-nfe')[0]}-bank.csv"
 
 
 def jobs_of(bank: Path) -> Iterator[Job]:
@@ -128,7 +137,12 @@ def _measured(job: Job) -> list[tuple[object, ...]]:
                 mine.copy_(its)
         recipe = f"{job.schedule}-{name}"
         rows += [
-            (*("sfd", job.a, job.seed, job.kimg, recipe, at), seed, f"{fid:.5f}", f"{seconds:.1f}")
+            (
+                *(assets.spec.method.name, job.a, job.seed, job.kimg, recipe, at),
+                seed,
+                f"{fid:.5f}",
+                f"{seconds:.1f}",
+            )
             for seed in latents
             for fid in [_fid(assets, last, stage.sampler, seed)]
         ]

@@ -161,7 +161,9 @@ def test_more_is_better_where_it_is_asked_for(url, tmp_path):
     pair = found.comparison.against(found.winner, found.comparison.baseline("defaults"))
     params = found.winner.arm.params
     assert pair.n == 3
-    assert pair.low == pytest.approx(score(2, 1) - score(**params))
+    assert pair.mean == pytest.approx(score(2, 1) - score(**params))
+    # Equal under every seed, which moves a value by 1/64: the interval is of that resolution.
+    assert 0 < pair.mean - pair.low <= 1.0142 / 64
     told = json.loads(command("best", "losses", "--json").out)["confirmed"]
     assert told["winner"]["params"] == params
     assert sorted(told["arms"][0]["values"]) == ["2", "3", "4"]

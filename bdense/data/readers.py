@@ -268,7 +268,7 @@ def _read_images(
     return torch.from_numpy(images)
 
 
-def _other_shapes(shapes: Mapping[tuple[int, ...], Sequence[str]]) -> dict[str, Sequence[str]]:
+def _other_shapes(shapes: Mapping[tuple[int, ...], list[str]]) -> dict[str, list[str]]:
     """Names of images of another shape [C, H, W] than most, by what is wrong with them."""
     most = max(shapes, key=lambda shape: len(shapes[shape]), default=())
     return {

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from bdense.methods.plan import StagePlan
 from bdense.metrics.records import FID
-from search.analysis.paired import Mean, Paired, mean_of, paired_difference
+from search.analysis.paired import Mean, Paired, mean_of, paired_difference, step_of
 from search.spec.metric import Metric
 from search.storage.queries import StoredTrial
 from search.study.arms import Arm
@@ -80,7 +80,8 @@ class Comparison:
         """The paired difference, where there is something to pair."""
         if other is None or other is result or self.differing:
             return None
-        return paired_difference(result.values, other.values)
+        step = step_of(value for each in self.results for value in each.values.values())
+        return paired_difference(result.values, other.values, step)
 
     def table(self) -> list[str]:
         """A line for each arm, for people."""

@@ -100,7 +100,7 @@ class Verdict:
             **{
                 name: {"mean": p.mean, "low": p.low, "high": p.high, "tie": p.tie}
                 for name, p in pairs.items()
-                if p is not None and p.n > 1
+                if p is not None and p.deviation is not None
             },
         }
 

@@ -245,6 +245,10 @@ class ConfirmSpec(Knobs):
     )
 
 
+# Where no other number is asked for: seeds of a transfer or a promotion, weights of a transfer.
+FRESH_SEEDS, TRANSFERRED = ConfirmSpec().seeds, 5
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts(Knobs):
     """What the engine knows of a spec, readable without torch."""

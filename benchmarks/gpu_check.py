@@ -32,6 +32,7 @@ from bdense.training.teacher import TeacherConfig, TeacherStage, new_denoiser
 from bdense.weights.weighting import FixedWeights
 from benchmarks.common import parser, publish, table
 from benchmarks.gpu_precision import NETWORK, live_trajectories, measured
+from benchmarks.latent import guided_calls, memory, trajectories
 from benchmarks.timing import (
     Paired,
     interleave,
@@ -70,6 +71,7 @@ def main() -> int:
         "Launches": launches,
         "Choice of kernels (cudnn.benchmark)": kernel_choice,
         "Recorded trajectories": recordings,
+        "Stable Diffusion 1.5": latents,
         "Several GPUs": several,
         "Number formats, layout, compilation": formats,
     }
@@ -348,6 +350,20 @@ def recordings(given: argparse.Namespace, device: torch.device) -> str:
     return f"Seconds, {_tensor(device)}, batch {given.batch}.\n\n" + table(
         ("what", "first", "second", "first / second"), rows
     )
+
+
+# ---- Stable Diffusion 1.5 ----
+
+
+def latents(given: argparse.Namespace, device: torch.device) -> str:
+    """A guided evaluation of its U-Net, and a student's memory with each way to save some."""
+    own = argparse.Namespace(network="sd15", batch=16, precision="bfloat16", device=device)
+    if given.cpu:
+        own = argparse.Namespace(network="tiny", batch=4, precision="float32", device=device)
+    live = trajectories(own.network, device, own.batch, 1, own.precision)
+    calls = guided_calls(live, PAIRS, device)
+    del live  # the memory of its teacher
+    return f"Batch {own.batch}, {own.precision}, random weights.\n\n{calls}\n\n{memory(own)}"
 
 
 # ---- several GPUs ----

@@ -20,6 +20,7 @@ import torch
 from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import build_denoiser
 from bdense.diffusion.guidance import guided
+from bdense.errors import is_out_of_memory
 from bdense.execution import Execution
 from bdense.methods.recordings import TrajectoryStore
 from bdense.methods.sfd import SFDConfig, SFDStage
@@ -98,7 +99,7 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=16, help="default: %(default)s")
     options.add_argument("--pairs", type=int, default=7, help="that count (default: 7)")
     given = options.parse_args()
-    device = pick_device(1)
+    given.device = device = pick_device(1)
     if given.network == "sd15" and device.type != "cuda":
         options.error("--network sd15 is for a GPU")
     live = trajectories(given.network, device, given.batch, 3, given.precision)
@@ -107,15 +108,15 @@ def main() -> None:
         f"SFD with B-DENSE, NFE 2, K = {K}, batch {given.batch}, latents of "
         f"{list(teacher.image_shape)}, {sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M "
         f"parameters, {given.precision}.",
-        _calls(live, given.pairs, device),
+        guided_calls(live, given.pairs, device),
         _ways(live, given.pairs),
-        _memory(given),
+        memory(given),
     ]
     publish("latent", "\n\n".join(body), write=given.write)
 
 
 @torch.no_grad()
-def _calls(live: Trajectories, pairs: int, device: torch.device) -> str:
+def guided_calls(live: Trajectories, pairs: int, device: torch.device) -> str:
     """A guided evaluation against two of the same network."""
     batch = live[0]
     told, sigma = batch.condition.arguments(), torch.tensor(2.0)
@@ -160,8 +161,12 @@ def _ways(live: Trajectories, pairs: int) -> str:
     return table(header, rows)
 
 
-def _memory(given: argparse.Namespace) -> str:
-    """Peaks of one training each, in a process of its own."""
+def memory(given: argparse.Namespace) -> str:
+    """Peaks of one training each, in a process of its own.
+
+    Args:
+        given: ``network``, ``batch``, ``precision`` and ``device``.
+    """
     context = multiprocessing.get_context("spawn")
     rows = []
     for recomputes, parts in itertools.product((False, True), (1, 4)):
@@ -169,9 +174,14 @@ def _memory(given: argparse.Namespace) -> str:
         process = context.Process(target=_peak, args=(theirs, given, parts, recomputes))
         process.start()
         theirs.close()
-        taken, own = ours.recv()
+        found = ours.recv()
         process.join()
-        rows.append([parts, "yes" if recomputes else "no", f"{own / 2**20:.0f}", f"{taken:.2f}"])
+        cells = (
+            ["out of memory", "-"]
+            if found is None
+            else [f"{found[1] / 2**20:.0f}", f"{found[0]:.2f}"]
+        )
+        rows.append([parts, "yes" if recomputes else "no", *cells])
     header = ["parts (accumulate)", "gradient checkpointing", "peak MiB", "s an iteration"]
     return (
         f"{table(header, rows)}\n\nPeak memory of a training at guidance 7.5 for both, above what "
@@ -181,7 +191,7 @@ def _memory(given: argparse.Namespace) -> str:
 
 
 def _peak(end: Any, given: argparse.Namespace, parts: int, recomputes: bool) -> None:
-    device = pick_device(1)
+    device = given.device
     live = trajectories(given.network, device, given.batch, 3, given.precision)
     live = replace(live, guidance=7.5)
     execution = Execution(precision=given.precision, gradient_checkpointing=recomputes)
@@ -192,7 +202,13 @@ def _peak(end: Any, given: argparse.Namespace, parts: int, recomputes: bool) -> 
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far
         before = _resident("VmRSS")
-    taken = seconds(live, 7.5, accumulate=parts)
+    try:
+        taken = seconds(live, 7.5, accumulate=parts)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        end.send(None)
+        return
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
     end.send((taken, peak - before))
 

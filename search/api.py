@@ -21,28 +21,40 @@ from bdense.errors import InputError
 from bdense.knobs import KnobError
 from bdense.weights.space import require_point
 from search.analysis.assessment import assess
+from search.analysis.comparison import Comparison, compare
 from search.analysis.confirmation import Verdict, judged_summary
 from search.analysis.confirmation import verdict as verdict_of
 from search.analysis.pilot import ledgers_with_pilot, with_known_images
-from search.analysis.plans import differing, given_arm, plan_confirmation, plan_given
+from search.analysis.plans import (
+    differing,
+    given_arm,
+    plan_confirmation,
+    plan_given,
+    transfer_arms,
+)
 from search.analysis.priors import require_priors
 from search.analysis.recommendation import Recommendation
 from search.log import say
 from search.redaction import redact
+from search.removal import clean, delete, to_delete
 from search.report.document import as_markdown
+from search.report.log_lines import has_ended, logged_row
 from search.report.overview import overview_of
 from search.report.pages import study_page
 from search.report.plots import study_plots
 from search.report.report_files import write_report
 from search.spec.file import read_here, require_variants
+from search.spec.sections import FRESH_SEEDS, TRANSFERRED
 from search.spec.study import StudySpec
 from search.storage.engine import resolve_storage_url
 from search.storage.ledger import MENDABLE
 from search.storage.queries import Counts
 from search.storage.stop_flags import ask_all
+from search.study.folders import row_folder
 from search.study.study import Study
 from search.study.summary import Measured
 from search.study.trial_list import ListedRow, list_rows
+from search.study.trial_log import LOG_FILE, read_log
 
 if TYPE_CHECKING:
     import optuna
@@ -298,6 +310,100 @@ class OpenStudy:
         )
         promotion = Promotion(study, asked)
         return list(promotion.models(*promotion.run(workers)))
+
+    @checked
+    def transfer(
+        self,
+        to: str | Path | Mapping[str, Any] | StudySpec,
+        *,
+        top: int = TRANSFERRED,
+        seeds: int = FRESH_SEEDS,
+        workers: int | None = None,
+    ) -> Comparison:
+        """Train a search's top weights and the baselines under another study's conditions.
+
+        Args:
+            to: The other study, as ``open_study`` takes it.
+            top: Number of weights, the best first.
+            seeds: Number of fresh seeds.
+            workers: Trials at once; None for as many as fit.
+
+        Raises:
+            InputError: No trial is complete, weights do not fit, or no row is complete.
+            NoSearchError: It is a study of given arms.
+            SpecChangedError: Its files are others than when it ran.
+            KeyboardInterrupt: As of ``run``.
+        """
+        from search.run.launch import run_rows  # Ray
+
+        _require_counts(top=top, seeds=seeds, workers=workers)
+        study = self._search()
+        other = with_known_images(study.url, read_here(to, {}))
+        planned = transfer_arms(study, other, top=top, seeds=seeds).store(study.url)
+        run_rows(planned, workers)
+        found = compare(planned)
+        if not found.results:
+            raise InputError(f"{planned.name}: no row is complete")
+        return found
+
+    @checked
+    def logs(
+        self,
+        trial: int | None = None,
+        *,
+        baseline: Literal["plain", "uniform", "defaults"] | None = None,
+    ) -> list[dict[str, Any]]:
+        """What happened to a trial, or to a baseline of a search: an event each.
+
+        Args:
+            trial: Number of the trial, of given arms of the row.
+            baseline: A baseline instead.
+
+        Returns:
+            Events with ``time``, ``attempt``, ``worker``, ``event`` and what it says; none before
+            a worker has taken it, or where it works on another runs folder.
+
+        Raises:
+            InputError: There is no such row.
+        """
+        ledger, number = logged_row(self.record, trial, baseline)
+        has_ended(ledger, number)  # refuses a number that no row has
+        return read_log(row_folder(ledger.name, number) / LOG_FILE)[0]
+
+    @checked
+    def clean(
+        self,
+        *,
+        checkpoints: bool = False,
+        students: bool = False,
+        keep: Sequence[int] = (),
+    ) -> dict[str, int]:
+        """Delete files that the study need not keep; its trajectories if nothing else is asked.
+
+        Args:
+            checkpoints: Those of ended trials, and what dead workers left.
+            students: Those of a search, except its best (``keep_students``), its confirmation's
+                candidates and those that ``keep`` named.
+            keep: Trials whose students stay from now on.
+
+        Returns:
+            Bytes freed by kind.
+
+        Raises:
+            InputError: A trial to keep has no student, the study has given arms, or its
+                trajectories are being read.
+        """
+        return clean(self.record, checkpoints=checkpoints, students=students, keep=keep)
+
+    def delete(self) -> None:
+        """Delete the study, its confirmation and its pilot, with all their files. It asks nothing.
+
+        Trajectories stay, as other studies may use them.
+
+        Raises:
+            InputError: Trials are worked on.
+        """
+        delete(to_delete(self.record))
 
     def plots(self) -> "list[Figure]":
         """Figures of matplotlib: the metric over each coordinate, or of each given arm."""

@@ -84,7 +84,7 @@ class Exported:
             label = f"trial {number}, {study.spec.space.label(trial.params)}"
         else:
             row = ArmRow(**trial.params)
-            kind = "baseline" if study.is_search else f"row {number}"
+            kind = "baseline" if ledger is study.baselines else f"row {number}"
             label = f"{kind}, {study.arms[row.arm].name}, seed {row.seed}"
         result = TrialResult.of(trial.value, trial.user_attrs)
         return cls(
@@ -140,7 +140,7 @@ def export_trial(
         ledger, number = _baseline(study, baseline)
     else:
         if number is None:
-            study, number = _best_of(study) if study.is_search else (study, arm_row(study))
+            study, number = _best_of(study)
         ledger = study.main
     trial = _complete(ledger, number)
     result = TrialResult.of(trial.value, trial.user_attrs)
@@ -196,7 +196,7 @@ def require_students(study: Study) -> None:
     Raises:
         InputError: Says where they are.
     """
-    if study.spec.is_command:
+    if not study.spec.workload.has_students:
         place = study_folder(study.name) / "NUMBER" / PROGRAM_FOLDER
         raise InputError(
             f"the models of {study.name} are its program's own, where that put them, such as in "
@@ -312,15 +312,17 @@ def arm_row(study: Study, *, arm: str | None = None, variant: int | None = None)
 
 def _baseline(study: Study, name: str) -> tuple[Ledger, int]:
     """Ledger and number of a search's baseline."""
-    if not study.is_search or study.given is None:
+    if study.baselines is None:
         raise KnobError("baseline", f"{name} is for a search; name a row by `trial` instead")
     if (found := baselines_of(study).get(name)) is None:
         raise InputError(f"study {study.name} has no complete baseline {name}; launch it first")
-    return study.given, found.number
+    return study.baselines, found.number
 
 
 def _best_of(study: Study) -> tuple[Study, int]:
-    """Study and number of the row that a search exports."""
+    """Study and number of the row to export, where none is named."""
+    if not study.is_search:
+        return study, arm_row(study)
     found, confirmation = verdict(study), confirmation_of(study)
     if found is not None and found.ended and confirmation is not None:
         return confirmation, arm_row(confirmation)

@@ -35,7 +35,7 @@ from search.log import say
 from search.places import runs_folder
 from search.run.launch import run_rows
 from search.spec.file import require_variants
-from search.spec.sections import ConfirmSpec
+from search.spec.sections import FRESH_SEEDS
 from search.spec.study import StudySpec
 from search.study.arms import Arm, arms_study
 from search.study.study import Study
@@ -212,7 +212,7 @@ class Promotion:
     def _asked_seeds(self) -> list[int]:
         study, asked = self._study, self._asked.seeds
         if self._asked.to is None:
-            number = ConfirmSpec().seeds if asked is None else asked
+            number = FRESH_SEEDS if asked is None else asked
             if not isinstance(number, int) or number < 1:
                 shown = asked if isinstance(asked, int) else ",".join(map(str, asked or ()))
                 raise KnobError(

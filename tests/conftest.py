@@ -337,7 +337,7 @@ def losses(_losses: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """
     from tests.studies import resolve_here
 
-    folder = Path(_losses.spec.program.folder)
+    folder = Path(_losses.spec.workload.config.folder)
     monkeypatch.setenv("BDENSE_RUNS", str(folder / "runs"))
     monkeypatch.setenv("BDENSE_STORAGE", _losses.url)
     resolve_here(monkeypatch)

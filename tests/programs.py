@@ -11,7 +11,7 @@ import yaml
 
 from search.analysis.plans import plan_given
 from search.places import cache_folder, runs_folder
-from search.spec.file import parse, resolved
+from search.spec.file import parse
 from search.spec.study import StudySpec
 from search.storage.stop_flags import Launch
 from search.study.folders import row_folder
@@ -112,7 +112,7 @@ def written(folder: Path, *told: str, **keys: Any) -> Path:
 
 def spec_of(path: Path) -> StudySpec:
     """A study file's, resolved as a launch does."""
-    return resolved(parse(yaml.safe_load(path.read_text()), str(path)), str(path))
+    return parse(yaml.safe_load(path.read_text()), str(path)).workload.resolve(str(path))
 
 
 def planned(url: str, path: Path) -> Study:

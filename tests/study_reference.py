@@ -4,13 +4,12 @@ from bdense.knobs import Knobs, knobs_of, reference
 from bdense.methods import METHODS
 from bdense.weights import WEIGHT_SPACES
 from search.spec.command import CommandConfig, NamedWeight
+from search.spec.plan import ArmsPlan, SearchPlan
 from search.spec.sections import (
-    ArmsPlan,
     ConfirmSpec,
     EvaluationSpec,
     Member,
     ResourcesSpec,
-    SearchPlan,
     SeedsSpec,
     TeacherSpec,
     TrajectoriesSpec,

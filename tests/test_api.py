@@ -15,6 +15,9 @@ from bdense.errors import InputError
 from search.analysis.plans import plan_confirmation
 from search.errors import NoSearchError, SpecError, UnknownStudyError
 from search.report.report_files import HTML_PAGE
+from search.spec.space import search_space
+from search.study.folders import row_folder
+from search.study.retention import CHECKPOINT
 from search.study.study import Study
 from tests.measured import command, refused
 from tests.programs import WEIGHTS, planned, score, spec_of, work, written
@@ -136,6 +139,44 @@ def test_a_study_that_is_planned_anew_is_the_one_that_was_opened(url, tmp_path, 
     assert command("delete", "losses", "--yes").status == 0
     with pytest.raises(UnknownStudyError, match="no study 'losses'"):
         _ = held.counts
+
+
+def test_a_trial_s_log(losses):
+    study = search.open_study("losses")
+    events = study.logs(1)
+    assert [event["event"] for event in events] == ["claimed", "started", "complete"]
+    assert (events[-1]["trial"], events[-1]["value"]) == (1, study.trials[-2].value)
+    printed = command("logs", "losses", 1, "--json").out
+    assert events == [json.loads(line) for line in printed.splitlines()]
+    assert study.logs(baseline="defaults")[-1]["value"] == score(2, 1)
+    with pytest.raises(InputError, match="no trial 9"):
+        study.logs(9)
+    with pytest.raises(InputError, match="`baseline` must be given"):
+        study.logs()
+
+
+def test_files_and_the_study_itself_are_deleted(url, tmp_path):
+    study = search.open_study(written(tmp_path))
+    work(study.record)
+    left = row_folder("losses", 0) / CHECKPOINT
+    left.write_bytes(bytes(1000))
+    assert study.clean(checkpoints=True) == {"checkpoints": 1000}
+    assert study.clean() == {"trajectories": 0}
+    assert not left.exists()
+    with pytest.raises(InputError, match=r"^keep 0: no student"):
+        study.clean(keep=[0])
+    work(plan_confirmation(study.record, method={}, seeds=3, count=1))
+    planned(url, written(tmp_path, name="other"))
+    study.enqueue(x=1, y=1)
+    plan = {"trials": 3, "replicates": 1}
+    ledger = planned(url, written(tmp_path, plan=plan)).search
+    taken = ledger.claim(search_space(study.spec), None)
+    with pytest.raises(InputError, match="1 trials of losses are worked on"):
+        study.delete()
+    ledger.release(taken)
+    study.delete()
+    assert optuna.get_all_study_names(url) == ["other", "other.baselines"]
+    assert not row_folder("losses", 0).parent.exists()
 
 
 def test_a_run_in_another_thread_is_refused(url, tmp_path):

@@ -159,7 +159,7 @@ def test_every_branch_is_guided(denoiser):
 def test_without_a_null_there_is_no_guidance(denoiser):
     assert null_for(1.0, Unconditional()) is None
     for conditions in (Unconditional(), Classes(3)):
-        with pytest.raises(InputError, match=r"guidance 7\.5 .* leave guidance at 1"):
+        with pytest.raises(InputError, match=r"guidance 7\.5 .* leave it at 1"):
             null_for(7.5, conditions)
     with pytest.raises(InputError, match="guidance 2 "):
         guided(denoiser, 2.0, None)

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import os
 import pickle
+import re
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -133,6 +134,11 @@ def test_an_unknown_name_lists_the_known_ones(spec):
     with pytest.raises(InputError, match=f"unknown data set '{spec}'; known are {known}"):
         load_dataset(spec)
     assert [len(image_shape(name)) for name in known.split(", ")[:5]] == [3] * 5
+
+
+def test_a_folder_without_its_format_is_likened_to_one(tmp_path):
+    with pytest.raises(InputError, match=f"did you mean folder:{re.escape(str(tmp_path))}"):
+        load_dataset(str(tmp_path))
 
 
 def test_a_path_gives_a_name_without_its_folders(tmp_path, monkeypatch):

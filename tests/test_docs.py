@@ -1,6 +1,7 @@
 """Names in the documents exist: modules, functions, fields, files, options."""
 
 import importlib
+import json
 import os
 import re
 import runpy
@@ -13,7 +14,10 @@ import pytest
 from PIL import Image
 
 from bdense.cli import main
+from search.analysis.stop_rule import LargestGain
 from search.spec.file import read_spec
+from search.study.results import Curve, CurvePoint
+from tests.measured import command as search_command
 from tests.plugins import install
 from tests.studies import resolve_here
 from tests.test_help import all_help
@@ -197,3 +201,53 @@ def test_the_recipes_run(tmp_path, chosen):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+# What stands below these is a mapping of the study's own names, or a record of its own.
+WHOLE = {
+    *("params", "fids", "values", "conditions", "seeds", "others", "prompts", "method"),
+    *("kid", "prc", "clip_score"),
+}
+
+
+def keys(told: object, place: str = "") -> set[str]:
+    """Where the values of a JSON object stand: ``best.number``, ``confirmed.arms[].mean``."""
+    if isinstance(told, list) and told and isinstance(told[0], dict):
+        return {key for each in told for key in keys(each, f"{place}[]")}
+    if not isinstance(told, dict) or place.rpartition(".")[2] in WHOLE:
+        return {place}
+    return {key for name, each in told.items() for key in keys(each, f"{place}.{name}".strip("."))}
+
+
+def _first_cells(rows: str) -> str:
+    return "\n".join(re.findall(r"^\| (.*?) \| ", rows, re.MULTILINE))
+
+
+def test_the_json_of_status_and_best_is_documented_key_by_key(request):
+    """A search of branch weights with a confirmation, and one of a program's weights."""
+    text = (ROOT / "docs/running.md").read_text().partition("## Results for scripts")[2]
+    tables = re.findall(r"^\| key of .*\n\|---\|---\|\n((?:\|.*\n)+)", text, re.MULTILINE)
+    status, best = (set(re.findall(r"`([\w.[\]]+)`", _first_cells(rows))) for rows in tables)
+    found = set()
+    for study, parameters in {"confirmed": ("a", "b"), "losses": ("x", "y")}.items():
+        name = request.getfixturevalue(study).name
+        told = json.loads(search_command("status", name, "--json").out)
+        assert keys(told) == status - {"one_shot"}
+        told = json.loads(search_command("best", name, "--json").out)
+        for parameter in parameters:
+            del told["best"][parameter]
+        told["best"]["NAME"] = None
+        (baseline, *_) = told["baselines"].values()
+        assert baseline.keys() - {"number", "weights"} <= told["best"].keys()
+        told["baselines"] = {"NAME": None}
+        found |= {re.sub(r"\.vs_\w+", ".vs_NAME", key) for key in keys(told)}
+    # What these two studies do not have.
+    gain = LargestGain(arm="plain", gain=0.1, least_difference=0.2, trials=16)
+    point = CurvePoint(params={"a": 0.0}, coordinates=[0.0], fid=3.0)
+    more = {"ended_early": gain.as_dict(), "confirmed": {"method": {}, "arms": [{"values": {}}]}}
+    more["one_shot"] = Curve(axes=["a"], points=[point], conditions={}).as_dict()
+    more["best"] = dict.fromkeys(("prompts", "weights_plot", "kid", "prc", "clip_score"))
+    found |= keys(more)
+    parts = {key.rpartition(".")[0] for key in found} | {"confirmed", "one_shot"}
+    assert found <= best
+    assert best <= found | parts

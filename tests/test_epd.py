@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdense.diffusion.conditions import TensorCondition
+from bdense.diffusion.branches import widen_head
+from bdense.diffusion.conditions import Classes, TensorCondition
 from bdense.diffusion.denoiser import NetworkDenoiser, call_for_states
 from bdense.diffusion.epd import EPD, read_table, write_table
 from bdense.diffusion.preconditioning import levels_on
@@ -160,6 +161,48 @@ def test_a_student_may_not_be_the_teacher_and_levels_must_be_the_teachers():
 # ---- conditions ----
 
 
+def test_a_table_is_learned_and_used_under_guidance(tmp_path, caplog):
+    """Teacher and student are mixed of two predictions each, as written out here."""
+    teacher = tiny_denoiser(label_dim=4).eval()
+    both = {"guidance_teacher": 3.0, "guidance_student": 3.0}
+    method, config = EPDMethod(), EPDConfig(**KNOBS | both)
+    (plan,) = method.plan(config)
+    inputs = Inputs(seed=3, conditions=Classes(4, has_null=True))
+    stage = method.stage(plan, teacher, config, inputs)
+    assert (plan.nfe, stage.sampler.nfe, stage.sampler.sequential_nfe) == (10, 10, 3)
+    batch = stage.batch(0, slice(None))
+    labels = batch.condition.arguments()["class_labels"]
+
+    def mixed(x, sigma):
+        told = labels.repeat_interleave(len(x) // len(labels), 0)
+        null = teacher(x, sigma)
+        return null + 3 * (teacher(x, sigma, told) - null)
+
+    fine = config.levels.grid(config.steps * config.substeps)
+    close = {"rtol": 1e-4, "atol": 1e-3}
+    walked = trajectory(DPM2(), mixed, batch.start, fine)[1:]
+    torch.testing.assert_close(batch.states, walked, **close)
+    student = widen_head(stage.start, 1)
+    stage.begin(student)
+    update = next(stage.updates(0, batch))
+    update(student.branches)
+    levels = config.levels.grid(config.steps)
+    model = analytical_first_step(mixed, levels[0])
+    (first, _) = stage.sampler.solver.steps(model, batch.start, levels)
+    torch.testing.assert_close(update.end.detach(), first, **close)
+
+    path = tmp_path / "table.json"
+    write_table(path, stage.sampler, {})
+    assert read_table(path) == stage.sampler
+    assert not caplog.records
+    assert read_table(path, guidance=1.0).nfe == 5
+    assert "learned at guidance 3, and is used at 1" in caplog.text
+    with pytest.raises(KnobError, match="guidance_student must be `guidance_teacher` 3"):
+        EPDConfig(guidance_teacher=3.0)
+    with pytest.raises(KnobError, match="guidance_teacher 3 needs a network"):
+        method.check(config, small_teacher(), {})
+
+
 def test_a_table_of_levels_even_in_a_ddpms_times_serves_sfds_teacher(tmp_path):
     teacher = tiny_denoiser(precond="ddpm")
     bounds = {"schedule": "discrete", "sigma_min": 0.1, "sigma_max": teacher.precond.sigma_max}
@@ -180,8 +223,9 @@ def test_a_table_of_levels_even_in_a_ddpms_times_serves_sfds_teacher(tmp_path):
     sfd = SFDConfig(nfe=1, substeps=2, solver="epd", epd_table=str(path), kimg=0.006, **bounds)
     walked = SFD().stage(SFD().plan(sfd)[0], teacher, sfd, Inputs(seed=3)).batch(0, slice(2))
     assert torch.equal(walked.grid.fine(), levels)
+    other = SFDConfig(nfe=1, substeps=2, solver="epd", epd_table=str(path))
     with pytest.raises(InputError, match=r"epd_table .*learn a table for these"):
-        SFDConfig(nfe=1, substeps=2, solver="epd", epd_table=str(path))
+        SFD().check(other, small_teacher(), {})
     with pytest.raises(InputError, match="needs a network of a DDPM"):
         method.check(config, small_teacher(), {})
 
@@ -238,9 +282,9 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
 def test_a_table_learned_at_another_guidance_is_warned_about(tmp_path, caplog):
     path = tmp_path / "table.json"
     write_table(path, read_rows(3), {"guidance": 7.5})
-    read_table(path, guidance=7.5)
+    assert read_table(path).guidance == read_table(path, guidance=7.5).guidance == 7.5
     assert not caplog.records
-    read_table(path)
+    read_table(path, guidance=1.0)
     assert "learned at guidance 7.5, and is used at 1" in caplog.text
 
 
@@ -295,18 +339,18 @@ def test_sfds_teacher_walks_by_a_table_of_its_own_grid(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"substeps": 4}, "is for 4 steps, .* and the teacher takes 8"),
-        ({"sigma_min": 0.1}, "polynomial levels from 80 to 0.1"),
+        ({"substeps": 4}, "is for 4 steps, and the teacher takes 8"),
+        ({"sigma_min": 0.1}, "walks along polynomial levels from 80 to 0.1"),
         ({"solver": "euler"}, "epd_table is for `solver` epd, got euler"),
         ({"order": 2}, "order 2 is the table's own"),
-        ({"nfe": (1, 2)}, "is for 4 steps, .* and the teacher takes 4 or 6"),
+        ({"nfe": (1, 2)}, "is for 4 steps, and the teacher takes 4 or 6"),
     ],
 )
 def test_a_table_for_another_teacher_is_refused(tmp_path, changes, message):
     table = write_rows(tmp_path, read_rows(4))
     knobs = {"nfe": 1, "substeps": 2, "solver": "epd", "epd_table": table}
     with pytest.raises(InputError, match=message):
-        SFDConfig(**knobs | changes)
+        SFD().check(SFDConfig(**knobs | changes), small_teacher(), {})
 
 
 # ---- the command line ----
@@ -356,3 +400,17 @@ def test_a_table_is_learned_written_and_used(tmp_path):
     line = refused(bdense("sample", teacher, "--epd-table", table, "--nfe", 8, *out))
     assert f"{table} holds a table for one sampler (NFE 5), and --nfe 8 asks for" in line
     assert "is for teachers" in refused(bdense("sample", student, "--epd-table", table, *out))
+
+
+def test_sfds_table_is_held_to_the_levels_that_the_teacher_knows(tmp_path):
+    """A table of a DDPM's own levels, which no option of either command names."""
+    teacher, student = tmp_path / "teacher.safetensors", tmp_path / "epd.safetensors"
+    save_denoiser(teacher, tiny_denoiser(precond="ddpm"), {"kind": "teacher"})
+    small = ("--kimg", 0.004, "--batch", 4)
+    steps = ("--steps", 2, "--substeps", 1)
+    done("distill", teacher, "--method", "epd", *steps, *small, "--out", student)
+    table = ("--solver", "epd", "--epd-table", student.with_suffix(".epd.json"))
+    asked = ("distill", teacher, *table, "--nfe", 1, "--substeps", 1, *small)
+    done(*asked, "--out", tmp_path / "student.safetensors")
+    line = refused(bdense(*asked, "--sigma-max", 10, "--out", tmp_path / "other.safetensors"))
+    assert "and the teacher walks along polynomial levels from 10 to" in line

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bdense.diffusion.ddpm import DDPMSchedule
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.epd import EPD, Table
 from bdense.diffusion.intervals import IntervalGrid
-from bdense.diffusion.preconditioning import EDM
+from bdense.diffusion.preconditioning import EDM, levels_on
 from bdense.diffusion.sampling import Sampler
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import DPM2, analytical_first_step, make_solver, trajectory
@@ -23,11 +21,11 @@ from bdense.methods.trajectories import Trajectories
 from bdense.networks import Network
 from bdense.training.loop import train
 from bdense.weights.weighting import FixedWeights
-from tests.goldens import GOLDENS, close, discover, settings, tensors
+from tests.goldens import close, discover, settings, tensors
+from tests.latent_goldens import LATENT, condition_of, network_of
 
 pytestmark = pytest.mark.golden
 
-LATENT = GOLDENS / "latent"
 DTYPES = [torch.float64, torch.float32]
 ONE = torch.ones(1, dtype=torch.float64)
 
@@ -49,34 +47,6 @@ class Mixture:
 
 def mixture(info: dict[str, Any], data: dict[str, Tensor]) -> Mixture:
     return Mixture(data["means"], data["weights"], info["mixture_std"])
-
-
-def text_denoiser(folder: Path, guidance: float, data: dict[str, Tensor], dtype: torch.dtype):
-    """A diffusers text U-Net with guidance, as one local function."""
-    diffusers = pytest.importorskip("diffusers", reason="needs the diffusers extra")
-    network = diffusers.UNet2DConditionModel.from_pretrained(
-        folder / "unet", low_cpu_mem_usage=False
-    )
-    network = network.to(dtype).eval()
-    process = json.loads((folder / "scheduler/scheduler_config.json").read_text())
-    names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
-    schedule = DDPMSchedule(**{name: process[name] for name in names})
-
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        levels = sigma.double().reshape(-1).expand(len(x))
-        z = x / (1 + levels**2).sqrt().to(x).view(-1, 1, 1, 1)
-        text, null = (
-            data[f"latent.{name}"].to(x).expand(len(data["latent.noise"]), -1, -1)
-            for name in ("text", "null")
-        )
-        # The states of an image follow each other.
-        told = [each.repeat_interleave(len(x) // len(each), 0) for each in (null, text)]
-        out = network(torch.cat((z, z)), schedule.time(levels).repeat(2), torch.cat(told)).sample
-        unguided, conditional = out.chunk(2)
-        noise = unguided + guidance * (conditional - unguided)
-        return x - sigma.to(x).reshape(-1, 1, 1, 1) * noise
-
-    return denoise
 
 
 def cases(pattern: str) -> list[Any]:
@@ -158,16 +128,21 @@ def test_the_solver_and_its_plug_in(path, name, dtype):
     info, data = read(path)
     case, own = of_case(path, name)
     raw = {each: own[f"raw.{each}"].to(dtype) for each in Table._fields}
-    decoded = RawTable(config_of(case), Table(**raw))()
+    config = config_of(case)
+    levels, decoded = config.levels, RawTable(config, Table(**raw))()
     for each, values in decoded._asdict().items():
         close(values.detach(), own[each], atol=1e-12 if dtype == torch.float64 else 1e-6)
     bound = 1e-9 if dtype == torch.float64 else 1e-4
     if "folder" in case:
         bound = max(bound, 1e-6)
+        denoiser = network_of(case, dtype)
+        levels = levels_on(levels, denoiser.precond)
+        text, null = (condition_of(denoiser, data[f"latent.{name}"]) for name in ("text", "null"))
         noise = data["latent.noise"]
-        denoise = text_denoiser(LATENT / case["folder"], case["guidance"], data, dtype)
+        denoise = denoiser.given(text, guidance=case["guidance"], null=null)
     else:
         noise, denoise = data["noise"], mixture(info, data)
+    close(levels.grid(case["num_intervals"]), own["levels"], rtol_of_max=1e-12)
     start = (own["levels"][0] * noise.double()).to(dtype)
     check_walk(case, own, denoise, start, own["walk"], bound)
 
@@ -205,8 +180,6 @@ class MixtureNetwork(Network):
 
 def config_of(case: dict[str, Any], **knobs: Any) -> EPDConfig:
     kind, _, rho = case["grid"].partition(" rho ")
-    # A discrete grid is not one of ours; the levels are the file's.
-    levels = {"schedule": kind} if kind in ("polynomial", "logsnr", "time_uniform") else {}
     return EPDConfig(
         steps=case["num_intervals"],
         points=case["points"],
@@ -215,7 +188,7 @@ def config_of(case: dict[str, Any], **knobs: Any) -> EPDConfig:
         bound_o=case["bound_o"],
         bound_s=case["bound_s"],
         last_scale=not case.get("last_o_is_one", False),
-        **levels,
+        schedule=kind,
         **({"rho": float(rho)} if kind == "polynomial" else {}),
         sigma_min=case["sigma_min"],
         sigma_max=case["sigma_max"],

@@ -10,7 +10,7 @@ from PIL import Image
 
 import bdense
 from bdense.data.datasets import Dataset, to_float
-from bdense.data.encoded import EncodedDataset, encode_dataset
+from bdense.data.encoded import EncodedDataset, embed_prompts, encode_dataset
 from bdense.diffusion.conditions import Condition, Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.guidance import guided
@@ -21,6 +21,7 @@ from bdense.methods.images import ImageBatch
 from bdense.methods.method import Inputs
 from bdense.methods.progressive import PDConfig, PDStage, Progressive
 from bdense.methods.sfd import SFD, SFDConfig
+from bdense.models.latents import load_text_encoder
 from bdense.models.store import load_model
 from bdense.training.loop import train
 from bdense.weights.weighting import FixedWeights
@@ -246,6 +247,26 @@ def test_a_data_set_is_encoded_once(tmp_path):
         encode_dataset(dataset, LATENT / "unet-a-epsilon", tmp_path, CPU)
 
 
+def test_prompts_are_embedded_once(tmp_path):
+    """By content of texts and encoder; a later call needs no encoder."""
+    pytest.importorskip("transformers", reason="needs the diffusers extra")
+    folder, texts, told = LATENT / "pipeline-a", ["a red cat", "the dog " * 20], []
+    encoder = load_text_encoder(folder)
+
+    def embedded(texts, **options):
+        report = lambda *so_far: told.append(so_far)  # noqa: E731
+        return embed_prompts(texts, folder, tmp_path, on_prompt=report, **options)
+
+    found, expected = embedded(texts, negative="a dog"), encoder.prompts(texts, "a dog")
+    assert torch.equal(found.embeddings, expected.embeddings)
+    assert torch.equal(found.empty, expected.empty)
+    assert told == [(3, 1)]
+    assert embedded(texts, negative="a dog").describe() == found.describe()
+    assert told == [(3, 1)]
+    assert embedded(texts, encoder=encoder).describe() == encoder.prompts(texts).describe()
+    assert len(told) == 2
+
+
 @pytest.mark.parametrize(
     ("method", "knobs", "message"),
     [
@@ -325,6 +346,10 @@ def test_what_does_not_fit_is_refused_before_images_are_encoded(tmp_path):
     assert "data digits has images of 1 x 8 x 8, and the teacher is a network for 3 x 16 x 16" in (
         shapes
     )
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "a.png")
+    untold = ("distill", LATENT / "pipeline-a", *common, "--data", f"folder:{tmp_path}")
+    line = commands.refused(commands.bdense(*untold, "--out", tmp_path / "out", *cache))
+    assert "conditioned on text; give prompts" in line
     assert not (tmp_path / "cache").exists()
 
 

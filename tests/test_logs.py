@@ -286,8 +286,8 @@ def test_logs_are_shown_of_a_study_that_another_version_stored():
         (("9",), "study digits has no trial 9: there are 1 so far, 3 more are to come, numbered"),
         (("0",), "trial 0 has no log in "),
         (("--baseline", "plain"), "trial 0 has no log in "),
-        ((), "give either the number of a TRIAL, or --baseline"),
-        (("0", "--baseline", "plain"), "give either the number of a TRIAL, or --baseline"),
+        ((), "or --baseline must be given"),
+        (("0", "--baseline", "plain"), "or --baseline must be given"),
         (("--baseline", "defaults"), "--baseline must be plain or uniform here, got defaults"),
         (("-1", "--follow"), "has no trial -1"),  # following it would never end
     ],

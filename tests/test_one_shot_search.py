@@ -8,8 +8,8 @@ import pytest
 from bdense.metrics.records import FID
 from search.errors import SpecError
 from search.spec.file import parse, read_spec
+from search.spec.plan import OneShotSpec, SearchPlan
 from search.spec.resolve import resolve
-from search.spec.sections import OneShotSpec, SearchPlan
 from search.spec.space import make_sampler, search_space
 from search.storage.ledger import Claim
 from search.study.arms import ROW_SPACE, ArmRow, one_shot_arm

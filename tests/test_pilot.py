@@ -143,8 +143,10 @@ def test_nothing_is_planned_for_what_is_refused_later(url):
 
 
 def test_a_dry_run_tells_the_pilots_cost(capsys, monkeypatch):
-    planned = "search.verbs.launch._cost", lambda spec, _: [f"{spec.planned_rows} rows of it"]
-    monkeypatch.setattr(*planned)
+    def rows_of(spec, **_):
+        return [f"{spec.plan.num_rows(spec)} rows of it"]
+
+    monkeypatch.setattr("search.worker.distillation.cost_lines", rows_of)
     spec = auto(plan={"trials": 9, "replicates": 1})
     dry_run(spec, None)
     out = capsys.readouterr().out

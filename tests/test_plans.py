@@ -459,7 +459,9 @@ def test_a_dry_run_plans_nothing_and_prints_what_a_launch_would_take(
 ):
     """What it costs is measured elsewhere."""
     monkeypatch.setenv("RAY_TMPDIR", "/proc")  # which only a launch would need
-    monkeypatch.setattr("search.worker.cost.cost_lines", lambda *_, **__: ["what it costs"])
+    monkeypatch.setattr(
+        "search.worker.distillation.cost_lines", lambda *_, **__: ["what it costs"]
+    )
     to = ("promote", "digits", "--to", write(tmp_path, PROMOTION), "-n")
     answer = command(*to, "--seeds", "4,5")
     assert answer.status == 0, answer.err
@@ -483,10 +485,10 @@ def test_a_confirmations_and_a_transfers_dry_run_print_the_rows_that_they_would_
     told = []
 
     def cost_lines(study, **_):
-        told.append((study.planned_rows, study.method.options["kimg"]))
+        told.append((study.plan.num_rows(study), study.method.options["kimg"]))
         return ["what it costs"]
 
-    monkeypatch.setattr("search.worker.cost.cost_lines", cost_lines)
+    monkeypatch.setattr("search.worker.distillation.cost_lines", cost_lines)
     options = ("--kimg", "5", "--seeds", "4", "--candidates", "2")
     answer = command("confirm", "digits", "-n", *options)
     assert answer.status == 0, answer.err
@@ -556,7 +558,21 @@ def test_without_a_confirmed_winner_nothing_is_promoted(searched, tmp_path):
     assert "digits has not ended" in refused(command("promote", "digits"))
 
 
-# ---- the verb transfer ----
+# ---- transfer ----
+
+
+def test_a_transfer_from_python_is_the_command_s(searched, tmp_path):
+    file = write(tmp_path, name="other")
+    planned = plan_transfer(searched, read_spec(Path(file)), top=1, seeds=2)
+    finish(planned, lambda arm, row: 9.0 + row.seed + (arm.baseline is None))
+    found = open_study("digits").transfer(file, top=1, seeds=2)
+    assert [each.arm.baseline for each in found.results] == ["plain", "uniform", None]
+    assert [sorted(each.values) for each in found.results] == [[1, 2]] * 3
+    assert [each.mean().mean for each in found.results] == [10.5, 10.5, 11.5]
+    printed = command("transfer", "digits", "--to", file, "--top", "1", "--seeds", "2").out
+    assert "\n".join(found.table()) in printed
+    with pytest.raises(InputError, match="top must be at least 1"):
+        open_study("digits").transfer(file, top=0)
 
 
 def test_what_cannot_be_transferred_is_refused(searched, tmp_path):

@@ -14,9 +14,10 @@ from bdense.methods.progressive import PDConfig
 from bdense.methods.sfd import SFDConfig
 from bdense.weights import WEIGHT_SPACES
 from search.errors import SpecError
+from search.spec.distillation import _YOUNGER
 from search.spec.file import as_yaml, parse, read_tree
 from search.spec.resolve import resolve, teacher_config, variant
-from search.spec.study import _YOUNGER, StudySpec
+from search.spec.study import StudySpec
 from tests.studies import (
     KINDS,
     LEARNED,

@@ -181,7 +181,8 @@ def _load(
     if source in _NAMED:
         images, labels = _NAMED[source][1]()
         return source, images if crop is None else cropped_arrays(images, crop), labels
-    hint = did_you_mean(source, _NAMED)
+    is_folder = Path(source).expanduser().is_dir()
+    hint = f"; did you mean folder:{source}?" if is_folder else did_you_mean(source, _NAMED)
     raise InputError(f"unknown data set {source!r}; known are {DATA_SETS}{hint}")
 
 

@@ -1,10 +1,11 @@
-"""Data sets of latents, for networks that learn from images and work on latents.
+"""What the encoders of a pipeline make of images and prompts, computed once and kept by content.
 
-n images, C channels, H x W pixels; [n, c, h, w] latents.
+n images, C channels, H x W pixels, [n, c, h, w] latents; L tokens of a prompt, E channels.
 """
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,20 @@ import torch
 from torch import Tensor
 
 from bdense.data.datasets import Dataset, to_float
+from bdense.diffusion.conditions import Prompts
 from bdense.errors import CheckpointError, NonFiniteError
 from bdense.files import atomic_write, file_lock, sha256_model
-from bdense.models.diffusers_files import folder_of
+from bdense.models.diffusers_files import folder_of, pipeline_folder
 from bdense.models.diffusers_teacher import codec_config
-from bdense.models.latents import load_codec
+from bdense.models.latents import (
+    TEXT_ENCODER,
+    TOKENIZER,
+    TextEncoder,
+    load_codec,
+    load_text_encoder,
+)
 
-_IMAGES_AT_ONCE = 64
+_IMAGES_AT_ONCE, _PROMPTS_AT_ONCE = 64, 256
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -97,3 +105,49 @@ def _encode(
         if on_image is not None:
             on_image(some.stop)
     rows.flush()
+
+
+def embed_prompts(
+    texts: Sequence[str],
+    source: str | Path,
+    cache: Path,
+    *,
+    negative: str = "",
+    encoder: TextEncoder | None = None,
+    on_prompt: Callable[[int, int], None] | None = None,
+) -> Prompts:
+    """Prompts as a pipeline's text encoder reads them.
+
+    They are embedded once and kept: a worker maps the file, and reads the rows that it needs.
+
+    Args:
+        texts: One or more.
+        source: Folder or hub id of the pipeline in diffusers' format.
+        cache: Folder of cached results.
+        negative: What guidance leads away from.
+        encoder: Of the pipeline; None loads it where it is needed.
+        on_prompt: Called with the number of prompts embedded so far, the negative one among them,
+            and with the number of all that are cut.
+
+    Raises:
+        CheckpointError: The pipeline has no text encoder, or one that is not read.
+    """
+    folder, wanted = pipeline_folder(source), [*texts, negative]
+    parts = [sha256_model(folder / part) for part in (TEXT_ENCODER, TOKENIZER)]
+    sha256 = hashlib.sha256(json.dumps([parts, wanted]).encode()).hexdigest()
+    path = cache / "prompts" / f"{sha256[:16]}.npy"
+    with file_lock(path.with_suffix(".lock")):
+        if not path.exists():
+            own = encoder or load_text_encoder(source)
+            cut = len(own.too_long(wanted))
+            with atomic_write(path) as scratch:
+                shape = len(wanted), own.length, own.width
+                rows = np.lib.format.open_memmap(scratch, "w+", "float32", shape)
+                for first in range(0, len(wanted), _PROMPTS_AT_ONCE):
+                    some = slice(first, min(first + _PROMPTS_AT_ONCE, len(wanted)))
+                    rows[some] = own.embed(wanted[some]).numpy()
+                    if on_prompt is not None:
+                        on_prompt(some.stop, cut)
+                rows.flush()
+    kept = torch.from_numpy(np.load(path, mmap_mode="c"))
+    return Prompts(kept[:-1], kept[-1:])

@@ -14,7 +14,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -211,12 +211,16 @@ def write_table(path: Path, sampler: Sampler, about: Mapping[str, Any]) -> None:
         scratch.write_text(json.dumps({**about, "sampler": sampler.describe()}, indent=1) + "\n")
 
 
-def read_table(path: Path | str, guidance: float = 1.0) -> Sampler:
+def read_table(path: Path | str, guidance: float | None = None) -> Sampler:
     """The sampler of a table's file: ``write_table``'s, or a student's ``config.json``.
 
     Args:
         path: The file.
-        guidance: Scale that it will be used at; a warning if it was learned at another.
+        guidance: Scale that it will be used at; a warning if it was learned at another. None is
+            the one that it was learned at.
+
+    Returns:
+        The sampler, at that scale.
 
     Raises:
         InputError: There is no such file, or it does not hold an EPD sampler.
@@ -227,7 +231,7 @@ def read_table(path: Path | str, guidance: float = 1.0) -> Sampler:
         require_no_pipe(Path(path))
         kept = json.loads(Path(path).read_text())
         sampler = sampler_from(kept["sampler"])
-        learned_at = float(kept.get("guidance", 1.0))
+        learned_at = float(kept.get("guidance", sampler.guidance))
     except OSError as error:
         raise InputError(f"the EPD table {path} cannot be read ({error.strerror})") from error
     except InputError as error:
@@ -239,11 +243,19 @@ def read_table(path: Path | str, guidance: float = 1.0) -> Sampler:
         ) from error
     if not isinstance(sampler.solver, EPD):
         raise InputError(f"{path} holds a sampler of {sampler.solver.name}, not of epd")
-    if learned_at != guidance:
-        _log.warning(
-            "the EPD table %s was learned at guidance %g, and is used at %g",
-            path,
-            learned_at,
-            guidance,
-        )
-    return sampler
+    own = replace(sampler, guidance=learned_at)
+    return own if guidance is None else at_guidance(own, guidance, f"the EPD table {path}")
+
+
+def at_guidance(sampler: Sampler, scale: float, what: str) -> Sampler:
+    """A sampler at a guidance scale; a warning where its table was learned at another.
+
+    Args:
+        sampler: At the scale that it was made for.
+        scale: To draw at.
+        what: Whose it is, for the warning.
+    """
+    if isinstance(sampler.solver, EPD) and scale != sampler.guidance:
+        learned = f"{what} was learned at guidance {sampler.guidance:g}, and is used at {scale:g}"
+        _log.warning(learned)
+    return replace(sampler, guidance=scale)

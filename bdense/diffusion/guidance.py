@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bdense.diffusion.conditions import Condition, Conditions
 from bdense.errors import InputError, ShapeError
+from bdense.knobs import KnobError
 
 # D(x; sigma, condition): a denoiser, or all its branches; [B, C, H, W] and [] or [B] to [B, ...].
 Conditional = Callable[..., Tensor]
@@ -86,11 +87,17 @@ def null_for(scale: float, conditions: Conditions, like: Tensor | None = None) -
     return null if like is None else null.to(like)
 
 
-def no_null(scale: float) -> InputError:
-    """Of a network without a null condition."""
-    return InputError(
-        f"guidance {scale:g} needs a network that was trained without its condition too (a null "
-        "class, an empty prompt), and this one was not; leave guidance at 1"
+def no_null(scale: float, knob: str = "guidance") -> KnobError:
+    """Of a network without a null condition.
+
+    Args:
+        scale: s.
+        knob: Its name.
+    """
+    return KnobError(
+        knob,
+        f"{scale:g} needs a network that was trained without its condition too (a null class, an "
+        "empty prompt), and this one was not; leave it at 1",
     )
 
 

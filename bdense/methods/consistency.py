@@ -29,17 +29,15 @@ from bdense.diffusion.solvers import Solver, StepNoise, make_solver, no_noise, t
 from bdense.errors import InputError
 from bdense.execution import moved
 from bdense.knobs import knob, knob_of
-from bdense.methods.images import ImageBatch, image_batch
+from bdense.methods.images import ImageBatch, ImageStage
 from bdense.methods.method import (
     GridConfig,
     GuidanceKnobs,
     Inputs,
     Method,
     MethodConfig,
-    MethodStage,
     StagePlan,
     require_pixels,
-    require_shape,
 )
 from bdense.methods.perceptual import LPIPS
 from bdense.models.store import denoiser_sha256
@@ -147,7 +145,7 @@ def towards(denoised: Tensor, x: Tensor, ratio: Tensor) -> Tensor:
 
 
 @dataclass(eq=False, kw_only=True)
-class ConsistencyStage(MethodStage):
+class ConsistencyStage(ImageStage):
     """The one stage: a student, and the average of it that makes its targets.
 
     Attributes:
@@ -167,9 +165,7 @@ class ConsistencyStage(MethodStage):
     conditions: Conditions
 
     def __post_init__(self) -> None:
-        self.teacher.execution.require_training("consistency distillation")
-        require_shape(self.dataset, self.teacher.image_shape)
-        self.conditions.require(self.dataset)
+        self._require_images("consistency distillation")
         self.config.require_null(self.conditions)
         self._levels = self.config.levels_for(self.teacher)
         self.teacher.require_levels(self._levels)
@@ -193,19 +189,8 @@ class ConsistencyStage(MethodStage):
             guidance=self.config.guidance_student,
         )
 
-    def batch(self, iteration: int, images: slice) -> ImageBatch:
-        """Images, noise and intervals; runs of one seed see the same, whatever their weights."""
-        return image_batch(
-            self.dataset,
-            self.conditions,
-            iteration,
-            images,
-            count=self.config.batch,
-            num_intervals=self.config.intervals_at(iteration),
-            seed=self.seed,
-            flip=self.config.flip,
-            like=next(self.teacher.parameters()),
-        )
+    def intervals_at(self, iteration: int) -> int:
+        return self.config.intervals_at(iteration)
 
     def updates(self, iteration: int, batch: ImageBatch) -> Iterator["ConsistencyUpdate"]:
         """One update."""

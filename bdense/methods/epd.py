@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from bdense.diffusion import SOLVERS
+from bdense.diffusion.conditions import Condition
 from bdense.diffusion.denoiser import NetworkDenoiser, call_for_states
 from bdense.diffusion.epd import EPD, Table, walk
+from bdense.diffusion.guidance import calls, guided, null_for
 from bdense.diffusion.intervals import IntervalGrid
 from bdense.diffusion.sampling import Sampler, samplers_from
 from bdense.diffusion.solvers import Solver, analytical_first_step, make_solver
@@ -24,6 +26,7 @@ from bdense.errors import InputError
 from bdense.knobs import KnobError, knob, knob_of
 from bdense.methods.method import (
     GridConfig,
+    GuidanceKnobs,
     Inputs,
     Method,
     MethodConfig,
@@ -41,7 +44,7 @@ Loss = Literal["l2", "l1"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EPDConfig(GridConfig):
+class EPDConfig(GridConfig, GuidanceKnobs):
     """The knobs of EPD."""
 
     heading: ClassVar[str] = "method epd"
@@ -83,6 +86,12 @@ class EPDConfig(GridConfig):
         for name in ("ema", "tail", "rescale_weights", "lora_rank"):
             if getattr(self, name):
                 raise KnobError(name, "does not apply to epd, which trains no network; drop it")
+        if self.guidance_student != self.guidance_teacher:
+            raise KnobError(
+                "guidance_student",
+                f"must be `guidance_teacher` {self.guidance_teacher:g}, as epd trains no network "
+                f"that could learn guidance, got {self.guidance_student:g}",
+            )
         _ = self.levels  # refuses what does not fit together
         try:
             self.make_solver()
@@ -217,6 +226,7 @@ class EPDStage(MethodStage):
             afs=self.config.afs,
             schedule=self.trajectories.grid.schedule,
             solver=self.table.solver(),
+            guidance=self.config.guidance_student,
         )
 
     def batch(self, iteration: int, images: slice) -> TrajectoryBatch:
@@ -231,6 +241,7 @@ class EPDStage(MethodStage):
         config, substeps = self.config, batch.grid.substeps
         every = range(config.steps)
         x: Tensor = batch.start
+        null = null_for(config.guidance_student, self.trajectories.conditions, like=x)
         older: Sequence[Tensor] = ()
         for steps in [every] if config.updates == "last" else [range(n, n + 1) for n in every]:
             update = EPDUpdate(
@@ -241,6 +252,7 @@ class EPDStage(MethodStage):
                 levels=batch.grid.student(),
                 target=batch.states[substeps * steps.stop - 1],
                 given=batch.condition.arguments(),
+                null=null,
                 table=self.table,
             )
             yield update
@@ -268,6 +280,7 @@ class EPDUpdate:
         levels: [N + 1] of the whole walk.
         target: [B, C, H, W] the teacher's state at the end.
         given: Conditions.
+        null: What guidance leads away from; None without guidance.
         end: Where the student ended.
         older_then: As ``older``, for the step after.
     """
@@ -279,6 +292,7 @@ class EPDUpdate:
     levels: Tensor
     target: Tensor
     given: Mapping[str, Any]
+    null: Condition | None
     table: RawTable
     end: Tensor = field(init=False)
     older_then: Sequence[Tensor] = field(init=False)
@@ -289,9 +303,10 @@ class EPDUpdate:
 
     def __call__(self, branches: Branches) -> BranchMeans:
         config, first = self.table.config, self.steps.start
+        predict = guided(branches, config.guidance_student, self.null)
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            return call_for_states(branches, self.given, x, sigma)[:, -1]
+            return call_for_states(predict, self.given, x, sigma)[:, -1]
 
         model = analytical_first_step(denoise, self.levels[0]) if config.afs else denoise
         rows = Table(*(values[first : self.steps.stop] for values in self.table()))
@@ -317,14 +332,15 @@ class EPDMethod(Method):
     ) -> tuple[StagePlan, ...]:
         row = ((0.5,) * config.points,)
         solver = EPD(r=row, w=row, o=row, s=row)  # its size counts
-        nfe = solver.nfe(config.steps) - config.afs
-        calls = solver.sequential_nfe(config.steps) - config.afs
-        label, updates = f"{nfe} NFE, {calls} one after another", config.num_updates
+        nfe = (solver.nfe(config.steps) - config.afs) * calls(config.guidance_student)
+        sequential = solver.sequential_nfe(config.steps) - config.afs
+        label, updates = f"{nfe} NFE, {sequential} one after another", config.num_updates
         return (StagePlan(name="", label=label, num_updates=updates, nfe=nfe, branched=False),)
 
     def check(
         self, config: EPDConfig, teacher: NetworkDenoiser, metadata: Mapping[str, Any]
     ) -> None:
+        config.require_guidable(teacher, metadata)
         teacher.require_levels(config.levels_for(teacher))
         teacher.execution.require_training("a table")
         if samplers_from(metadata):
@@ -355,6 +371,7 @@ class EPDMethod(Method):
             count=config.num_updates,
             seed=inputs.seed,
             conditions=inputs.conditions_for(teacher),
+            guidance=config.guidance_teacher,
         )
         table = RawTable.drawn(config, inputs.seed)
         return EPDStage(config=config, trajectories=trajectories, table=table, seed=inputs.seed)

@@ -1,8 +1,9 @@
-"""Batches of data for methods that learn from images: clean, noise, and an interval for each.
+"""Methods that learn from images: their batches of clean, noise, and an interval for each.
 
 B batch, C channels, H x W pixels.
 """
 
+import abc
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from bdense.data.datasets import Dataset
 from bdense.diffusion.conditions import Condition, Conditions
+from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.execution import moved
+from bdense.methods.method import MethodStage, require_shape
 from bdense.randomness import Stream, generator
 
 
@@ -35,46 +38,53 @@ class ImageBatch:
         return fine[substeps * self.interval + torch.arange(substeps + 1)[:, None]]
 
 
-def image_batch(
-    dataset: Dataset,
-    conditions: Conditions,
-    iteration: int,
-    images: slice,
-    *,
-    count: int,
-    num_intervals: int,
-    seed: int,
-    round: int = 0,
-    flip: bool = False,
-    like: Tensor,
-) -> ImageBatch:
-    """Some images of that iteration's batch, drawn with replacement.
+class ImageStage(MethodStage):
+    """A stage that learns from images, drawn with replacement.
 
-    The whole batch depends on (seed, round, iteration) alone.
-
-    Args:
+    Attributes:
+        teacher: Its device and type are the batch's.
         dataset: Where images come from.
         conditions: Of the images.
-        iteration: Counted from 0.
-        images: Of the batch.
-        count: B of the whole batch.
-        num_intervals: N.
         seed: Of images, noise, intervals and flips.
-        round: Keeps the draws of several stages of one seed apart.
-        flip: Mirror each image with probability 1/2.
-        like: Has the type and device of the batch.
     """
-    draw = generator(seed, Stream.IMAGES, round, iteration)
-    index = torch.randint(len(dataset.images), (count,), generator=draw)
-    clean = dataset.clean(index)
-    noise = torch.randn(clean.shape, generator=draw)
-    interval = torch.randint(num_intervals, (count,), generator=draw)
-    if flip:
-        mirrored = torch.rand(count, generator=draw) < 0.5
-        clean[mirrored] = clean[mirrored].flip(-1)
-    return ImageBatch(
-        moved(clean[images], like),
-        moved(noise[images], like),
-        interval[images],
-        conditions.of(dataset, index[images]).to(like),
-    )
+
+    teacher: NetworkDenoiser
+    dataset: Dataset
+    conditions: Conditions
+    seed: int
+
+    def _require_images(self, method: str) -> None:
+        """Refuse a teacher or a data set that cannot train by a method of that name."""
+        self.teacher.execution.require_training(method)
+        require_shape(self.dataset, self.teacher.image_shape)
+        self.conditions.require(self.dataset)
+
+    @abc.abstractmethod
+    def intervals_at(self, iteration: int) -> int:
+        """N of that iteration."""
+
+    @property
+    def round(self) -> int:
+        """Keeps the draws of several stages of one seed apart."""
+        return 0
+
+    def batch(self, iteration: int, images: slice) -> ImageBatch:
+        """Some images of that iteration's batch, which depends on (seed, round, iteration) alone.
+
+        So runs of one seed see the same, whatever their weights.
+        """
+        count, like = self.batch_size, next(self.teacher.parameters())
+        draw = generator(self.seed, Stream.IMAGES, self.round, iteration)
+        index = torch.randint(len(self.dataset.images), (count,), generator=draw)
+        clean = self.dataset.clean(index)
+        noise = torch.randn(clean.shape, generator=draw)
+        interval = torch.randint(self.intervals_at(iteration), (count,), generator=draw)
+        if self.config.flip:
+            mirrored = torch.rand(count, generator=draw) < 0.5
+            clean[mirrored] = clean[mirrored].flip(-1)
+        return ImageBatch(
+            moved(clean[images], like),
+            moved(noise[images], like),
+            interval[images],
+            self.conditions.of(self.dataset, index[images]).to(like),
+        )

@@ -134,7 +134,7 @@ class GuidanceKnobs(Knobs):
             return
         for name in ("guidance_teacher", "guidance_student"):
             if (scale := getattr(self, name)) != 1:
-                raise KnobError(name, str(no_null(scale)))
+                raise no_null(scale, name)
 
     def require_one_call(self) -> None:
         """Refuse a guided student where each image is told its weights."""

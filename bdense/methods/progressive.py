@@ -33,16 +33,14 @@ from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
 from bdense.execution import moved
 from bdense.knobs import KnobError, knob, knob_of, knobs_of
-from bdense.methods.images import ImageBatch, image_batch
+from bdense.methods.images import ImageBatch, ImageStage
 from bdense.methods.method import (
     GuidanceKnobs,
     Inputs,
     Method,
     MethodConfig,
-    MethodStage,
     StagePlan,
     require_pixels,
-    require_shape,
 )
 from bdense.models.store import denoiser_sha256
 from bdense.training.optimisation import LRSchedule
@@ -163,7 +161,7 @@ def _require_dividing(first: int, last: int, substeps: int) -> None:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PDStage(MethodStage):
+class PDStage(ImageStage):
     """A round: a student whose N steps follow the teacher's K N, or one that is converted.
 
     Attributes:
@@ -193,10 +191,8 @@ class PDStage(MethodStage):
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        self.teacher.execution.require_training("progressive distillation")
+        self._require_images("progressive distillation")
         self.teacher.require_levels(self.levels)
-        require_shape(self.dataset, self.teacher.image_shape)
-        self.conditions.require(self.dataset)
         for scale in (self.guidance, self.config.guidance_student):
             null_for(scale, self.conditions)
 
@@ -211,20 +207,12 @@ class PDStage(MethodStage):
             self.levels, self.steps, clip=config.clip_samples, guidance=config.guidance_student
         )
 
-    def batch(self, iteration: int, images: slice) -> ImageBatch:
-        """Images, noise and steps; two runs of one seed see the same, whatever their weights."""
-        return image_batch(
-            self.dataset,
-            self.conditions,
-            iteration,
-            images,
-            count=self.config.batch,
-            num_intervals=self.steps,
-            seed=self.seed,
-            round=self.steps,
-            flip=self.config.flip,
-            like=next(self.start.parameters()),
-        )
+    @property
+    def round(self) -> int:
+        return self.steps
+
+    def intervals_at(self, iteration: int) -> int:
+        return self.steps
 
     def updates(self, iteration: int, batch: ImageBatch) -> Iterator["RoundUpdate"]:
         levels = batch.levels(self.levels.grid(self.steps * self.substeps), self.substeps)

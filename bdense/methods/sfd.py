@@ -14,9 +14,8 @@ from torch import Tensor
 
 from bdense.diffusion import SOLVERS
 from bdense.diffusion.conditions import Condition
-from bdense.diffusion.ddpm import DiscreteSchedule
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.epd import read_table
+from bdense.diffusion.epd import at_guidance, read_table
 from bdense.diffusion.guidance import guided, null_for
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
@@ -212,7 +211,7 @@ class SFDConfig(GridConfig, GuidanceKnobs):
         """What ``epd_table`` holds.
 
         Raises:
-            InputError: It cannot be read, or is for another grid than the teacher's.
+            InputError: It cannot be read, or is for another number of steps than the teacher's.
         """
         if self.epd_table is None:
             return None
@@ -220,19 +219,31 @@ class SFDConfig(GridConfig, GuidanceKnobs):
             raise KnobError("epd_table", f"is for `solver` epd, got {self.solver}; drop one")
         if self.order is not None:
             raise KnobError("order", f"{self.order} is the table's own with `epd_table`; drop it")
-        table = read_table(self.epd_table, self.guidance_teacher)
+        table = read_table(self.epd_table)
         walked = [number * self.substeps for number in self._several_intervals]
-        levels = table.schedule
-        if isinstance(levels, DiscreteSchedule):  # these are not bound to a network yet
-            levels = replace(levels, process=None)
-        if walked != [table.num_intervals] or levels != self.levels:
+        if walked != [table.num_intervals]:
             raise KnobError(
                 "epd_table",
-                f"{self.epd_table} is for {table.num_intervals} steps, {table.schedule.text()}, "
-                f"and the teacher takes {' or '.join(map(str, walked))}, {self.levels.text()}; "
-                "learn a table for these (method epd)",
+                f"{self.epd_table} is for {table.num_intervals} steps, and the teacher takes "
+                f"{' or '.join(map(str, walked))}; learn a table for these (method epd)",
             )
         return table
+
+    def require_table(self, levels: Schedule) -> None:
+        """Refuse a table for other noise levels; warn of one learned at another guidance.
+
+        Args:
+            levels: The teacher's.
+        """
+        if (table := self.teacher_table()) is None:
+            return
+        if table.schedule != levels:
+            raise KnobError(
+                "epd_table",
+                f"{self.epd_table} is for {table.schedule.text()}, and the teacher walks along "
+                f"{levels.text()}; learn a table for these (method epd)",
+            )
+        at_guidance(table, self.guidance_teacher, f"the EPD table {self.epd_table}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -444,6 +455,7 @@ class SFD(Method):
         require_pixels(config, {"perceptual": ("lpips", "lpips-sfd")}, teacher, metadata)
         levels = config.levels_for(teacher)
         teacher.require_levels(levels)
+        config.require_table(levels)
         served = {sampler.num_intervals: sampler for sampler in samplers_from(metadata)}
         if config.second_stage:
             _check_second_stage(config, served, levels)

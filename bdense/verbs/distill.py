@@ -72,10 +72,13 @@ def distill(
     if learned is not None and draws_latents(teacher, known):
         method.check(config, teacher, known)
         require_shape(learned, drawn_shape(teacher, known))
+        # Refuse what does not describe the images, before anything is encoded.
         if texts:
-            captions(len(texts), learned)  # refuses those that are none, before they are embedded
+            captions(len(texts), learned)
+        else:
+            teacher.conditions.require(learned)
         learned = _encoded(learned, own.teacher, evaluation.cache, device)
-    conditions = conditions_of(teacher, own.teacher, texts)
+    conditions = conditions_of(teacher, own.teacher, texts, cache=evaluation.cache)
     teacher.to(device).execute(execution)
     # Several stages: a folder of students. One: a file, and its checkpoint beside it.
     several = any(plan.name for plan in method.plan(config, teacher))
@@ -160,8 +163,7 @@ def _write_table(done: TrainedStage, path: Path) -> None:
     """Write the table of a learned solver beside its student."""
     if isinstance(done.sampler.solver, EPD):
         about = {name: done.metadata[name] for name in ("teacher", "teacher_sha256", "training")}
-        # Learned without guidance, and good for a teacher that is sampled so.
-        write_table(path.with_suffix(".epd.json"), done.sampler, about | {"guidance": 1.0})
+        write_table(path.with_suffix(".epd.json"), done.sampler, about)
 
 
 class _StageProgress:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from bdense.command import Force
+from bdense.data.encoded import embed_prompts
 from bdense.data.names import SUFFIXES
 from bdense.data.prompts import read_prompts
 from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.epd import read_table
+from bdense.diffusion.epd import at_guidance, read_table
 from bdense.diffusion.guidance import calls, null_for
 from bdense.diffusion.pictures import save_grid
 from bdense.diffusion.preconditioning import Preconditioning, levels_on, native_schedule
@@ -34,7 +35,7 @@ from bdense.models.latents import (
     load_text_encoder,
 )
 from bdense.models.store import load_model
-from bdense.verbs.common import chosen_hardware
+from bdense.verbs.common import Progress, chosen_hardware
 from bdense.verbs.options import Drawing, Hardware, SampleOptions
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -83,11 +84,16 @@ def chosen_prompts(prompt: str | None, file: str | None) -> list[str]:
 
 
 def conditions_of(
-    model: NetworkDenoiser, pipeline: str, texts: list[str], negative: str = ""
+    model: NetworkDenoiser,
+    pipeline: str,
+    texts: list[str],
+    negative: str = "",
+    *,
+    cache: Path | None = None,
 ) -> Prompts | None:
     """The prompts as a network's condition; None for one without text.
 
-    Prompts that are too long are cut, and stderr says which.
+    Prompts that are too long are cut, and stderr says which. With a cache they are embedded once.
 
     Raises:
         InputError: There are no prompts for a network that needs them, or the other way round.
@@ -105,7 +111,17 @@ def conditions_of(
     for i in encoder.too_long([*texts, negative]):
         which = f"prompt {i + 1}" if i < len(texts) else "the negative prompt"
         sys.stderr.write(f"{which} is longer than {encoder.length} tokens; the rest is left out\n")
-    return encoder.prompts(texts, negative)
+    if cache is None:
+        return encoder.prompts(texts, negative)
+    show = Progress().counting(len(texts) + 1, "prompts embedded")
+    return embed_prompts(
+        texts,
+        pipeline,
+        cache,
+        negative=negative,
+        encoder=encoder,
+        on_prompt=lambda done, _: show(done),
+    )
 
 
 def codec_of(
@@ -176,9 +192,15 @@ class Drawer:
 
 
 def chosen_drawer(
-    source: str, drawing: Drawing, texts: list[str], device: torch.device, execution: Execution
+    source: str,
+    drawing: Drawing,
+    texts: list[str],
+    device: torch.device,
+    execution: Execution,
+    *,
+    cache: Path | None = None,
 ) -> Drawer:
-    """A model on its device, with its sampler and condition.
+    """A model on its device, with its sampler and condition; prompts as of ``conditions_of``.
 
     Raises:
         InputError: There is no such model, it has another sampler than the one asked for, or
@@ -203,7 +225,7 @@ def chosen_drawer(
         sampler=sampler,
         metadata=metadata,
         class_index=drawing.class_,
-        conditions=conditions_of(model, pipeline, texts, drawing.negative_prompt),
+        conditions=conditions_of(model, pipeline, texts, drawing.negative_prompt, cache=cache),
         codec=codec_of(model, metadata, pipeline, device),
         batch=drawing.batch,
         remark=remark,
@@ -228,7 +250,7 @@ def _chosen_sampler(
                 f"{source} draws with the sampler it was distilled for, and --epd-table is for "
                 "teachers; drop it, or give the student's teacher"
             )
-        known = [read_table(drawing.epd_table)]
+        known = [read_table(drawing.epd_table, guidance)]
         whose, way_out = f"{drawing.epd_table} holds a table for one sampler", "learn a table"
     if not known:
         usual = _USUAL | ({"solver": "ddim"} if native else {})
@@ -240,7 +262,7 @@ def _chosen_sampler(
         return _sampler(chosen, levels_on(grid, precond))
     if guidance is not None and guidance != known[0].guidance:
         _require_unguided(source, metadata)
-        known = [replace(sampler, guidance=guidance) for sampler in known]
+        known = [at_guidance(sampler, guidance, source) for sampler in known]
     served = {sampler.nfe: sampler for sampler in known}
     smallest = min(served)
     own = served.get(asked.get("nfe", smallest), served[smallest])

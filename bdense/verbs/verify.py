@@ -45,7 +45,7 @@ def verify(own: VerifyOptions, hardware: RecordedHardware) -> None:
     pipeline = own.pipeline or own.model
     texts = chosen_prompts(None, own.prompts)
     _require_prompts(recorded, own.prompts, texts)
-    conditions = conditions_of(model, pipeline, texts)
+    conditions = conditions_of(model, pipeline, texts, cache=own.cache)
     codec = codec_of(model, metadata, pipeline, device)
     sampler = _sampler(own.model, metadata, recorded)
     if hardware.threads is None and setup.threads is not None:

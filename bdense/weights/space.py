@@ -121,6 +121,12 @@ class SearchSpace(Knobs, abc.ABC):
         """What a result keeps of its parameters; it means the same without the space."""
         return dict(params)
 
+    def require_fitting(
+        self, params: Mapping[str, Any], num_branches: int, num_intervals: int
+    ) -> None:
+        """Raise an ``InputError`` if the parameters give no weights at that K and S."""
+        return
+
     @property
     def is_one_point(self) -> bool:
         """Whether all draws are the same."""
@@ -225,12 +231,6 @@ class WeightSpace(SearchSpace):
 
     def check(self, num_branches: int) -> None:
         """Raise an ``InputError`` if the bounds exclude every point."""
-        return
-
-    def require_fitting(
-        self, params: Mapping[str, Any], num_branches: int, num_intervals: int
-    ) -> None:
-        """Raise an ``InputError`` if the parameters give no weights at that K and S."""
         return
 
     def at_another_k(self, params: Mapping[str, Any], searched_at: int, num_branches: int) -> str:

@@ -47,5 +47,5 @@ def assess(study: Study, found: Verdict | None) -> Assessment:
     return Assessment(
         noise=noise_of(baselines),
         recommended=recommend(baselines if found is None else found.comparison),
-        ended=LargestGain.of(study) if study.is_search else None,
+        ended=LargestGain.of(study),
     )

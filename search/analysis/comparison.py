@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from bdense.methods.plan import StagePlan
 from bdense.metrics.records import FID
-from search.analysis.paired import Mean, Paired, mean_of, paired_difference
+from search.analysis.paired import Mean, Paired, mean_of, paired_difference, step_of
 from search.spec.metric import Metric
 from search.storage.queries import StoredTrial
 from search.study.arms import Arm
@@ -80,7 +80,8 @@ class Comparison:
         """The paired difference, where there is something to pair."""
         if other is None or other is result or self.differing:
             return None
-        return paired_difference(result.values, other.values)
+        step = step_of(value for each in self.results for value in each.values.values())
+        return paired_difference(result.values, other.values, step)
 
     def table(self) -> list[str]:
         """A line for each arm, for people."""
@@ -177,16 +178,16 @@ def compare(study: Study, *, variant: int = 0, stage: str | None = None) -> Comp
         baselines=spec.baselines,
         stage=at.name,
         variant=variants[variant] if variants else {},
-        results=tuple(_with_trials(study, at, results) if study.is_search else results),
+        results=tuple(_with_trials(study, at, results)),
     )
 
 
 def _with_trials(
     study: Study, stage: StagePlan, results: Sequence[ArmResult]
 ) -> Sequence[ArmResult]:
-    """Replicated points with the figure of their trial, their training under the first seed."""
+    """A search's replicates with the figure of their trial, a training under the first seed."""
     raced = {each.arm.trial: each for each in results if each.arm.trial is not None}
-    if not raced:
+    if not (study.is_search and raced):
         return results
     spec = study.spec
     for trial in study.search.rows(TrialState.COMPLETE, ("fid", "fids", "score")):

@@ -22,7 +22,6 @@ from search.analysis.comparison import (
 from search.analysis.observations import observed, point_of, row_observations, trial_arm
 from search.analysis.surrogate import candidates, posterior_means
 from search.errors import UnconfirmedError
-from search.spec.command import CommandConfig, command_line
 from search.spec.study import StudySpec
 from search.storage.queries import StoredTrial
 from search.study.arms import Arm
@@ -52,11 +51,7 @@ class Verdict:
     @property
     def budget(self) -> str:
         """What each student was trained for, such as ``12.8 kimg``."""
-        if self.spec.is_command:
-            return command_line(CommandConfig.read(self.settings))
-        if "kimg" in self.settings:
-            return f"{self.settings['kimg']:g} kimg"
-        return f"{self.spec.resolved.stages[0].num_updates} updates a stage"
+        return self.spec.workload.budget(self.settings)
 
     def lines(self) -> list[str]:
         """For people."""
@@ -105,7 +100,7 @@ class Verdict:
             **{
                 name: {"mean": p.mean, "low": p.low, "high": p.high, "tie": p.tie}
                 for name, p in pairs.items()
-                if p is not None and p.n > 1
+                if p is not None and p.deviation is not None
             },
         }
 

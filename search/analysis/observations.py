@@ -122,11 +122,11 @@ def prior_trials(study: Study, name: str) -> list[tuple[StoredTrial, Observation
         return []
     trials = prior.search.rows(TrialState.COMPLETE, ())
     measured = _searched(study.spec, trials)
-    told = {
-        "group": f"prior {name}",
-        "log_length": log_length(prior.spec.method.options, study.spec.method.options),
-    }
-    return [(trial, replace(each, **told)) for trial, each in zip(trials, measured, strict=True)]
+    length = log_length(prior.spec.method.options, study.spec.method.options)
+    return [
+        (trial, replace(each, group=f"prior {name}", log_length=length))
+        for trial, each in zip(trials, measured, strict=True)
+    ]
 
 
 def log_length(method: Mapping[str, Any], of: Mapping[str, Any]) -> float:

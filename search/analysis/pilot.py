@@ -13,7 +13,8 @@ from search.analysis.comparison import compare
 from search.analysis.plans import plan_given
 from search.analysis.recommendation import Noise, noise_of
 from search.errors import SpecChangedError, UnknownStudyError
-from search.spec.sections import MOST_IMAGES, ArmsPlan
+from search.spec.plan import ArmsPlan
+from search.spec.sections import MOST_IMAGES
 from search.spec.study import StudySpec
 from search.storage.ledger import Ledger
 from search.study.study import Study

@@ -187,8 +187,7 @@ def _require_fitting(arms: Sequence[Arm], spec: StudySpec) -> None:
 
 def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list[int]:
     """The lowest seeds that neither the search nor ``used`` has."""
-    own = spec.baseline_seeds if spec.is_search else [spec.seeds.training]
-    seen = {*own, spec.seeds.evaluation, *used}
+    seen = {*spec.baseline_seeds, spec.seeds.evaluation, *used}
     return [seed for seed in range(count + len(seen)) if seed not in seen][:count]
 
 
@@ -250,7 +249,7 @@ def given_arm(spec: StudySpec, params: Mapping[str, Any]) -> Arm:
     Raises:
         InputError: No space has them.
     """
-    space = spec.space_of(params)
+    space = spec.workload.space_of(params)
     return _given(space, space.stored(params, spec.resolved.num_branches))
 
 

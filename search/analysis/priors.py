@@ -75,10 +75,10 @@ def _differing(prior: Study, spec: StudySpec) -> list[str]:
 
 
 def plan_first_points(study: Study) -> None:
-    """Plan the points of lowest posterior mean over the priors, each prior's once."""
+    """Plan the points of lowest posterior mean over the priors, if any, each prior's once."""
     spec = study.spec
-    planned = set(study.search.attribute(_SEEDED) or [])
-    new = [name for name in spec.search.prior if name not in planned]
+    planned = set(study.main.attribute(_SEEDED) or [])
+    new = [name for name in spec.plan.prior if name not in planned]
     if not new:
         return
     found: list[tuple[StoredTrial, Observation]] = []

@@ -24,7 +24,8 @@ class Noise:
         metric: What is noisy.
         latents: Its standard deviation over latents; None where results do not hold their
             images' effects.
-        seeds: Its standard deviation over training seeds; None without replicates.
+        seeds: Its standard deviation over training seeds; None without replicates, and where they
+            all have one value.
         replicates: Seeds that it was measured from.
         images: Images of each FID; None where there is none.
     """
@@ -81,7 +82,12 @@ class Noise:
         """For people."""
         least = self.least_difference
         if least is None:
-            return f"the noise of these {self.metric.plural} is not known; {self._way_to_know}"
+            why = (
+                self._way_to_know
+                if self.replicates < 2
+                else f"no two of {self.replicates} replicates differ"
+            )
+            return f"the noise of these {self.metric.plural} is not known; {why}"
         parts = [f"training seeds {self.seeds:.2g}"]
         parts += [] if self.latents is None else [f"latents {self.latents:.2g}"]
         way_out, needed = "", self._needed_images
@@ -126,7 +132,7 @@ class Recommendation:
     def as_dict(self) -> dict[str, Any]:
         """As ``best --json`` prints it."""
         interval = self.interval
-        known = interval is not None and interval.n > 1
+        known = interval is not None and interval.deviation is not None
         return {
             "arm": self.arm.baseline or self.arm.name,
             "params": self.arm.params,
@@ -145,17 +151,17 @@ def noise_of(comparison: Comparison) -> Noise:
     one, other = comparison.baseline(names[0]), comparison.baseline(names[-1])
     if len(names) == 1:
         other = next((each for each in comparison.results if each.arm.baseline is None), None)
-    if one is None or other is None or comparison.differing:
+    pair = None if other is None else comparison.against(other, one)
+    if one is None or other is None or pair is None:
         return Noise(metric=metric, latents=None, seeds=None, replicates=0, images=None)
-    shared = sorted(one.values.keys() & other.values.keys())
-    apart = [other.values[seed] - one.values[seed] for seed in shared]
+    shared = one.values.keys() & other.values.keys()
     pairs = ((other.figures[seed], one.figures[seed]) for seed in shared)
     errors = [e for a, b in pairs if (e := a.noise_of_difference(b)) is not None]
     return Noise(
         metric=metric,
         latents=math.sqrt(statistics.fmean(e**2 for e in errors)) if errors else None,
-        seeds=statistics.stdev(apart) if len(apart) > 1 else None,
-        replicates=len(apart),
+        seeds=pair.deviation,
+        replicates=pair.n,
         images=one.figure.images,
     )
 

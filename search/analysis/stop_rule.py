@@ -3,6 +3,7 @@
 A gain smaller than the least detectable difference is noise.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -12,7 +13,6 @@ from optuna.trial import TrialState
 from bdense.weights.space import PLAIN, UNIFORM, Choice
 from search.analysis.comparison import Comparison, compare
 from search.analysis.observations import observed, point_of
-from search.analysis.paired import mean_of
 from search.analysis.racing import BEYOND_NOISE, plan_replicate
 from search.analysis.recommendation import noise_of, recommend
 from search.analysis.surrogate import Point, posterior
@@ -58,7 +58,9 @@ class LargestGain:
 
     @classmethod
     def of(cls, study: Study) -> Self | None:
-        """What ended a search before its last trial; None where nothing did."""
+        """What ended a search before its last trial; None where nothing did, or of given arms."""
+        if not study.is_search:
+            return None
         stored = study.search.attribute(ENDED_EARLY)
         is_over = stored is not None and study.search.budget < study.spec.search.points
         return cls(**stored) if is_over else None
@@ -99,10 +101,11 @@ def _plain_less_uniform(comparison: Comparison) -> tuple[float, float]:
     """Mean and standard error of the difference: plain students are no point of a space."""
     plain, uniform = comparison.baseline(PLAIN), comparison.baseline(UNIFORM)
     assert plain is not None
-    assert uniform is not None
-    seeds = plain.values.keys() & uniform.values
-    found = mean_of([plain.values[seed] - uniform.values[seed] for seed in seeds])
-    return found.mean, found.standard_error or 0.0
+    found = comparison.against(plain, uniform)
+    # The least difference is known, so this is.
+    assert found is not None
+    assert found.deviation is not None
+    return found.mean, found.deviation / math.sqrt(found.n)
 
 
 def points_of(spec: StudySpec) -> list[Point]:
@@ -125,14 +128,14 @@ def points_of(spec: StudySpec) -> list[Point]:
 
 
 def stop_or_replicate(study: Study) -> bool:
-    """End a search that has nothing left to find; otherwise plan its next replicate.
+    """End a search that has nothing left to find; otherwise plan its next replicate, if any.
 
     Workers call it between rows, and a launch before its first one.
 
     Returns:
         Whether a row was planned.
     """
-    plan = study.spec.search
+    plan = study.spec.plan
     if LargestGain.of(study) is not None:
         return False
     if plan.stop:

@@ -66,7 +66,7 @@ def write_note(study: Study) -> None:
     """
     overview = overview_of(study)
     grids = []
-    for title, ledger, number, _ in overview.shown() if study.is_search else ():
+    for title, ledger, number, _ in () if overview.now is None else overview.shown():
         if (grid := _grid_address(ledger, number)) is not None:
             grids.append(Picture(title, grid))
     note = as_markdown(study.name, study_page(overview, grids))

@@ -1,8 +1,14 @@
-"""A row's log for people: one line an event, the losses of a training in columns."""
+"""A row's log: which one is asked for, and one line an event for people."""
 
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
+
+from bdense.errors import InputError
+from bdense.knobs import KnobError
+from search.storage.ledger import Ledger
+from search.study.arms import ROW_SPACE, ArmRow
+from search.study.study import Study
 
 HEADER = "time      attempt  event"
 # Before the first event that has some.
@@ -11,6 +17,55 @@ LOSSES = (
     "one out): as the method defines them, before the branch weights, mean over the batch."
 )
 _QUIET = ("time", "level", "study", "trial", "attempt", "worker", "event")
+
+
+def logged_row(study: Study, trial: int | None, baseline: str | None) -> tuple[Ledger, int]:
+    """The row whose log is asked for: by its number, or of a search a baseline by name.
+
+    Raises:
+        InputError: Neither is given, or both are, or there is no such baseline.
+    """
+    if (trial is None) == (baseline is None):
+        raise KnobError("trial", "or `baseline` must be given, one of the two")
+    if trial is not None:
+        return study.main, trial
+    if (baselines := study.baselines) is None:
+        raise InputError(f"{study.name} has no baselines of its own; give the number of a row")
+    if baseline not in study.spec.baselines:
+        known = " or ".join(study.spec.baselines)
+        raise KnobError("baseline", f"must be {known} here, got {baseline}")
+    seed = study.spec.seeds.training
+    # The last one: a launch plans a failed baseline anew.
+    arms, params = study.arms, baselines.asked()
+    for number in reversed(range(len(params))):
+        if params[number].keys() != ROW_SPACE.keys():
+            continue  # foreign
+        row = ArmRow(**params[number])
+        if arms[row.arm].baseline == baseline and row.seed == seed:
+            return baselines, number
+    raise InputError(
+        f"study {study.name} has no baseline {baseline} yet: its launch was killed before it was "
+        "whole; launch it again"
+    )
+
+
+def has_ended(ledger: Ledger, number: int) -> bool:
+    """Whether a row will not run again.
+
+    Raises:
+        InputError: There is no such row, nor will there be one.
+    """
+    if (state := ledger.state_of(number)) is not None:
+        return state.is_finished()
+    counts, there = ledger.counts(), ledger.size()
+    to_come = max(counts.planned - counts.ended - counts.running - counts.waiting, 0)
+    if 0 <= number < there + to_come:
+        return False
+    more = f", {to_come} more are to come" if to_come else ""
+    raise InputError(
+        f"study {ledger.name} has no trial {number}: there are {there} so far{more}, "
+        "numbered from 0"
+    )
 
 
 def has_losses(event: Mapping[str, Any]) -> bool:

@@ -58,7 +58,7 @@ def metric_over(
             own = [
                 (p, e) for p, e in placed if tuple(e.parameters[name] for name in chosen) == group
             ]
-            name = "trials" if now.spec.is_command else "B-DENSE"
+            name = "B-DENSE" if now.spec.workload.has_students else "trials"
             x, y = [point[axis] for point, _ in own], [each.value for _, each in own]
             axes.plot(x, y, "o", color=colour, label=plain(", ".join([name, *map(str, group)])))
             # Over the latents; a training under another seed differs by more.
@@ -160,7 +160,7 @@ def study_plots(overview: "Overview") -> list[Plot]:
 def _axes(now: Summary) -> Sequence[str]:
     """The coordinates that plots are drawn over; of branch weights only the first."""
     axes = now.spec.space.axes
-    return axes if now.spec.is_command else axes[:1]
+    return axes[:1] if now.spec.workload.has_students else axes
 
 
 def _nfe(result: ArmResult) -> int:

@@ -52,9 +52,8 @@ def run_planned(study: Study, workers: int | None) -> Study:
     launch = Launch.begin(study.ledgers)  # a stop that comes during the pilot is this launch's
     if study.spec.evaluation.images == "auto":
         study = _settled(study, workers, launch)
-    if study.is_search:
-        plan_first_points(study)
-        stop_or_replicate(study)
+    plan_first_points(study)
+    stop_or_replicate(study)
     run_rows(study, workers, launch)
     return study
 
@@ -84,8 +83,7 @@ def run_rows(study: Study, workers: int | None, launch: Launch | None = None) ->
     """
     note = NoteWriter(study)
     if not study.left():
-        kind = "study " if study.is_search else ""
-        say(f"{kind}{study.name} is complete; nothing is left to do")
+        say(f"{study.title} is complete; nothing is left to do")
     else:
         counts = study.counts()
         if counts.complete or counts.running:
@@ -121,8 +119,7 @@ def run_rows(study: Study, workers: int | None, launch: Launch | None = None) ->
             display.close()
             with contextlib.suppress(StorageError):  # the first error counts
                 preparing.clear()
-    if study.is_search:
-        copy_baselines(study)
+    copy_baselines(study)
     for line in study.main.differing_versions():
         say(
             f"{line}; small differences may come from that alone (bdense-search doctor "
@@ -136,7 +133,7 @@ def _next(overview: Overview, source: str) -> list[str]:
     study, now = overview.study, overview.now
     lines = ["see it in the browser:   bdense-search dashboard"]
     if now is None:
-        if study.spec.is_command:
+        if not study.spec.workload.has_students:
             return lines
         return [*lines, f"write a model folder:    bdense-search export {study.name} DIR"]
     if now.best is not None:

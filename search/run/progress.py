@@ -45,8 +45,8 @@ def snapshot_of(study: Study) -> Snapshot:
     """The current progress of a study's rows."""
     counts = [ledger.counts() for ledger in study.ledgers]
     main, base = counts[0], counts[-1]
-    text = f"{'trials' if study.is_search else 'rows'} {main.ended}/{main.planned}"
-    if study.is_search and base.complete + base.failed < base.planned:
+    text = f"{study.noun}s {main.ended}/{main.planned}"
+    if base is not main and base.complete + base.failed < base.planned:
         text += f", {_given(study)} {base.complete}/{base.planned}"
     if main.failed:
         text += f", {main.failed} failed"

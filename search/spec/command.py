@@ -243,7 +243,9 @@ class NamedSpace(SearchSpace):
             return DEFAULTS
         return ", ".join(f"{name} {params[name]:.4g}" for name in self.weights)
 
-    def require_fitting(self, params: Mapping[str, Any]) -> None:
+    def require_fitting(
+        self, params: Mapping[str, Any], num_branches: int, num_intervals: int
+    ) -> None:
         """Raise an ``InputError`` for parameters of other names, or that are no numbers."""
         if params.keys() != self.weights.keys():
             raise InputError(

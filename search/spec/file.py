@@ -4,24 +4,20 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bdense.data.names import split_fit, split_format
-from bdense.data.prompts import split_column
 from bdense.errors import InputError, did_you_mean
-from bdense.models.diffusers_files import is_hub_id
-from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, REFERENCES
 from search.child import in_child
 from search.errors import SpecError
 from search.spec.contents import flatten
 from search.spec.legacy import translated
-from search.spec.program import command_variant, resolve_command
-from search.spec.study import StudySpec, spelt_plan
+from search.spec.paths import Paths
+from search.spec.plan import spelt_plan
+from search.spec.study import StudySpec
 
 _MOST_VALUES = 10_000
 
@@ -56,7 +52,7 @@ def read_here(
     tree = given.as_dict() if isinstance(given, StudySpec) else dict(given)
     tree.pop("facts", None)
     tree = _merged(_spelt(tree), changes)
-    return resolved(parse(tree, source=str(Path.cwd() / "study")), source="study")
+    return parse(tree, source=str(Path.cwd() / "study")).workload.resolve("study")
 
 
 def require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
@@ -66,12 +62,7 @@ def require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> Non
         InputError: The method has no such setting, or refuses the value.
     """
     for changes in filter(None, variants):
-        if spec.is_command:
-            command_variant(spec, changes)
-            continue
-        from search.spec.resolve import variant  # torch
-
-        variant(spec, changes)
+        spec.workload.variant(changes)
 
 
 def require_variants_in_child(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
@@ -90,7 +81,7 @@ def _read(path: Path, changes: dict[str, Any]) -> StudySpec:
         spec = parse(_merged(_spelt(tree), changes), source=str(path))
         if hint:
             sys.stderr.write(f"bdense-search: {path}: {hint}\n")
-        return resolved(spec, source=str(path))
+        return spec.workload.resolve(str(path))
     except SpecError as error:
         raise SpecError(_with_lines(str(error), path, changes)) from error
 
@@ -130,22 +121,6 @@ def key_places(node: yaml.Node | None, prefix: str = "") -> dict[str, str]:
 
 def _spelt(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "plan": spelt_plan(tree["plan"])} if "plan" in tree else tree
-
-
-def resolved(spec: StudySpec, source: str) -> StudySpec:
-    """A parsed spec with its method's defaults and its facts, all checked.
-
-    Raises:
-        SpecError: A setting is wrong. ``source`` is named in front.
-    """
-    if spec.is_command:
-        try:
-            return resolve_command(spec)
-        except InputError as error:
-            raise SpecError(f"{source}: {error}") from error
-    from search.spec.resolve import resolve
-
-    return resolve(spec, source)
 
 
 def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +205,7 @@ def parse(tree: dict[str, Any], source: str) -> StudySpec:
         problems += str(error).splitlines()
     if problems:
         raise SpecError.of_lines(source, problems)
-    return _with_absolute_files(spec, source)
+    return spec.workload.with_absolute_files(Paths(source))
 
 
 @functools.lru_cache(maxsize=64)
@@ -260,113 +235,3 @@ def as_yaml(spec: StudySpec) -> str:
     tree = spec.as_dict()
     del tree["facts"]
     return yaml.safe_dump(tree, sort_keys=False)
-
-
-@dataclass(frozen=True, slots=True)
-class _Paths:
-    """Absolute paths of what a study's file names, relative to that file or to a home.
-
-    Attributes:
-        source: The study's file; errors begin with it.
-    """
-
-    source: str
-
-    def path(self, key: str, file: str) -> Path:
-        """A path; there may be nothing there."""
-        try:
-            return (Path(self.source).parent / Path(file).expanduser()).resolve()
-        except (OSError, RuntimeError, ValueError) as error:  # such as ~ of no user
-            raise self._error(key, f"{file!r} is not a path: {error}") from error
-
-    def file(
-        self, key: str, file: str, names: Collection[str] = (), *, folder: bool = False
-    ) -> str:
-        """A file that is there, or a folder if that will do; a public name stays one."""
-        if file in names:
-            return file
-        path = self.path(key, file)
-        if path.is_dir() and not folder:
-            raise self._error(key, f"{file} is a folder; give the name of a file")
-        if not path.exists():
-            public = did_you_mean(file, names) or f" ({', '.join(names)})"
-            known = f", nor a public one of that name{public}" if names else ""
-            raise self._error(key, f"there is no file {file}{known}{_elsewhere(file)}")
-        return str(path)
-
-    def prompts(self, key: str, prompts: str | None) -> str | None:
-        """A file of prompts and its column."""
-        if prompts is None or prompts in PROMPT_SETS:
-            return prompts
-        file, column = split_column(prompts)
-        return self.file(key, str(file)) + ("" if column is None else f":{column}")
-
-    def log(self, place: str) -> str:
-        """A tracker with its folder; a project or a URL stays one."""
-        name, _, folder = place.partition(":")
-        if name != "tensorboard" or not folder:
-            return place
-        return f"{name}:{self.path('resources.log', folder)}"
-
-    def data(self, data: str) -> str:
-        """A data set of files; a name stays one."""
-        given, fit = split_fit(data)
-        if (found := split_format(given)) is None:
-            return data
-        kind, path = found[0], self.path("data", found[1])
-        what = "folder" if kind == "folder" else "file"
-        if not (path.is_dir() if what == "folder" else path.is_file()):
-            raise self._error("data", f"there is no {what} {found[1]}{_elsewhere(found[1])}")
-        return f"{kind}:{path}" if fit is None else f"{kind}:{path}@{fit}"
-
-    def _error(self, key: str, problem: str) -> SpecError:
-        return SpecError(f"{self.source}: {key}: {problem}")
-
-
-def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
-    """The spec with absolute paths: workers run in other folders."""
-    paths = _Paths(source)
-    teacher, evaluation, method, data = spec.teacher, spec.evaluation, spec.method, spec.data
-    if data is not None:
-        data = paths.data(data)
-    if teacher.checkpoint is not None:
-        checkpoint = paths.file(
-            "teacher.checkpoint", teacher.checkpoint, PUBLIC_MODELS, folder=True
-        )
-        teacher = replace(teacher, checkpoint=checkpoint)
-    kind, _, file = evaluation.extractor.partition(":")
-    if file:
-        extractor = f"{kind}:{paths.file('evaluation.extractor', file)}"
-        evaluation = replace(evaluation, extractor=extractor)
-    if evaluation.reference is not None:
-        reference = paths.file("evaluation.reference", evaluation.reference, REFERENCES)
-        evaluation = replace(evaluation, reference=reference)
-    prompts = paths.prompts("prompts", spec.prompts)
-    own = paths.prompts("evaluation.prompts", evaluation.prompts)
-    evaluation = replace(evaluation, prompts=own)
-    scorer = evaluation.clip_score
-    # A hub id stays one where there is no such folder.
-    if scorer is not None and (not is_hub_id(scorer) or (Path(source).parent / scorer).exists()):
-        scorer = paths.file("evaluation.clip_score", scorer, folder=True)
-        evaluation = replace(evaluation, clip_score=scorer)
-    if isinstance(table := method.options.get("epd_table"), str):
-        method = method.with_options({"epd_table": paths.file("method.epd_table", table)})
-    if spec.is_command:
-        # Workers are started in other folders, so the study's own folder is written out, too.
-        folder = paths.path("method.folder", spec.program.folder or "")
-        method = method.with_options({"folder": str(folder)})
-    return replace(
-        spec,
-        teacher=teacher,
-        evaluation=evaluation,
-        data=data,
-        method=method,
-        resources=replace(spec.resources, log=tuple(map(paths.log, spec.resources.log))),
-        prompts=prompts,
-    )
-
-
-def _elsewhere(file: str) -> str:
-    """A hint for a path that was meant relative to the current folder."""
-    here = Path(file).exists()
-    return "; paths are relative to the study's file" if here else ""

@@ -45,6 +45,7 @@ from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights import space_of
 from bdense.weights.space import BASELINE, UNIFORM
 from search.errors import SpecError, under
+from search.spec.distillation import DistillationWorkload
 from search.spec.sections import Facts, TeacherTraining
 from search.spec.space import check_plan
 from search.spec.study import StudySpec
@@ -78,12 +79,11 @@ def resolve(spec: StudySpec, source: str = "") -> StudySpec:
     try:
         _check_weights(resolved)
         _check_batch(resolved)
-        check_plan(resolved, variant, functools.partial(_check_arm, resolved))
+        check_plan(resolved, functools.partial(_check_arm, resolved))
         if spec.resources.gpus == 0:
             execution(spec).require(torch.device("cpu"))
         resolved = _with_teacher(resolved)
-        if spec.is_search:
-            _check_intermediate(resolved)
+        _check_intermediate(resolved)
         return resolved
     except InputError as error:
         raise SpecError(f"{source}: {error}") from error
@@ -170,7 +170,7 @@ def _untrained(spec: StudySpec) -> NetworkDenoiser:
         raise SpecError.under(f"teacher.train.network {training.network}", error) from error
 
 
-def variant(spec: StudySpec, changes: dict[str, Any], where: str = "method") -> StudySpec:
+def variant(spec: StudySpec, changes: Mapping[str, Any], where: str = "method") -> StudySpec:
     """A resolved spec with some of the method's settings replaced; ``where`` is their key.
 
     Raises:
@@ -220,7 +220,7 @@ def _with_teacher(spec: StudySpec) -> StudySpec:
         with under("method"):
             method.check(config, teacher, known)
             require_adaptable(teacher.model, config)
-        if spec.is_search and spec.search.one_shot is not None:
+        if spec.plan.one_shot is not None:
             _check_one_shot(spec, teacher, known)
         return _with_facts(spec, teacher)
 
@@ -254,7 +254,7 @@ _HIDDEN = (
 def _check_weights(spec: StudySpec) -> None:
     if not spec.is_search:
         return
-    space = spec.weight_space
+    space = DistillationWorkload(spec).space
     space.check(spec.resolved.num_branches)
     if spec.resources.compile and space.needs_gradients:
         raise InputError(f"weights: {_HIDDEN}")
@@ -299,7 +299,7 @@ def _check_batch(spec: StudySpec) -> None:
 
 def _check_intermediate(spec: StudySpec) -> None:
     """Check at, images and pruner against the stages, of which one may convert the teacher."""
-    facts, plan = spec.resolved, spec.search
+    facts, plan = spec.resolved, spec.plan
     if len(facts.stages) > 1 and plan.at:
         raise InputError(
             f"plan.at {list(plan.at)}: a method of {len(facts.stages)} stages is measured "
@@ -327,7 +327,7 @@ def _check_intermediate(spec: StudySpec) -> None:
 def _check_one_shot(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
     method, config = method_of(spec)
     try:
-        space = spec.weight_space
+        space = DistillationWorkload(spec).space
         coordinates = Coordinates(space, spec.resolved.num_branches, space.box)
         OneShot(method, coordinates).check(config.for_one_shot(1.0), teacher, known)
     except InputError as error:  # whose knobs, if any, are the method's

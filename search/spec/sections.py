@@ -3,6 +3,7 @@
 Counts of images are in kimg (thousands), sizes in GiB, times in seconds.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -14,10 +15,8 @@ from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of
 from bdense.methods.plan import StagePlan
 from bdense.training.teacher_knobs import TeacherKnobs, TeacherRecipe
 
-_SEEDS: dict[str, Any] = {"low": 0, "below": 2**31}
+SEEDS: dict[str, Any] = {"low": 0, "below": 2**31}  # of knobs that are seeds
 
-# Short for a search of its one-shot training's best points.
-ONE_SHOT_PLAN = "one-shot"
 # Images of each FID of a pilot, which decides how many a study takes.
 PILOT_IMAGES = 4096
 # Images of a FID in the literature.
@@ -52,6 +51,18 @@ class Member:
     def with_options(self, changes: Mapping[str, Any]) -> Self:
         """This member with some settings replaced."""
         return type(self)(self.name, {**self.options, **changes})
+
+
+def as_plain(value: Any) -> Any:  # noqa: ANN401  any part of a spec
+    """Dataclasses as mappings, members with their name among their settings, tuples as lists."""
+    if isinstance(value, Member):
+        return {"name": value.name, **as_plain(value.options)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {each.name: as_plain(getattr(value, each.name)) for each in fields}
+    if isinstance(value, Mapping):
+        return {key: as_plain(each) for key, each in value.items()}
+    return [as_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,144 +207,12 @@ class ResourcesSpec(Knobs):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OneShotSpec(Knobs):
-    """One student told its weights is trained first; the best points of its curve are trials."""
-
-    length: float = knob(3.0, "length of its training, in those of a trial", above=0)
-    points: int | None = knob(
-        None,
-        "points of the space at which it is measured, on latents that no trial is judged on",
-        low=2,
-        none="13, or 16 for each coordinate of several",
-    )
-    best: int = knob(3, "points of the lowest FID that become trials, before others", low=1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchPlan(Knobs):
-    """Points proposed by a sampler, beside plain distillation and uniform weights."""
-
-    trials: int = knob(help="trials in all, counting those that are done", low=1)
-    one_shot: OneShotSpec | None = knob(
-        None,
-        "ask one training for the whole curve of FIDs first; `plan: one-shot` is {one_shot: {}}, "
-        "whose trials are its best points alone",
-    )
-    replicates: int = knob(
-        3,
-        "training seeds of plain distillation and uniform weights, seeds.training and those after "
-        "it; from 2 on a study knows its noise, and how small a difference it can tell",
-        low=1,
-    )
-    race: int = knob(
-        0,
-        "how many of the trials are replicates: the most promising points under the further seeds "
-        "of the baselines, in place of new points; needs replicates from 2 on",
-        low=0,
-    )
-    stop: bool = knob(
-        False,
-        "end the search once no point could still beat the recommended arm by more than the least "
-        "difference that the study can tell; needs replicates from 3 on",
-    )
-    prior: tuple[str, ...] = knob(
-        (),
-        "earlier searches in the storage: their best points are tried first, and their trials "
-        "count in the surrogate, less where they disagree",
-    )
-    prior_other: bool = knob(
-        False, "use priors of another data set, teacher, method or weight space too"
-    )
-    sampler: Member = knob(
-        Member("TPESampler"),
-        "a class of optuna.samplers and its arguments; its seed is seeds.sampler",
-    )
-    pruner: Member | None = knob(
-        None,
-        "a class of optuna.pruners and its arguments, asked at each intermediate FID; needs at, "
-        "or a method of several stages",
-    )
-    at: tuple[float, ...] = knob(
-        (),
-        "fractions of the training after which the student is measured, ascending; a method of "
-        "several stages is measured after each of them",
-        above=0,
-        below=1,
-    )
-    images: int | None = knob(
-        None, "images drawn for each intermediate FID", low=2, none="evaluation.images"
-    )
-
-    def __post_init__(self) -> None:
-        Knobs.__post_init__(self)
-        if self.one_shot is not None and self.trials < self.one_shot.best:
-            raise KnobError(
-                "trials",
-                f"{self.trials} are fewer than the best points of the one-shot search, "
-                f"one_shot.best {self.one_shot.best}; raise one or lower the other",
-            )
-        if list(self.at) != sorted(set(self.at)):
-            raise KnobError("at", f"{list(self.at)} must ascend, each fraction once; sort it")
-        if self.images is not None and not self.at:
-            raise KnobError(
-                "images",
-                f"{self.images} are drawn at no fraction of the training; give at: [...] or drop "
-                "images",
-            )
-        # With two seeds the least difference is 12.7 standard deviations: any search would end.
-        for name, fewest in (("race", 2), ("stop", 3)):
-            if getattr(self, name) and self.replicates < fewest:
-                raise KnobError(
-                    name,
-                    f"needs the noise of several seeds, and replicates is {self.replicates}; "
-                    f"raise replicates to {fewest} or more, or drop {name}",
-                )
-        if self.race >= self.trials:
-            raise KnobError(
-                "race",
-                f"{self.race} of {self.trials} trials leaves no new point; lower race or raise "
-                "trials",
-            )
-
-    @property
-    def points(self) -> int:
-        """Trials that are new points."""
-        return self.trials - self.race
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArmsPlan(Knobs):
-    """Given arms, each trained under each seed."""
-
-    arms: tuple[str | dict[str, Any], ...] = knob(
-        ("plain", "uniform"),
-        "plain, uniform, a mapping of weight parameters (a, b; rule, strength), or {winner_of: "
-        "STUDY}, another study's confirmed winner; of method command defaults, or a mapping of "
-        "all its weights",
-    )
-    seeds: tuple[int, ...] = knob((0, 1, 2), "training seeds, the same for all arms", **_SEEDS)
-    variants: tuple[dict[str, Any], ...] = knob(
-        ({},), "settings of the method that differ from the study's: arms are trained under each"
-    )
-    latents: Literal["shared", "fresh"] = knob(
-        "shared",
-        "shared: all rows are judged on the latents of seeds.evaluation; fresh: each seed on its "
-        "own",
-    )
-
-    def __post_init__(self) -> None:
-        Knobs.__post_init__(self)
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise KnobError("seeds", f"{list(self.seeds)} must name one seed or more, each once")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SeedsSpec(Knobs):
     """Seeds of a search: all trials share training seed and latents."""
 
-    training: int = knob(0, "seed of each training", **_SEEDS)
-    evaluation: int = knob(0, "seed of the latents that images are drawn from", **_SEEDS)
-    sampler: int = knob(0, "seed of the sampler", **_SEEDS)
+    training: int = knob(0, "seed of each training", **SEEDS)
+    evaluation: int = knob(0, "seed of the latents that images are drawn from", **SEEDS)
+    sampler: int = knob(0, "seed of the sampler", **SEEDS)
 
     def following(self, count: int) -> list[int]:
         """The training seed and those after it."""
@@ -364,6 +243,10 @@ class ConfirmSpec(Knobs):
         "settings of the method that differ from the search's, such as kimg of the budget the "
         "winner will be used at, since the best weights move with it",
     )
+
+
+# Where no other number is asked for: seeds of a transfer or a promotion, weights of a transfer.
+FRESH_SEEDS, TRANSFERRED = ConfirmSpec().seeds, 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

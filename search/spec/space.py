@@ -134,28 +134,20 @@ def _made(module: ModuleType, key: str, member: Member, **own: Any) -> Any:  # n
             ) from error
 
 
-def check_plan(
-    spec: StudySpec,
-    variant: Callable[[StudySpec, dict[str, Any], str], StudySpec],
-    check_arm: Callable[[Mapping[str, Any]], None],
-) -> None:
-    """Check the plan of a resolved study.
-
-    Args:
-        spec: The study.
-        variant: The study with some of the method's settings replaced, under a key for errors.
-        check_arm: Refuses an arm's parameters.
+def check_plan(spec: StudySpec, check_arm: Callable[[Mapping[str, Any]], None]) -> None:
+    """Check the plan of a resolved study; ``check_arm`` refuses an arm's parameters.
 
     Raises:
         InputError: Names the setting.
     """
+    variant = spec.workload.variant
     if not spec.is_search:
         for index, arm in enumerate(spec.given.arms):
             if not isinstance(arm, str) and "winner_of" not in arm:
                 with under(f"plan.arms.{index}", TypeError):
                     check_arm(arm)
         for index, changes in enumerate(spec.given.variants):
-            variant(spec, changes, f"plan.variants.{index}")
+            variant(changes, f"plan.variants.{index}")
         return
     if spec.space.is_one_point and spec.search.trials > 1:
         raise InputError(
@@ -164,7 +156,7 @@ def check_plan(
         )
     require_sampler(spec)
     make_pruner(spec)
-    confirmed = variant(spec, spec.confirm.method, "confirm.method")
+    confirmed = variant(spec.confirm.method, "confirm.method")
     if confirmed.space.distributions().keys() != spec.space.distributions().keys():
         raise InputError(
             f"confirm.method {spec.confirm.method} changes the branches or intervals, which the "

@@ -6,9 +6,9 @@ from typing import Any, Self
 
 from optuna.distributions import BaseDistribution, IntDistribution
 
-from bdense.weights.space import BASELINE, PLAIN, UNIFORM
-from search.spec.command import DEFAULTS
-from search.spec.sections import ONE_SHOT_PLAN, ArmsPlan
+from bdense.weights.space import BASELINE, PLAIN
+from search.spec.distillation import DistillationWorkload
+from search.spec.plan import ONE_SHOT_PLAN, ArmsPlan
 from search.spec.study import StudySpec
 
 # The parameters of an arm that is a one-shot training, by this key.
@@ -65,20 +65,18 @@ class Arm:
 
 def baseline_arms(spec: StudySpec) -> list[Arm]:
     """The arms that a study compares with, in the order of ``StudySpec.baselines``."""
-    if spec.is_command:
-        return [Arm(name=DEFAULTS, params={BASELINE: DEFAULTS})]
-    return [
-        Arm(name=f"plain {spec.resolved.title}", params={BASELINE: PLAIN}),
-        Arm(name="uniform weights", params={BASELINE: UNIFORM}),
-    ]
+    labels = {name: spec.space.label({BASELINE: name}) for name in spec.baselines}
+    if PLAIN in labels:
+        labels[PLAIN] = f"plain {spec.resolved.title}"
+    return [Arm(name=label, params={BASELINE: name}) for name, label in labels.items()]
 
 
 def one_shot_arm(spec: StudySpec) -> Arm | None:
     """A search's one-shot training; None where its plan has none."""
-    asked = spec.search.one_shot
+    asked = spec.plan.one_shot
     if asked is None:
         return None
-    space = spec.weight_space
+    space = DistillationWorkload(spec).space
     box = {name: [e.low, e.high] for name, e in zip(space.axes, space.box, strict=True)}
     points = asked.points or (13 if len(box) == 1 else 16 * len(box))
     task = OneShotTask(length=asked.length, points=points, box=box)

@@ -13,7 +13,7 @@ _MOST_POINTS = 16  # of a table for people
 
 def curve_of(study: Study) -> Curve | None:
     """The curve that the plan of a search asks for; None without one, or before it is complete."""
-    if not study.is_search or (arm := one_shot_arm(study.spec)) is None:
+    if (arm := one_shot_arm(study.spec)) is None:
         return None
     for measured, _, trial in study.complete_arms():
         if measured == arm:
@@ -26,7 +26,7 @@ def one_shot_json(study: Study) -> dict[str, Any]:
 
     Nothing for a study whose plan has none.
     """
-    if not study.is_search or one_shot_arm(study.spec) is None:
+    if study.spec.plan.one_shot is None:
         return {}
     curve = curve_of(study)
     return {"one_shot": None if curve is None else curve.as_dict()}

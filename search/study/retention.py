@@ -32,15 +32,19 @@ _MARGIN = 64
 def keep_best_students(ledger: Ledger, keep: int, ended: int) -> None:
     """At the end of a trial of a search, delete students behind the best ``keep``."""
     beyond = ledger.ranked_after(keep, _MARGIN, also=ended)
-    for number in set(beyond) - _named(ledger):
+    for number in set(beyond) - named_students(ledger):
         _delete(student_files(row_folder(ledger.name, number)))
 
 
-def keep_too(ledger: Ledger, numbers: Iterable[int]) -> list[int]:
-    """Never delete these trials' students; returns all that are named so far."""
+def keep_too(ledger: Ledger, numbers: Iterable[int]) -> None:
+    """Never delete these trials' students."""
     named = set(numbers)
     ledger.change(KEPT, lambda old: sorted({*(old or []), *named}))
-    return list(ledger.attribute(KEPT))
+
+
+def named_students(ledger: Ledger) -> set[int]:
+    """The trials that ``keep_too`` named."""
+    return set(ledger.attribute(KEPT) or [])
 
 
 def clean_students(ledger: Ledger, keep: int) -> int:
@@ -52,7 +56,7 @@ def clean_students(ledger: Ledger, keep: int) -> int:
 
 def kept_students(ledger: Ledger, values: Mapping[int, float], keep: int) -> set[int]:
     """Trials of a search whose students stay: the best ``keep`` by value, and the named ones."""
-    return best_numbers(values, keep) | _named(ledger)
+    return best_numbers(values, keep) | named_students(ledger)
 
 
 def best_numbers(values: Mapping[int, float], keep: int) -> set[int]:
@@ -92,10 +96,6 @@ def clean_checkpoints(ledger: Ledger) -> int:
         else:
             freed += _delete(filter(is_abandoned, folder.glob(UNFINISHED_FILE)))
     return freed
-
-
-def _named(ledger: Ledger) -> set[int]:
-    return set(ledger.attribute(KEPT) or [])
 
 
 def student_files(folder: Path) -> list[Path]:

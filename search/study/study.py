@@ -172,6 +172,21 @@ class Study:
         return self.trials is not None
 
     @property
+    def title(self) -> str:
+        """Its name in a sentence: ``study NAME`` for a search."""
+        return f"study {self.name}" if self.is_search else self.name
+
+    @property
+    def noun(self) -> str:
+        """What a row of the main ledger is called."""
+        return "trial" if self.is_search else "row"
+
+    @property
+    def baselines(self) -> Ledger | None:
+        """A search's baselines and replicates; None for given arms, or if none were planned."""
+        return self.given if self.is_search else None
+
+    @property
     def search(self) -> Ledger:
         """The trials of a search.
 
@@ -280,7 +295,7 @@ class Study:
         return Task(
             params=arm.params,
             seed=row.seed,
-            latents=row.seed if spec.fresh_latents else spec.seeds.evaluation,
+            latents=row.seed if spec.plan.latents == "fresh" else spec.seeds.evaluation,
             variant=self.variants[row.variant],
             arm=arm.name,
         )
@@ -363,17 +378,16 @@ class Study:
         Raises:
             SpecChangedError: Numbers were measured under other conditions.
         """
-        if spec.is_search != self.is_search:
-            kinds = {True: "a search", False: "given arms"}
+        old, new = ("a search" if each.is_search else "given arms" for each in (self, spec))
+        if old != new:
             raise SpecChangedError(
-                f"study {spec.name!r} exists and is {kinds[self.is_search]}, not "
-                f"{kinds[spec.is_search]}; choose another name"
+                f"study {spec.name!r} exists and is {old}, not {new}; choose another name"
             )
         self._refuse_changed(spec, of)
         changed = bool(self._changed(spec, of))
         if changed and self.given is not None:
             self.given.delete()
-        return changed and not self.is_search
+        return changed and self.given is self.main
 
     def _changed(self, spec: StudySpec, of: str | None) -> list[str]:
         """Each condition that differs from the stored one, for people."""
@@ -391,10 +405,10 @@ class Study:
 
 def intermediate_of(spec: StudySpec) -> dict[str, Any] | None:
     """Fractions and images of a search's intermediate FIDs; None where there are none."""
-    if not spec.is_search or not spec.search.at:
+    if not spec.plan.at:
         return None
-    images = spec.search.images or spec.evaluation.num_images
-    return {"at": list(spec.search.at), "images": images}
+    images = spec.plan.images or spec.evaluation.num_images
+    return {"at": list(spec.plan.at), "images": images}
 
 
 def sibling_or_none(ledger: Ledger, name: str) -> Ledger | None:

@@ -172,7 +172,9 @@ def best_json(now: Summary) -> dict[str, Any]:
 
 
 def copy_baselines(study: Study) -> None:
-    """Store the baselines in the search's own attributes, where the dashboard shows them."""
+    """Store a search's baselines in its own attributes, where the dashboard shows them."""
+    if not study.is_search:
+        return
     found = {name: each.baseline_dict() for name, each in baselines_of(study).items()}
     if found and study.search.attribute(BASELINE_RESULTS) != found:
         study.search.store({BASELINE_RESULTS: found})
@@ -188,7 +190,7 @@ def summary_rows(now: Summary) -> list[tuple[str, ...]]:
     space, reference, best = now.spec.space, now.reference, now.best
     names = tuple(space.distributions() if best is None else best.parameters)
     compared = f"vs {baseline_arms(now.spec)[0].name}"
-    last = () if now.spec.is_command else ("w_1 .. w_K",)
+    last = ("w_1 .. w_K",) if now.spec.workload.has_students else ()
     rows = [("", now.spec.metric.name, compared, *names, *last)]
     shown = [
         (each.label, each, space.shown({BASELINE: name})) for name, each in now.baselines.items()
@@ -244,8 +246,7 @@ def remarks(now: Summary) -> list[str]:
 
 def headline(study: Study) -> str:
     """Counts on one line."""
-    name, rows = (f"study {study.name}", "trials") if study.is_search else (study.name, "rows")
-    return f"{name}: {counts_line(study.counts(), rows)}"
+    return f"{study.title}: {counts_line(study.counts(), f'{study.noun}s')}"
 
 
 def failures(study: Study) -> list[str]:
@@ -266,7 +267,7 @@ def foreign_rows(ledger: Ledger) -> str:
 
 def _failed(study: Study, ledger: Ledger) -> Sequence[str]:
     lines = []
-    is_baselines = study.is_search and ledger is study.given
+    is_baselines = ledger is study.baselines
     done = [each.params for _, _, each in study.complete_arms()] if is_baselines else []
     for trial in ledger.rows(TrialState.FAIL):
         if SURPLUS in trial.user_attrs:
@@ -275,7 +276,7 @@ def _failed(study: Study, ledger: Ledger) -> Sequence[str]:
         # A baseline that failed was tried again by the next launch.
         if trial.params in done:
             continue
-        title = f"trial {trial.number}" if study.is_search else f"row {trial.number}"
+        title = f"{study.noun} {trial.number}"
         if arm:
             of = f"{arm}, seed {trial.params['seed']}"
             title = of if is_baselines else f"{title} ({of})"

@@ -44,7 +44,7 @@ def confirm(asked: ConfirmOptions, run: Workers, dry: DryRun) -> None:
     print(*found.lines(), sep="\n")
     if (recommended := recommend(found.comparison)) is not None:
         print(recommended.text())
-    if not study.spec.is_command:
+    if study.spec.workload.has_students:
         print(f"promote it:   bdense-search promote {study.name}")
 
 

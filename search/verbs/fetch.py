@@ -2,14 +2,12 @@
 
 from search.spec.file import read_spec
 from search.verbs.options import FileOptions
+from search.worker.trainer import trainer_of
 
 
 def fetch(asked: FileOptions) -> None:
     """Download what is missing, and name each part."""
     spec = read_spec(asked.study)
-    if not spec.is_command:  # a program sees to its own downloads
-        from search.run.fetching import fetch_all  # with torch
-
-        for line in fetch_all(spec):
-            print(line, flush=True)
+    for line in trainer_of(spec).fetch(spec):
+        print(line, flush=True)
     print(f"{spec.name}: everything is here")

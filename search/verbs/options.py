@@ -6,9 +6,8 @@ from typing import Any, Literal
 
 from bdense.knobs import Knobs, knob, knob_of, knobs_of
 from bdense.weights.parameters import SET_HELP, parameter_knobs
-from search.spec.sections import ConfirmSpec, SearchPlan
-
-FRESH_SEEDS: int = knobs_of(ConfirmSpec)["seeds"].default
+from search.spec.plan import SearchPlan
+from search.spec.sections import FRESH_SEEDS, TRANSFERRED, ConfirmSpec
 
 
 def flag(help: str) -> Any:  # noqa: ANN401  as ``knob``
@@ -196,7 +195,7 @@ class TransferOptions(StudyOptions):
     """``transfer``."""
 
     to: Path = knob(help="the other study's file", metavar="STUDY2.yaml")
-    top: int = knob(5, "weights to measure, the best first", low=1)
+    top: int = knob(TRANSFERRED, "weights to measure, the best first", low=1)
     seeds: int = knob(FRESH_SEEDS, "number of fresh seeds", low=1)
 
 

@@ -64,11 +64,10 @@ def status(asked: StatusOptions) -> None:
         print(json.dumps(found | one_shot_json(study)))
         return
     print(headline(study))
-    row = "trial" if study.is_search else "row"
-    ledgers = {row: study.main}
-    if study.is_search and study.given is not None:
-        print(counts_line(study.given.counts(), "baselines"))
-        ledgers["baseline"] = study.given
+    ledgers = {study.noun: study.main}
+    if study.baselines is not None:
+        print(counts_line(study.baselines.counts(), "baselines"))
+        ledgers["baseline"] = study.baselines
     for row, ledger in ledgers.items():
         for running in ledger.running():
             print(
@@ -89,7 +88,7 @@ def status(asked: StatusOptions) -> None:
         print(curve_line(curve))
     if study.is_search and (noise := noise_of(compare(study))).least_difference is not None:
         print(noise.text())
-    if study.is_search and (ended := LargestGain.of(study)) is not None:
+    if (ended := LargestGain.of(study)) is not None:
         print(ended.text())
 
 

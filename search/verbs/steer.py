@@ -7,14 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from bdense.errors import BdenseError, InputError
-from bdense.knobs import KnobError, Knobs
+from bdense.knobs import Knobs
 from bdense.weights.parameters import given_parameters
 from bdense.weights.space import require_point
 from search.analysis.pilot import ledgers_with_pilot
-from search.report.log_lines import HEADER, LOSSES, has_losses, log_line
-from search.storage.ledger import MENDABLE, Ledger
+from search.report.log_lines import (
+    HEADER,
+    LOSSES,
+    has_ended,
+    has_losses,
+    log_line,
+    logged_row,
+)
+from search.storage.ledger import MENDABLE
 from search.storage.stop_flags import ask_all, held
-from search.study.arms import ROW_SPACE, ArmRow
 from search.study.folders import row_folder
 from search.study.study import Study
 from search.study.trial_log import LOG_FILE, read_log
@@ -85,11 +91,11 @@ def _planned(study: Study, given: Mapping[str, Any]) -> list[str]:
 def logs(asked: LogsOptions) -> None:
     """Print the events of a row, and with --follow those to come."""
     study = open_study(asked, reading=True)
-    ledger, number = _row(study, asked)
+    ledger, number = logged_row(study, asked.trial, asked.baseline)
     path = row_folder(ledger.name, number) / LOG_FILE
     offset, shown, explained = 0, 0, False
     while True:
-        has_ended = _has_ended(ledger, number)
+        is_over = has_ended(ledger, number)
         events, offset = read_log(path, offset)
         for event in events:
             if asked.json:
@@ -103,7 +109,7 @@ def logs(asked: LogsOptions) -> None:
                 print(log_line(event))
             shown += 1
         sys.stdout.flush()
-        if has_ended or not asked.follow:
+        if is_over or not asked.follow:
             break
         time.sleep(POLL_SECONDS)
     if not shown:
@@ -111,48 +117,3 @@ def logs(asked: LogsOptions) -> None:
             f"trial {number} has no log in {path.resolve().parent}: no worker has taken it yet, "
             "or its worker writes to another folder (BDENSE_RUNS)"
         )
-
-
-def _has_ended(ledger: Ledger, number: int) -> bool:
-    """Whether a row will not run again.
-
-    Raises:
-        InputError: There is no such row, nor will there be one.
-    """
-    if (state := ledger.state_of(number)) is not None:
-        return state.is_finished()
-    counts, there = ledger.counts(), ledger.size()
-    to_come = max(counts.planned - counts.ended - counts.running - counts.waiting, 0)
-    if 0 <= number < there + to_come:
-        return False
-    more = f", {to_come} more are to come" if to_come else ""
-    raise InputError(
-        f"study {ledger.name} has no trial {number}: there are {there} so far{more}, "
-        "numbered from 0"
-    )
-
-
-def _row(study: Study, asked: LogsOptions) -> tuple[Ledger, int]:
-    """The row whose log to show."""
-    if (asked.trial is None) == (asked.baseline is None):
-        raise InputError("give either the number of a TRIAL, or --baseline")
-    if asked.trial is not None:
-        return study.main, asked.trial
-    if not study.is_search or study.given is None:
-        raise InputError(f"{study.name} has no baselines of its own; give the number of a row")
-    if asked.baseline not in study.spec.baselines:
-        known = " or ".join(study.spec.baselines)
-        raise KnobError("baseline", f"must be {known} here, got {asked.baseline}")
-    seed = study.spec.seeds.training
-    # The last one: a launch plans a failed baseline anew.
-    arms, params = study.arms, study.given.asked()
-    for number in reversed(range(len(params))):
-        if params[number].keys() != ROW_SPACE.keys():
-            continue  # foreign
-        row = ArmRow(**params[number])
-        if arms[row.arm].baseline == asked.baseline and row.seed == seed:
-            return study.given, number
-    raise InputError(
-        f"study {study.name} has no baseline {asked.baseline} yet: its launch was killed before "
-        "it was whole; launch it again"
-    )

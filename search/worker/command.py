@@ -24,9 +24,9 @@ from bdense.errors import BdenseError, NonFiniteError
 from bdense.files import write_json
 from bdense.knobs import is_number
 from search.errors import LeaseLostError, SpecChangedError, UnpreparedError
-from search.spec.command import require_runnable
+from search.spec.command import command_line, require_runnable
 from search.spec.contents import fingerprint_of
-from search.spec.program import command_variant
+from search.spec.program import CommandWorkload
 from search.spec.study import StudySpec
 from search.study.arms import Task
 from search.study.folders import PROGRAM_FOLDER
@@ -84,8 +84,19 @@ class Command:
 
     @classmethod
     def open(cls, study: Study, spec: StudySpec) -> Self:
-        require_runnable(spec.program, spec.space.distributions())
+        workload = CommandWorkload(spec)
+        require_runnable(workload.config, workload.space.distributions())
         return cls(spec, spec.conditions())
+
+    @classmethod
+    def cost_lines(cls, spec: StudySpec, workers: int | None) -> list[str]:
+        run = command_line(CommandWorkload(spec).config)
+        return [f"rows: {spec.plan.num_rows(spec)}, each a run of {run}"]
+
+    @classmethod
+    def fetch(cls, spec: StudySpec) -> Iterator[str]:
+        """Nothing: a program sees to its own downloads."""
+        yield from ()
 
     def ready(self, task: Task) -> None:
         pass
@@ -134,9 +145,10 @@ class _Row:
     def __post_init__(self) -> None:
         spec, attempt = self.trainer.spec, self.attempt
         self.task, self.folder, self.log = attempt.task, attempt.folder, attempt.log
-        self.config = command_variant(spec, self.task.variant).program
+        workload = CommandWorkload(spec)
+        self.config = CommandWorkload(workload.variant(self.task.variant)).config
         self.values = _Values(self.folder / VALUES_FILE)
-        self.weights = spec.named_space.values(self.task.params)
+        self.weights = workload.space.values(self.task.params)
 
     def run(self) -> TrialResult:
         """Start the program and follow it to its end."""

@@ -51,7 +51,8 @@ from search.errors import UnpreparedError
 from search.places import cache_folder
 from search.spec.contents import fingerprint_of
 from search.spec.resolve import describe_teacher, execution, meta_teacher, method_of
-from search.spec.study import StudySpec, as_plain
+from search.spec.sections import as_plain
+from search.spec.study import StudySpec
 from search.study.arms import OneShotTask, one_shot_arm
 from search.study.wording import duration
 from search.worker.assets import use_device
@@ -245,14 +246,9 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
     teacher, known = meta_teacher(spec)
     parameters = 4 * sum(p.numel() for p in teacher.parameters())
     stages, images = spec.resolved.stages, spec.evaluation.num_images
-    if spec.is_search:
-        plan, baselines = spec.search, 2 * spec.search.replicates
-        # Both the trial of a raced point and its replicates are kept.
-        kept = spec.keep_students + baselines + 2 * plan.race
-        intermediate = len(spec.search.at) * (spec.search.images or images)
-    else:
-        kept, intermediate = spec.planned_rows, 0
-    rows, updates = spec.planned_rows, sum(stage.num_updates for stage in stages)
+    rows, kept = spec.plan.num_rows(spec), spec.plan.num_kept(spec)
+    intermediate = len(spec.plan.at) * (spec.plan.images or images)
+    updates = sum(stage.num_updates for stage in stages)
     drawn = len(stages) * images + intermediate
     evaluations = sum(stage.nfe for stage in stages) * images + stages[0].nfe * intermediate
     if (scale := spec.evaluation.guidance) is not None:  # in place of the students' own
@@ -285,8 +281,8 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
         whole = rows * each + length * updates * (found.update_seconds + found.recording_seconds)
         seen = stages[-1].nfe * found.draw_seconds + found.feature_seconds
         whole += points * images * seen
-        seeds = spec.search.replicates if spec.is_search else len(spec.given.seeds)
-        recorded = seeds * stages[0].num_updates * found.recording_seconds if stored else 0.0
+        seeds = spec.plan.num_seeds if stored else 0
+        recorded = seeds * stages[0].num_updates * found.recording_seconds
         lines += [
             f"memory: {_gib(found.peak_bytes)} a trial, of {_gib(found.free_bytes)} that are free",
             f"time: {duration(each)} a trial, {duration((recorded + whole) / at_once)} in "
@@ -304,7 +300,7 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
 
 def _one_shot(spec: StudySpec) -> tuple[float, int]:
     """A one-shot training's length, in those of a trial, and its points; zeros without one."""
-    arm = one_shot_arm(spec) if spec.is_search else None
+    arm = one_shot_arm(spec)
     asked = None if arm is None else OneShotTask.of(arm.params)
     return (0.0, 0) if asked is None else (asked.length, asked.points)
 

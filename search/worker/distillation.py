@@ -4,21 +4,24 @@ import math
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError
 from bdense.models.store import denoiser_sha256
+from search.analysis.comparison import settings_text
 from search.errors import SpecChangedError, UnpreparedError
+from search.spec.resolve import variant
 from search.spec.study import StudySpec
 from search.storage.ledger import Ledger
 from search.study.arms import Task
 from search.study.results import TrialResult
 from search.study.study import GPU_BYTES, TEACHER, TRAJECTORIES, Study
 from search.worker.assets import Assets, load, use_device
-from search.worker.cost import require_gpu, require_room
+from search.worker.cost import cost_lines, require_gpu, require_room
 from search.worker.evaluate import evaluate
+from search.worker.fetching import fetch_all
 from search.worker.trainer import Attempt, Preparation, Report, Step
 
 RECORDING_SECONDS = 10.0
@@ -53,6 +56,22 @@ class Distillation:
         assets = load(spec, device)
         _require_same_teacher(study.main, assets.teacher)
         return cls(study, assets)
+
+    @classmethod
+    def cost_lines(cls, spec: StudySpec, workers: int | None) -> list[str]:
+        if not any(spec.plan.variants):
+            return cost_lines(spec, workers=workers)
+        lines, one = [], replace(spec, plan=replace(spec.given, variants=({},)))
+        for changes in spec.given.variants:
+            own = [f"  {line}" for line in cost_lines(variant(one, changes), workers=workers)]
+            # What all share, such as a download, is told once.
+            new = (line for line in own if line not in lines)
+            lines += [f"with {settings_text(changes)}:", *new]
+        return lines
+
+    @classmethod
+    def fetch(cls, spec: StudySpec) -> Iterator[str]:
+        return fetch_all(spec)
 
     @property
     def fingerprint(self) -> str:

@@ -1,26 +1,20 @@
 """A study's teacher: read, or trained once and cached; its pipeline, and prompts for it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset
+from bdense.data.encoded import embed_prompts
 from bdense.data.prompts import read_prompts
 from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.files import UNFINISHED, atomic_write, file_lock, sha256_model
+from bdense.files import UNFINISHED, file_lock
 from bdense.models.diffusers_files import folder_of
-from bdense.models.latents import (
-    TEXT_ENCODER,
-    TOKENIZER,
-    TextEncoder,
-    drawn_shape,
-    load_text_encoder,
-)
+from bdense.models.latents import drawn_shape
 from bdense.models.store import denoiser_sha256, load_denoiser, load_stored, save_denoiser
 from bdense.models.zoo import CONVERTED_CHECKPOINTS, HUB_CHECKPOINTS
 from bdense.training.latent_digits import latent_digits
@@ -31,8 +25,6 @@ from search.spec.resolve import execution, meta_teacher, teacher_config
 from search.spec.sections import TeacherTraining
 from search.spec.study import StudySpec
 from search.worker.trainer import Report, Step
-
-_PROMPTS_AT_ONCE = 256
 
 
 def load_teacher(
@@ -123,28 +115,11 @@ def pipeline_of(spec: StudySpec) -> Path | None:
 
 
 def embedded_prompts(pipeline: Path, file: str, report: Report) -> Prompts:
-    """A file's prompts as the teacher reads them; guidance leads away from the empty one.
+    """A file's prompts as the teacher reads them; guidance leads away from the empty one."""
+    texts = read_prompts(file)
 
-    They are embedded once and kept: a worker maps the file, and reads the rows that it needs.
-    """
-    texts = [*read_prompts(file), ""]
-    parts = [sha256_model(pipeline / part) for part in (TEXT_ENCODER, TOKENIZER)]
-    path = cache_folder() / "prompts" / f"{fingerprint_of({'texts': texts, 'by': parts})}.npy"
-    with file_lock(path.with_suffix(".lock")):
-        if not path.exists():
-            _embed(load_text_encoder(pipeline), texts, path, report)
-    rows = torch.from_numpy(np.load(path, mmap_mode="c"))
-    return Prompts(rows[:-1], rows[-1:])
+    def embedded(done: int, cut: int) -> None:
+        remark = f"{cut} longer than the encoder reads, cut" if cut else ""
+        report(Step.PROMPTS, done, len(texts) + 1, remark)
 
-
-def _embed(encoder: TextEncoder, texts: Sequence[str], path: Path, report: Report) -> None:
-    cut = len(encoder.too_long(texts))
-    remark = f"{cut} longer than {encoder.length} tokens, cut" if cut else ""
-    shape = (len(texts), encoder.length, encoder.width)
-    with atomic_write(path) as scratch:
-        rows = np.lib.format.open_memmap(scratch, "w+", "float32", shape)
-        for first in range(0, len(texts), _PROMPTS_AT_ONCE):
-            some = slice(first, first + _PROMPTS_AT_ONCE)
-            rows[some] = encoder.embed(texts[some]).numpy()
-            report(Step.PROMPTS, min(some.stop, len(texts)), len(texts), remark)
-        rows.flush()
+    return embed_prompts(texts, pipeline, cache_folder(), on_prompt=embedded)

@@ -3,18 +3,27 @@
 A worker claims rows, holds their leases and stores their results, and knows of neither.
 """
 
-from collections.abc import Callable, Iterator
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from search.spec.distillation import DistillationWorkload
+from search.spec.program import CommandWorkload
 from search.spec.study import StudySpec
+from search.spec.workload import Workload
 from search.study.arms import Task
 from search.study.results import TrialResult
 from search.study.study import Study
 from search.study.trial_log import TrialLog
 from search.worker.judge import Judge
+
+_TRAINERS: Mapping[type[Workload], str] = {
+    DistillationWorkload: "search.worker.distillation:Distillation",
+    CommandWorkload: "search.worker.command:Command",
+}
 
 
 class Step(StrEnum):
@@ -85,7 +94,6 @@ class Trainer(Protocol):
         Raises:
             InputError: This machine lacks something.
         """
-        ...
 
     @classmethod
     def open(cls, study: Study, spec: StudySpec) -> "Trainer":
@@ -94,12 +102,22 @@ class Trainer(Protocol):
         Raises:
             InputError: This machine lacks something, or has it otherwise than the study.
         """
-        ...
+
+    @classmethod
+    def cost_lines(cls, spec: StudySpec, workers: int | None) -> list[str]:
+        """What a resolved study would cost with so many rows at once, in lines for people."""
+
+    @classmethod
+    def fetch(cls, spec: StudySpec) -> Iterator[str]:
+        """Download what the rows need, as far as missing; a line for each part.
+
+        Raises:
+            InputError: Something cannot be downloaded; says where to put it by hand.
+        """
 
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the conditions under which this process measures."""
-        ...
 
     def ready(self, task: Task) -> None:
         """Make what this row needs and other rows may use, while its lease is held.
@@ -107,7 +125,6 @@ class Trainer(Protocol):
         Raises:
             UnpreparedError: This machine cannot.
         """
-        ...
 
     def run(self, attempt: Attempt) -> TrialResult:
         """Train and measure a row, or go on where an earlier attempt's checkpoint ends.
@@ -119,15 +136,9 @@ class Trainer(Protocol):
             NonFiniteError: It diverged.
             BdenseError: It failed, and would fail again.
         """
-        ...
 
 
 def trainer_of(spec: StudySpec) -> type[Trainer]:
     """What trains a study's rows; only what distils imports torch."""
-    if spec.is_command:
-        from search.worker.command import Command
-
-        return Command
-    from search.worker.distillation import Distillation
-
-    return Distillation
+    found: type[Trainer] = pkgutil.resolve_name(_TRAINERS[type(spec.workload)])
+    return found

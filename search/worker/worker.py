@@ -53,9 +53,9 @@ class Worker:
                 f"the pilot of study {study.name!r} has yet to settle evaluation.images; "
                 "launch it again"
             )
-        plan = self._spec.search if self._spec.is_search else None
-        self._awaits_curve = plan is not None and plan.one_shot is not None
-        self._looks_ahead = plan is not None and (plan.race > 0 or plan.stop)
+        plan = self._spec.plan
+        self._awaits_curve = plan.one_shot is not None
+        self._looks_ahead = plan.race > 0 or plan.stop
         self._ended: list[int] = []
         self._trainer = trainer_of(self._spec).open(study, self._spec)
 
@@ -149,7 +149,7 @@ class Worker:
         )
         if is_trial:
             keep_best_students(ledger, self._spec.keep_students, claim.number)
-        elif study.is_search:
+        else:
             copy_baselines(study)
 
     def _excess(self, params: Mapping[str, object]) -> float:

@@ -39,7 +39,7 @@ def work_on_one(study: Study) -> None:
 
 def test_a_worker_of_other_numerics_measures_nothing(study, monkeypatch):
     work_on_one(study)
-    monkeypatch.setattr("search.spec.study.NUMERICS", -1)
+    monkeypatch.setattr("search.spec.distillation.NUMERICS", -1)
     with pytest.raises(SpecChangedError, match="the worker runs another version of bdense"):
         work_on_one(study)
     counts = study.given.counts()

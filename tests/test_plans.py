@@ -354,13 +354,13 @@ def test_a_model_is_written_once_and_anew_when_there_is_more(confirmed, tmp_path
     assert f"model folder, written before: {model}\n" in command(*arguments, "1").out
     assert {path.name: path.stat().st_mtime_ns for path in model.iterdir()} == written
 
-    finish(promote_to(confirmed, 2), fid)
-    more = command(*arguments, "2")
+    finish(promote_to(confirmed, 3), fid)
+    more = command(*arguments, "3")
     assert f"model folder: {model}\n" in more.out
     older = Path(f"{model}.1")
     assert {path.name: path.stat().st_mtime_ns for path in older.iterdir()} == written
     tables = [load_denoiser(f / "model.safetensors")[1]["fid_table"][-1] for f in (older, model)]
-    assert [(row["n"], row["fid"]) for row in tables] == [(1, 7.0), (2, 7.5)]
+    assert [(row["n"], row["fid"]) for row in tables] == [(1, 7.0), (3, 8.0)]
 
 
 def test_a_promotion_from_python_is_that_of_the_command(confirmed, tmp_path):

@@ -112,8 +112,9 @@ def test_a_baseline_s_student_may_be_asked_for(confirmed, tmp_path):
 
 @pytest.fixture
 def chain(url) -> Study:
-    """8 -> 4 -> 2 steps under seeds 0 and 1; every row has its students and their pictures."""
-    study = plan_given(url, promotion(plan__arms=["plain", "uniform", PAPER]))
+    """8 -> 4 -> 2 steps under three seeds; every row has its students and their pictures."""
+    arms, seeds = ["plain", "uniform", PAPER], [0, 1, 2]
+    study = plan_given(url, promotion(plan__arms=arms, plan__seeds=seeds))
     finish(study, fid)
     keep(study)
     return study
@@ -126,15 +127,15 @@ def test_the_last_student_comes_with_all_stages_figures_and_each_arm_s_picture(c
     assert metadata["fid"]["value"] == 7.0
     assert [(row["nfe"], row["arm"], row["fid"]) for row in metadata["fid_table"]] == [
         (8, "teacher", 3.0),
-        (4, "plain PD", 8.5),
-        (4, "uniform weights", 8.0),
-        (4, NAME, 6.5),
-        (2, "plain PD", 9.5),
-        (2, "uniform weights", 9.0),
-        (2, NAME, 7.5),
+        (4, "plain PD", 9.0),
+        (4, "uniform weights", 8.5),
+        (4, NAME, 7.0),
+        (2, "plain PD", 10.0),
+        (2, "uniform weights", 9.5),
+        (2, NAME, 8.0),
     ]
     plain = metadata["fid_table"][1]
-    assert (plain["std_err"], plain["n"]) == (pytest.approx(0.5), 2)
+    assert (plain["std_err"], plain["n"]) == (pytest.approx(3**-0.5), 3)
     pictures = ["fid.png", "samples-plain.png", "samples-promoted.png", "samples-uniform.png"]
     assert names(folder) == sorted([*FOLDER, *pictures])
     assert [shade(folder / name) for name in pictures[1:]] == [2, 22, 12]

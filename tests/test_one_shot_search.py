@@ -76,7 +76,7 @@ def test_a_one_shot_training_leaves_a_study_s_fingerprint():
         ({"weights": {"name": "learned"}}, "plan.one_shot: learned weights have no coordinates"),
         ({"method": CONSISTENCY}, "plan.one_shot: .* single images"),
         ({"method__nfe": [1, 2]}, r"plan.one_shot: nfe \[1, 2\]"),
-        ({"method__guidance_student": 2.0}, "method.guidance_student guidance 2 needs"),
+        ({"method__guidance_student": 2.0}, "method.guidance_student 2 needs"),
         ({"plan": {**ONE, "trials": 1}}, "plan.trials 1 .* one_shot.best 2"),
         ({"plan": {"one_shot": {"points": 1}}}, "plan.one_shot.points .* got 1"),
         ({"plan": {"one_shot": {"lenght": 1}}}, "plan.one_shot.lenght .*did you mean length"),

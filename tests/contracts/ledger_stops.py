@@ -63,7 +63,7 @@ class Stops:
         assert take(late_worker).number == 0
 
     def test_an_interrupted_launch_stops_its_own_workers_alone(self, scene):
-        ledger = scene.open(budget=3, ttl=0.6)
+        ledger = scene.open(budget=3, ttl=2.0)
         mine, other = Launch.begin([ledger]), Launch.begin([ledger])
         holds = []
         for launch in (mine, other):
@@ -74,7 +74,7 @@ class Stops:
             ask_workers([ledger], mine)
             ask_workers([ledger], mine)
             wait_until(lambda: _raises(StoppedError, held.check))
-            time.sleep(0.4)
+            time.sleep(1.0)  # its renewals look every 0.7 s
             others.check()
         assert not is_asked([ledger], mine)
         assert ledger.attribute(HALT)["launches"] == [mine.name]

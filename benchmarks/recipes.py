@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
+from bdense.weights.space import BASELINE, UNIFORM
 from benchmarks.bank import BANK, SLOPES
 from benchmarks.common import parser, publish, table
 from search.analysis.paired import paired_difference
@@ -132,12 +133,13 @@ def of_study(path: Path) -> str:
         if row["state"] == "complete":
             settings = (f"{name} {value}" for name, value in row["variant"].items())
             recipe = ", ".join(settings) or "as it is"
-            arm = fids.setdefault(recipe, {}).setdefault(row["arm"], {})
+            name = row["params"].get(BASELINE) or row["arm"]
+            arm = fids.setdefault(recipe, {}).setdefault(name, {})
             arm[row["seed"]] = row["fid"]
             seconds[recipe].append(row["seconds"])
     rows = []
     for recipe, arms in fids.items():
-        uniform = arms.pop("uniform")
+        uniform = arms.pop(UNIFORM)
         pairs = {arm: paired_difference(of, uniform) for arm, of in arms.items()}
         noise = _noise({arm: [of[s] - uniform[s] for s in of] for arm, of in arms.items()})
         level = statistics.fmean(uniform.values())

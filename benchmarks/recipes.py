@@ -12,6 +12,7 @@ whose variants are recipes, and compares these in the same way.
 """
 
 import csv
+import itertools
 import json
 import math
 import statistics
@@ -137,18 +138,24 @@ def of_study(path: Path) -> str:
             arm = fids.setdefault(recipe, {}).setdefault(name, {})
             arm[row["seed"]] = row["fid"]
             seconds[recipe].append(row["seconds"])
+    names = [arm for arm in dict.fromkeys(itertools.chain(*fids.values())) if arm != UNIFORM]
     rows = []
     for recipe, arms in fids.items():
-        uniform = arms.pop(UNIFORM)
-        pairs = {arm: paired_difference(of, uniform) for arm, of in arms.items()}
-        noise = _noise({arm: [of[s] - uniform[s] for s in of] for arm, of in arms.items()})
-        level = statistics.fmean(uniform.values())
-        cells = [pair.text("+.2f") if pair else "" for pair in pairs.values()]
+        uniform = arms.get(UNIFORM, {})
+        pairs = [paired_difference(arms.get(arm, {}), uniform) for arm in names]
+        spreads = [pair.deviation for pair in pairs if pair and pair.deviation is not None]
+        if not spreads:
+            continue
+        noise, level = (
+            math.hypot(*spreads) / len(spreads) ** 0.5,
+            statistics.fmean(uniform.values()),
+        )
+        cells = [pair.text("+.2f") if pair else "" for pair in pairs]
         needed, spent = _seeds_to_tell(level / 10, noise), statistics.median(seconds[recipe])
         rows.append(
             (recipe, len(uniform), f"{level:.2f}", *cells, f"{noise:.3f}", needed, f"{spent:.0f}")
         )
-    header = ("recipe", "seeds", "uniform", *arms, "noise", "seeds to tell 10 %", "seconds")
+    header = ("recipe", "seeds", "uniform", *names, "noise", "seeds to tell 10 %", "seconds")
     return (
         f"{path.stem}: FID of uniform weights, and how much more the other arms have, with its "
         f"95 % t interval; seconds of a training with its FID.\n\n{table(header, rows)}"

@@ -38,6 +38,8 @@ def clean(
             are being read.
     """
     freed = {}
+    if students:
+        _search(study, "students")  # refused before anything is deleted
     if keep:
         _keep(study, keep)
     if checkpoints:

@@ -27,8 +27,8 @@ from bdense.training.parallel import Team, team_of
 from bdense.training.stage import Branches, BranchLosses, Training, Update
 from bdense.weights.weighting import BranchWeighting, Observed
 
-# Iterations whose losses wait on a GPU before they are read, which makes it idle; only as many as
-# end within the time, so that a stop is seen soon and what is kept of their batches is small.
+# Reading losses makes a GPU idle, so those of up to UNREAD iterations are read at once; of fewer
+# where they take more than UNREAD_SECONDS, so that a stop is seen soon and few batches are kept.
 UNREAD = 16
 UNREAD_SECONDS = 0.25
 
@@ -206,6 +206,7 @@ def _train(
         reports.add(iteration, lr, steps)
         if iteration == first:
             _require_used(weighting, len(steps))
+        del steps, updates  # with the graphs that they may hold
         if average is not None:
             where = iteration, stage.num_updates, stage.batch_size
             average.add(student, stage.optimisation.share_at(*where))
@@ -272,12 +273,14 @@ class _Updated:
         parts: The update, for each part of its batch.
         branch_losses, weights: [K] on the device.
         figures: [2K + 2] on the device: these two, the loss, the norm of the gradient.
+        keeps_graph: Whether the update holds a graph, with its memory.
     """
 
     parts: Sequence[Update]
     branch_losses: Tensor
     weights: Tensor
     figures: Tensor
+    keeps_graph: bool
 
 
 @dataclass(eq=False)
@@ -302,8 +305,9 @@ class _Reports:
 
     @property
     def are_due(self) -> bool:
-        """Whether it is time to read them."""
-        return len(self._waiting) >= self._due
+        """Whether it is time to read them, or they hold too much memory to wait."""
+        *_, last = self._waiting[-1]
+        return len(self._waiting) >= self._due or any(each.keeps_graph for each in last)
 
     def read(self) -> None:
         """Read them, and pass each on.
@@ -418,7 +422,7 @@ class _Step:
         self._failed.logical_or_(~figures.isfinite().all())
         optimisation.clip(gradients, norm)
         self.optimizer.step()
-        return _Updated(parts, seen, weights, figures)
+        return _Updated(parts, seen, weights, figures, losses.keeps_graph)
 
     def _measure_part(self, part: int, update: Update, count: int) -> tuple[Tensor, ...]:
         """What is seen of a part of the batch before it is trained on."""

@@ -128,7 +128,8 @@ class OptimisationConfig(Knobs):
         """Scale gradients of that 0-dim norm down to ``clip_norm``, in place."""
         if self.clip_norm is not None:
             # torch's own adds 1e-6 to the norm, which the reference of PD does not.
-            factor = (self.clip_norm / norm.double()).clamp(max=1)
+            wide = norm if norm.device.type == "mps" else norm.double()  # MPS has no float64
+            factor = (self.clip_norm / wide).clamp(max=1)
             torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
     def scaled(self, weights: Tensor) -> Tensor:

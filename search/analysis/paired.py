@@ -9,8 +9,8 @@ from itertools import pairwise
 from bdense.errors import InputError
 
 CONFIDENCE = 0.95
-# Values that differ by less than this share of the largest are equal: float32 rounds by a tenth.
-_ROUNDING = 1e-6
+# Values that differ by less than this share of the largest are equal up to rounding.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,7 +99,8 @@ def run_rows(study: Study, workers: int | None, launch: Launch | None = None) ->
 
         def on_preparing(message: Preparation) -> None:
             display.preparing(message)
-            preparing.tell(message.step, message.text)
+            with contextlib.suppress(StorageError):  # a line of status must not end a launch
+                preparing.tell(message.step, message.text)
 
         def on_running() -> None:
             preparing.clear()

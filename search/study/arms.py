@@ -65,7 +65,9 @@ class Arm:
 
 def baseline_arms(spec: StudySpec) -> list[Arm]:
     """The arms that a study compares with, in the order of ``StudySpec.baselines``."""
-    labels = {name: spec.space.label({BASELINE: name}) for name in spec.baselines}
+    # Of their own space: that of the study may not fit given arms, which do not use it.
+    known = {name: {BASELINE: name} for name in spec.baselines}
+    labels = {name: spec.workload.space_of(p).label(p) for name, p in known.items()}
     if PLAIN in labels:
         labels[PLAIN] = f"plain {spec.resolved.title}"
     return [Arm(name=label, params={BASELINE: name}) for name, label in labels.items()]

@@ -21,20 +21,22 @@ class PreparationNote:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._step, self._last = "", 0.0
+        self._is_clear = False  # a launch that was killed may have left its own
 
     def tell(self, step: str, text: str) -> None:
         """Keep a text of a step, unless the step's last one is younger than ten seconds."""
         if step == self._step and time.monotonic() - self._last < _SECONDS:
             return
-        self._step, self._last = step, time.monotonic()
+        self._step, self._last, self._is_clear = step, time.monotonic(), False
         at = datetime.now(UTC).isoformat(timespec="seconds")
         self._ledger.store({PREPARING: {"text": text, "at": at}})
 
     def clear(self) -> None:
         """The preparations are over."""
-        if self._step:
-            self._step = ""
-            self._ledger.store({PREPARING: None})
+        if not self._is_clear:
+            if self._ledger.attribute(PREPARING) is not None:
+                self._ledger.store({PREPARING: None})
+            self._step, self._is_clear = "", True
 
 
 def preparing_line(ledger: Ledger) -> str | None:

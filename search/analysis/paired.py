@@ -9,8 +9,8 @@ from itertools import pairwise
 from bdense.errors import InputError
 
 CONFIDENCE = 0.95
-# Values that differ by less than this share of the largest are equal up to rounding.
-_ROUNDING = 1e-9
+# Values that differ by less than this share of the largest are equal, up to rounding of float32.
+_ROUNDING = 1e-7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

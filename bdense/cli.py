@@ -119,7 +119,7 @@ def _kept(out: Path) -> str:
     for unfinished in (out.with_suffix(UNFINISHED), *sorted(out.glob(f"*{UNFINISHED}"))):
         if unfinished.exists():
             return kept_in(unfinished)
-    return "no unfinished training was saved; finished models are kept"
+    return "finished students are kept" if out.is_dir() else "nothing was saved"
 
 
 def make_parser(arguments: Sequence[str]) -> command.Parser:

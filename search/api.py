@@ -323,7 +323,7 @@ class OpenStudy:
         """Train a search's top weights and the baselines under another study's conditions.
 
         Args:
-            to: The other study, as ``open_study`` takes it.
+            to: The other study: a file, what one holds, or a spec.
             top: Number of weights, the best first.
             seeds: Number of fresh seeds.
             workers: Trials at once; None for as many as fit.

@@ -332,7 +332,7 @@ class _Reports:
                 if self.on_iteration is not None:
                     self.on_iteration(_report(iteration, self.stage.num_updates, lr, read))
             except StoppedError as error:
-                stopped = error  # what is saved holds the others, too
+                stopped = error  # not yet: a run that is not finite further on is not saved
         if stopped is not None:
             raise stopped
 
@@ -500,7 +500,10 @@ class _Step:
         self.weighting.observe(Observed(losses=losses, progress=progress, **compared))
 
     def diagnose(self, updated: _Updated, iteration: int) -> NonFiniteLossError:
-        """What is not finite and by which branch; each is tried alone, with the same draws."""
+        """What is not finite and by which branch; each is tried alone, with the same draws.
+
+        A stage that goes on by itself, as consistency distillation's target does, has done so.
+        """
         parts, weights = updated.parts, updated.weights
         where = {"iteration": iteration, **parts[0].where}
         for k, loss in enumerate(updated.branch_losses, 1):

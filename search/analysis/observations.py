@@ -1,9 +1,8 @@
 """What a search has measured, as observations of its surrogate.
 
-Earlier searches may be its priors. One may be wrong here, under another teacher: each is a group
-with an offset of its own, and where it disagrees with the study's values it is discounted. Of one
-whose students were trained for another length, that length is a coordinate, which says how far it
-counts.
+Earlier searches may be its priors. One may be wrong here, under another budget or teacher: each is
+a group with an offset of its own, and where it disagrees with the study's values it is discounted.
+Another length of training is a further coordinate, so that it counts as far as lengths agree.
 """
 
 import math
@@ -130,7 +129,7 @@ def prior_trials(study: Study, name: str) -> list[tuple[StoredTrial, Observation
 
 
 def log_length(method: Mapping[str, Any], of: Mapping[str, Any]) -> float:
-    """Logarithm of a training's length in another one's; 0 of a method without ``kimg``."""
+    """Logarithm of the ratio of two trainings' lengths; 0 of a method without ``kimg``."""
     return math.log(method["kimg"] / of["kimg"]) if "kimg" in method.keys() & of.keys() else 0.0
 
 
@@ -138,11 +137,9 @@ def _priors(study: Study, own: Sequence[Observation]) -> list[Observation]:
     found: list[Observation] = []
     for name in study.spec.search.prior:
         prior = [each for _, each in prior_trials(study, name)]
-        if prior and not prior[0].log_length:
-            # The whole prior counts as one value with that error.
-            noise = disagreement(prior, own) * math.sqrt(len(prior))
-            prior = [replace(each, noise=noise) for each in prior]
-        found += prior
+        # The whole prior counts as one value with that error.
+        noise = disagreement(prior, own) * math.sqrt(len(prior)) if prior else 0.0
+        found += [replace(each, noise=noise) for each in prior]
     return found
 
 

@@ -26,7 +26,7 @@ def logged_row(study: Study, trial: int | None, baseline: str | None) -> tuple[L
         InputError: Neither is given, or both are, or there is no such baseline.
     """
     if (trial is None) == (baseline is None):
-        raise KnobError("trial", "or `baseline` must be given, one of the two")
+        raise KnobError("trial", "or `baseline` must be given, and not both")
     if trial is not None:
         return study.main, trial
     if (baselines := study.baselines) is None:

@@ -93,9 +93,7 @@ class Display:
         """Show a message of a preparing task."""
         now = time.monotonic()
         begun, first = self._step_started.setdefault(message.step, (now, message.done))
-        text = str(message.step)
-        if message.total > 1:
-            text += f" {message.done}/{message.total}"
+        text = message.counted
         if message.done > first:
             left = (now - begun) / (message.done - first) * (message.total - message.done)
             text += f", about {duration(left)} left for this step"

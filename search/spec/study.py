@@ -164,7 +164,7 @@ class StudySpec(Knobs):
 
     @property
     def baseline_seeds(self) -> list[int]:
-        """Training seeds of a search's baselines, that of the trials first."""
+        """Training seeds of a search's baselines, that of the trials first; else that one."""
         return self.seeds.following(self.plan.replicates)
 
     @property

@@ -52,10 +52,14 @@ class Preparation:
     remark: str = ""
 
     @property
+    def counted(self) -> str:
+        """The step, and how much of it is done."""
+        return f"{self.step} {self.done}/{self.total}" if self.total > 1 else self.step
+
+    @property
     def text(self) -> str:
         """For people."""
-        counted = f" {self.done}/{self.total}" if self.total > 1 else ""
-        return f"{self.step}{counted}" + (f", {self.remark}" if self.remark else "")
+        return self.counted + (f", {self.remark}" if self.remark else "")
 
 
 @dataclass(frozen=True, kw_only=True)

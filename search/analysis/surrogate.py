@@ -24,8 +24,8 @@ Point = Mapping[str, float]
 MIN_EVALUATIONS, MAX_EVALUATIONS = 4, 300
 # In every coordinate, in shares of its range over the evaluations.
 LEAST_DISTANCE = 0.02
-# Trainings whose lengths differ by this factor are as far apart as the ends of a coordinate. Before
-# anything is fitted, lengths that differ by a factor of 3 correlate by 0.65.
+# Trainings whose lengths differ by this factor are as far apart as the ends of a coordinate.
+# Before anything is fitted, lengths that differ by a factor of 3 correlate by 0.65.
 FAR_LENGTH = 16.0
 MAX_ROUNDS = 5  # of offsets and kernel in turn; two to four suffice as a rule
 # Of inputs in [0, 1] and values of standard deviation 1; the last two are variances. Shorter

@@ -256,12 +256,13 @@ def test_a_killed_worker_takes_its_program_along_and_another_goes_on(url, tmp_pa
             assert all(map(alive, [program, *children]))
         finally:
             killed.kill()
+    # Its guard takes the program along. A gate that opens earlier would let the program go on.
+    wait_until(lambda: not any(map(alive, [program, *children])))
     # It may have been killed in the middle of a line.
     with row(study, 0, "values.jsonl").open("a") as file:
         file.write('{"st')
     (tmp_path / "gate").touch()
     work(study)
-    assert not any(map(alive, [program, *children]))
     assert only(study).value == score(2, 1)
     assert only(study).user_attrs["score"]["others"] == {"steps": 2.0}
     starts = program_file(study, 0, "starts").splitlines()

@@ -12,7 +12,9 @@ choose there is within 2 % of the lowest; from there to its end, a lucky moment 
 The paper's procedure: 50 trials by TPE over (a, b), each of which computes its trajectories live;
 the lowest FID wins. Other searches record trajectories once, search a alone and share one seed.
 Ours: plain distillation and uniform weights under three seeds, then trials, then a confirmation of
-three candidates under three fresh seeds; the simplest arm within a tie is chosen.
+three candidates under three fresh seeds; the simplest arm within a tie is chosen. With short
+trainings (``--short KIMG``, a budget that the bank has, too) the study's own rule chooses what is
+trained next; the noise of the two budgets is drawn apart, though their seeds are the same.
 """
 
 import csv
@@ -27,12 +29,14 @@ import numpy as np
 import numpy.typing as npt
 import optuna
 from scipy.interpolate import PchipInterpolator
+from scipy.stats.qmc import Sobol
 
 from bdense.metrics.records import FID
 from benchmarks.bank import BANK
 from benchmarks.common import DIGITS_STUDY, ROOT, parser, publish, table
 from search.analysis.comparison import ArmResult, Comparison
 from search.analysis.recommendation import recommend
+from search.analysis.short_trainings import NUM_POINTS, next_training
 from search.analysis.surrogate import Observation, candidates
 from search.spec.file import read_spec
 from search.spec.metric import Metric
@@ -42,7 +46,7 @@ from search.worker.cost import measure
 Array = npt.NDArray[np.float64]
 
 TRIALS, WITHIN, SHARE, LOW, HIGH = 50, 1.02, 0.8, -1.0, 2.0
-REPLICATES, CANDIDATES = 3, 3
+REPLICATES, CANDIDATES, TRAININGS = 3, 3, 16
 LOOKS = (4, 6, 8, 12, 16, 24, 32, 50)  # numbers of trials after which a surrogate is fitted
 PLAIN = math.inf  # the slope that leaves the end point alone
 
@@ -70,6 +74,7 @@ class Bank:
                 if (row["recipe"], float(row["kimg"]), float(row["at"])) == (recipe, kimg, 1.0):
                     a = PLAIN if row["a"] == "plain" else float(row["a"])
                     rows[int(row["seed"]), int(row["latents"])][a] = float(row["fid"])
+        self.recipe = recipe
         self.slopes = sorted(set.union(*(set(each) for each in rows.values())))
         whole = {key: each for key, each in rows.items() if len(each) == len(self.slopes)}
         seeds, latents = (sorted(set(each)) for each in zip(*whole, strict=True))
@@ -105,6 +110,10 @@ class Replay:
     def __init__(self, bank: Bank, draw: np.random.Generator, noise: float) -> None:
         self.bank, self._draw, self._noise = bank, draw, noise
         self._curves: dict[tuple[str, int], Callable[[float], float]] = {}
+
+    def beside(self, bank: Bank) -> "Replay":
+        """Another budget's world, with as much of its noise, drawn apart."""
+        return Replay(bank, self._draw.spawn(1)[0], self._noise)
 
     def fid(self, a: float, seed: int, latents: int) -> float:
         """Of one student."""
@@ -168,8 +177,22 @@ def _order(seen: Sequence[tuple[float, float]], count: int) -> list[int]:
     return candidates([Observation(point={"a": a}, value=f, group="") for a, f in seen], count)
 
 
+@dataclass(frozen=True)
+class Short:
+    """Short trainings: their world, their length in those of a trial, and a student's cost."""
+
+    world: Replay
+    length: float
+    student: float
+
+
 def ours(
-    world: Replay, costs: Costs, sampler: optuna.samplers.BaseSampler, *, trials: int
+    world: Replay,
+    costs: Costs,
+    sampler: optuna.samplers.BaseSampler,
+    *,
+    trials: int,
+    short: Short | None = None,
 ) -> Choices:
     """What a study recommends as it goes on."""
     own, fresh = range(REPLICATES), range(TRIALS, TRIALS + REPLICATES)
@@ -181,16 +204,72 @@ def ours(
             arms = [PLAIN, 0.0] if count > 1 or done == 2 else [PLAIN]
             whole = {a: own[: count if done == 2 or a == PLAIN else count - 1] for a in arms}
             yield chosen(world, whole, lambda _: 0), spent
-    seen = [(0.0, world.fid(0.0, 0, 0))]
-    searched = proposed(world, sampler, with_b=False, one_seed=True)
-    for a, fid in itertools.islice(searched, trials):
-        seen.append((a, fid))
-        spent += costs.student
+    seen = [_observed(world, 0.0)]
+    if short is None:
+        searched = sampled(world, costs, sampler)
+    else:
+        searched = chosen_by_surrogate(world, costs, short, seen)
+    for each, cost in itertools.islice(searched, trials):
+        seen.append(each)
+        spent += cost
         yield chosen(world, {PLAIN: own, 0.0: own}, lambda _: 0), spent
-    points = [seen[i][0] for i in _order(seen, CANDIDATES + 1) if seen[i][0] != 0.0]
-    confirmed = dict.fromkeys([PLAIN, 0.0, *points[:CANDIDATES]], fresh)
-    spent += len(fresh) * (costs.trajectories + len(confirmed) * costs.student)
-    yield chosen(world, confirmed, lambda seed: seed), spent
+    order = candidates(seen, CANDIDATES, taken=[0])
+    points = [seen[i].point["a"] for i in order]
+    judged = dict.fromkeys([PLAIN, 0.0, *points], fresh)
+    spent += len(fresh) * (costs.trajectories + len(judged) * costs.student)
+    yield chosen(world, judged, lambda seed: seed), spent
+
+
+# What was trained, and its cost.
+Trained = Iterator[tuple[Observation, float]]
+
+
+def sampled(world: Replay, costs: Costs, sampler: optuna.samplers.BaseSampler) -> Trained:
+    """Trials at the points of a sampler."""
+    for a, _ in proposed(world, sampler, with_b=False, one_seed=True):
+        yield _observed(world, a), costs.student
+
+
+def chosen_by_surrogate(
+    world: Replay, costs: Costs, short: Short, before: Sequence[Observation]
+) -> Trained:
+    """Trials and short trainings as ``plan.short`` has them, of uniform weights first."""
+    spread = Sobol(1, scramble=False).random(NUM_POINTS)[:, 0]
+    points = [{"a": LOW + (HIGH - LOW) * float(share)} for share in spread]
+    seen, recording = list(before), short.length * costs.trajectories
+    a, is_short = 0.0, True
+    while True:
+        seen.append(_observed(short.world, a, short.length) if is_short else _observed(world, a))
+        yield seen[-1], recording + (short.student if is_short else costs.student)
+        recording = 0.0
+        place, is_short = next_training(
+            seen,
+            points,
+            length=short.length,
+            whole=[each.point for each in seen if each.log_length == 0],
+            short=[each.point for each in seen if each.log_length < 0],
+            pending=[],
+        )
+        a = points[place]["a"]
+
+
+def by_surrogate(world: Replay, costs: Costs, short: Short) -> Choices:
+    """Trials and short trainings alone; the lowest posterior mean of a full training is chosen."""
+    spent, seen = costs.trajectories, list[Observation]()
+    for each, cost in itertools.islice(chosen_by_surrogate(world, costs, short, []), TRAININGS):
+        seen.append(each)
+        spent += cost
+        yield seen[candidates(seen, 1)[0]].point["a"], spent
+
+
+def _observed(world: Replay, a: float, length: float = 1.0) -> Observation:
+    """Of the search's seed and latents."""
+    return Observation(
+        point={"a": a},
+        value=world.fid(a, 0, 0),
+        group=f"length {length:g}",
+        log_length=math.log(length),
+    )
 
 
 def chosen(
@@ -261,14 +340,19 @@ def main() -> None:
     options.add_argument("--gp-replays", type=int, default=40, help="of GPSampler, which is slow")
     options.add_argument("--recipes", nargs="+", default=["step-last", "step-tail"])
     options.add_argument("--kimg", type=float, default=12.8)
+    options.add_argument("--short", type=float, help="kimg of short trainings; none by default")
     given = options.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     spec = read_spec(ROOT / DIGITS_STUDY)
     one = measure(spec)
     assert one is not None
-    updates = spec.resolved.stages[0].num_updates
     drawing = spec.evaluation.num_images * (2 * one.draw_seconds + one.feature_seconds)
-    costs = Costs(updates * one.update_seconds + drawing, updates * one.recording_seconds)
+
+    def costs_of(kimg: float) -> Costs:
+        updates = kimg * 1000 / spec.resolved.batch
+        return Costs(updates * one.update_seconds + drawing, updates * one.recording_seconds)
+
+    costs = costs_of(given.kimg)
     samplers: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
         "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
         "TPE": lambda seed: optuna.samplers.TPESampler(seed=seed),
@@ -296,6 +380,22 @@ def main() -> None:
         procedures[f"ours, {trials} trials"] = (
             "TPE",
             lambda w, s, trials=trials: ours(w, costs, s, trials=trials),
+        )
+    if given.short is not None:
+        shorts = {recipe: Bank(recipe, given.short) for recipe in given.recipes}
+
+        def short_of(world: Replay) -> Short:
+            beside = world.beside(shorts[world.bank.recipe])
+            return Short(beside, given.short / given.kimg, costs_of(given.short).student)
+
+        # As slow as GPSampler, which proposes nothing here.
+        procedures[f"short trainings of {given.short:g} kimg, one seed, posterior mean"] = (
+            "GP",
+            lambda w, s: by_surrogate(w, costs, short_of(w)),
+        )
+        procedures[f"ours, 8 trainings, short ones of {given.short:g} kimg among them"] = (
+            "GP",
+            lambda w, s: ours(w, costs, s, trials=8, short=short_of(w)),
         )
     rows = []
     for recipe, noise in itertools.product(given.recipes, (1.0, 0.5)):

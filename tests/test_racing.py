@@ -12,7 +12,7 @@ from bdense.errors import InputError
 from bdense.weights.space import PLAIN
 from search.analysis.comparison import compare
 from search.analysis.racing import Contender, next_replicate, plan_replicate
-from search.analysis.stop_rule import LargestGain, largest_gain, stop_or_replicate
+from search.analysis.stop_rule import LargestGain, largest_gain, stop_or_plan
 from search.spec.space import make_sampler, search_space
 from search.storage.ledger import Claim
 from search.study.arms import ROW_SPACE, Arm, ArmRow
@@ -83,7 +83,7 @@ class Simulated:
         """Work on rows as a worker does: trials by number, replicates by trial and seed."""
         done: list[int | tuple[int, int]] = []
         while len(done) < most:
-            if stop_or_replicate(self.study):
+            if stop_or_plan(self.study):
                 done += [
                     (self.study.arms[row.arm].trial, row.seed)
                     for row in finish(self.study, self.of_arm)
@@ -161,7 +161,7 @@ def test_a_race_plans_no_row_twice_keeps_its_budget_and_favours_the_valley(url):
     # Students of raced points stay on the disk.
     assert set(study.search.attribute("kept_students")) == {trial for trial, _ in raced}
     # Nothing is left, here or for another launch.
-    assert not stop_or_replicate(study)
+    assert not stop_or_plan(study)
     assert (study.left(), replicates(study)) == (0, raced)
 
 
@@ -203,7 +203,7 @@ def test_a_replicate_that_fails_is_not_tried_forever(url):
     for _ in range(6):
         simulated.trial()
     for _ in range(10):
-        if stop_or_replicate(simulated.study):
+        if stop_or_plan(simulated.study):
             claim = simulated.study.given.claim(ROW_SPACE, None)
             simulated.study.given.fail(claim, "diverged", "the loss is not finite", {})
     raced = replicates(simulated.study)

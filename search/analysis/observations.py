@@ -3,6 +3,7 @@
 Earlier searches may be its priors. One may be wrong here, under another budget or teacher: each is
 a group with an offset of its own, and where it disagrees with the study's values it is discounted.
 Another length of training is a further coordinate, so that it counts as far as lengths agree.
+Short trainings of the search itself have that coordinate, and a level of their own.
 """
 
 import math
@@ -13,8 +14,8 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from bdense.weights.space import BASELINE
-from search.analysis.surrogate import Observation, posterior
+from bdense.weights.space import BASELINE, Choice
+from search.analysis.surrogate import Observation, Point, posterior
 from search.spec.study import StudySpec
 from search.storage.queries import StoredTrial
 from search.study.arms import Arm, ArmRow
@@ -36,11 +37,33 @@ def trial_arm(spec: StudySpec, trial: StoredTrial) -> Arm:
     )
 
 
-def point_of(spec: StudySpec, params: dict[str, Any]) -> dict[str, float] | None:
+def point_of(spec: StudySpec, params: dict[str, Any]) -> Point | None:
     """Coordinates of weights for the surrogate; None where they have none, as plain ones."""
     space = spec.space
     at = space.coordinates(params)
     return None if at is None else dict(zip(space.axes, at, strict=True))
+
+
+def spread_points(spec: StudySpec, count: int) -> list[tuple[dict[str, Any], Point]]:
+    """``count`` points, evenly spread over the space, and their coordinates.
+
+    Fewer where some lie beyond its bound or have no coordinates.
+    """
+    from scipy.stats.qmc import Sobol
+
+    space, drawn = spec.space, spec.space.distributions()
+    found = []
+    for place in Sobol(len(drawn), scramble=False).random(count).tolist():
+        params: dict[str, Any] = {
+            name: each.options[int(share * len(each.options))]
+            if isinstance(each, Choice)
+            else each.at(share)
+            for share, (name, each) in zip(place, drawn.items(), strict=True)
+        }
+        point = point_of(spec, params)
+        if point is not None and space.excess(params, spec.resolved.num_branches) <= 0:
+            found.append((params, point))
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,16 +80,11 @@ class Observed:
 
 
 def observed(study: Study, trials: Sequence[StoredTrial]) -> Observed:
-    """The baseline, the complete trials in order, replicates once there are any, and priors."""
+    """The baseline, the complete trials in order, replicates, short trainings and priors."""
     baseline, searched = _baseline_of(study), _searched(study.spec, trials)
-    last = len(baseline) + len(searched)
+    own, last = [*baseline, *searched], len(baseline) + len(searched)
     return Observed(
-        observations=[
-            *baseline,
-            *searched,
-            *_replicated(study),
-            *_priors(study, [*baseline, *searched]),
-        ],
+        observations=[*own, *_replicated(study), *_short(study), *_priors(study, own)],
         baseline=range(len(baseline)),
         trials=range(len(baseline), last),
     )
@@ -103,12 +121,31 @@ def _replicated(study: Study) -> list[Observation]:
     return row_observations(spec, rows)
 
 
+def _short(study: Study) -> list[Observation]:
+    """Short trainings, on a level of their own."""
+    spec, variants = study.spec, study.variants
+    found: list[Observation] = []
+    for place, change in list(enumerate(variants))[1:]:
+        rows = [each for each in study.complete_arms() if each[1].variant == place]
+        length = log_length(change, spec.method.options)
+        found += row_observations(spec, rows, f"short {place}", length)
+    return found
+
+
 def row_observations(
-    spec: StudySpec, rows: Iterable[tuple[Arm, ArmRow, StoredTrial]]
+    spec: StudySpec,
+    rows: Iterable[tuple[Arm, ArmRow, StoredTrial]],
+    group: str = "seed",
+    length: float = 0.0,
 ) -> list[Observation]:
     """Complete rows of arms that have coordinates, a group for each seed."""
     return [
-        Observation(point=point, value=spec.metric.loss(trial.value), group=f"seed {row.seed}")
+        Observation(
+            point=point,
+            value=spec.metric.loss(trial.value),
+            group=f"{group} {row.seed}",
+            log_length=length,
+        )
         for arm, row, trial in rows
         if (point := point_of(spec, arm.params)) is not None and trial.value is not None
     ]
@@ -136,11 +173,15 @@ def log_length(method: Mapping[str, Any], of: Mapping[str, Any]) -> float:
 def _priors(study: Study, own: Sequence[Observation]) -> list[Observation]:
     found: list[Observation] = []
     for name in study.spec.search.prior:
-        prior = [each for _, each in prior_trials(study, name)]
-        # The whole prior counts as one value with that error.
-        noise = disagreement(prior, own) * math.sqrt(len(prior)) if prior else 0.0
-        found += [replace(each, noise=noise) for each in prior]
+        found += _discounted([each for _, each in prior_trials(study, name)], own)
     return found
+
+
+def _discounted(prior: Sequence[Observation], own: Sequence[Observation]) -> list[Observation]:
+    """A prior whose noise is as large as it disagrees with a study's own values."""
+    # The whole prior counts as one value with that error.
+    noise = disagreement(prior, own) * math.sqrt(len(prior)) if prior else 0.0
+    return [replace(each, noise=noise) for each in prior]
 
 
 def disagreement(prior: Sequence[Observation], own: Sequence[Observation]) -> float:

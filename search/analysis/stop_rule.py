@@ -10,13 +10,13 @@ from typing import Any, Self
 import numpy as np
 from optuna.trial import TrialState
 
-from bdense.weights.space import PLAIN, UNIFORM, Choice
+from bdense.weights.space import PLAIN, UNIFORM
 from search.analysis.comparison import Comparison, compare
-from search.analysis.observations import observed, point_of
+from search.analysis.observations import observed, point_of, spread_points
 from search.analysis.racing import BEYOND_NOISE, plan_replicate
 from search.analysis.recommendation import noise_of, recommend
-from search.analysis.surrogate import Point, posterior
-from search.spec.study import StudySpec
+from search.analysis.short_trainings import plan_short
+from search.analysis.surrogate import posterior
 from search.study.study import Study
 
 # Complete trials for each coordinate before the rule is asked: fewer do not show a valley.
@@ -85,7 +85,8 @@ def largest_gain(study: Study) -> LargestGain | None:
         return None
     own = point_of(spec, best.arm.params)
     reference = now.observations[now.baseline[0]].point if own is None else own
-    points = [reference, *points_of(spec), *(now.observations[i].point for i in now.trials)]
+    spread = [point for _, point in spread_points(spec, NUM_POINTS)]
+    points = [reference, *spread, *(now.observations[i].point for i in now.trials)]
     means, errors = posterior(now.observations, points).above(0)
     shift, error = (0.0, 0.0) if own is not None else _plain_less_uniform(comparison)
     gains = shift - means + BEYOND_NOISE * np.hypot(errors, error)
@@ -108,27 +109,8 @@ def _plain_less_uniform(comparison: Comparison) -> tuple[float, float]:
     return found.mean, found.deviation / math.sqrt(found.n)
 
 
-def points_of(spec: StudySpec) -> list[Point]:
-    """Coordinates of ``NUM_POINTS`` points, spread evenly over the space within its bound."""
-    from scipy.stats.qmc import Sobol
-
-    space, drawn = spec.space, spec.space.distributions()
-    found: list[Point] = []
-    for place in Sobol(len(drawn), scramble=False).random(NUM_POINTS).tolist():
-        params = {
-            name: each.options[int(share * len(each.options))]
-            if isinstance(each, Choice)
-            else each.at(share)
-            for share, (name, each) in zip(place, drawn.items(), strict=True)
-        }
-        point = point_of(spec, params)
-        if point is not None and space.excess(params, spec.resolved.num_branches) <= 0:
-            found.append(point)
-    return found
-
-
-def stop_or_replicate(study: Study) -> bool:
-    """End a search that has nothing left to find; otherwise plan its next replicate, if any.
+def stop_or_plan(study: Study) -> bool:
+    """End a search that has nothing left to find, else plan a replicate or a short training.
 
     Workers call it between rows, and a launch before its first one.
 
@@ -144,4 +126,6 @@ def stop_or_replicate(study: Study) -> bool:
             study.search.change(ENDED_EARLY, lambda _: found.as_dict())
             study.search.start_no_more()
             return False
-    return plan.race > 0 and plan_replicate(study)
+    if plan.race > 0 and plan_replicate(study):
+        return True
+    return plan.short is not None and plan_short(study)

@@ -111,13 +111,21 @@ def posterior_means(
     return [float(mean) for mean in means]
 
 
-def posterior(evaluations: Sequence[Observation], points: Sequence[Point]) -> Posterior:
+def posterior(
+    evaluations: Sequence[Observation],
+    points: Sequence[Point],
+    log_lengths: Sequence[float] | None = None,
+) -> Posterior:
     """Means, as by ``posterior_means``, with their covariance.
+
+    Args:
+        evaluations, points: As there.
+        log_lengths: Of each point, see ``Observation``; the study's own length by default.
 
     Raises:
         InputError: As by ``posterior_means``.
     """
-    at, asked, values, members, noises = _arrays(evaluations, points)
+    at, asked, values, members, noises = _arrays(evaluations, points, log_lengths)
     if _has_no_curve(at):
         means = np.array(_means_by_point(at, values, members, asked))
         covariance = np.zeros((len(asked), len(asked)))
@@ -158,7 +166,9 @@ def candidates(
 
 
 def _arrays(
-    evaluations: Sequence[Observation], points: Sequence[Point] | None
+    evaluations: Sequence[Observation],
+    points: Sequence[Point] | None,
+    log_lengths: Sequence[float] | None = None,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Places [n, d] and those asked for [m, d]; values [n], groups [n, g] and noises [n]."""
     own = [evaluation.point for evaluation in evaluations]
@@ -167,8 +177,9 @@ def _arrays(
     lengths = np.array([evaluation.log_length for evaluation in evaluations])
     # Length alone makes no curve.
     if np.ptp(lengths) > 0 and not _has_no_curve(at):
+        asked_lengths = np.zeros(len(asked)) if log_lengths is None else np.array(log_lengths)
         at = np.column_stack([at, lengths / math.log(FAR_LENGTH)])
-        asked = np.column_stack([asked, np.zeros(len(asked))])
+        asked = np.column_stack([asked, asked_lengths / math.log(FAR_LENGTH)])
     return (
         at,
         asked,

@@ -4,7 +4,7 @@ import contextlib
 
 from search.analysis.pilot import images_of, plan_pilot
 from search.analysis.priors import plan_first_points
-from search.analysis.stop_rule import stop_or_replicate
+from search.analysis.stop_rule import stop_or_plan
 from search.errors import StorageError
 from search.log import log_context, say
 from search.report.live import NoteWriter
@@ -53,7 +53,7 @@ def run_planned(study: Study, workers: int | None) -> Study:
     if study.spec.evaluation.images == "auto":
         study = _settled(study, workers, launch)
     plan_first_points(study)
-    stop_or_replicate(study)
+    stop_or_plan(study)
     run_rows(study, workers, launch)
     return study
 

@@ -29,6 +29,18 @@ class OneShotSpec(Knobs):
     best: int = knob(3, "points of the lowest FID that become trials, before others", low=1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShortSpec(Knobs):
+    """Short trainings inform a search at a part of a trial's cost; its surrogate chooses them."""
+
+    length: float = knob(
+        0.25, "length of one, in those of a trial: that share of method.kimg", above=0, below=1
+    )
+    trainings: int = knob(
+        12, "how many there are at most, beside the trials; under the trials' seed", low=1
+    )
+
+
 class Plan(Knobs, abc.ABC):
     """Which rows a study has; ``read_plan`` chooses the class by the keys that are given.
 
@@ -39,6 +51,7 @@ class Plan(Knobs, abc.ABC):
 
     # What a search adds to trials and baselines.
     one_shot: OneShotSpec | None = None
+    short: ShortSpec | None = None
     replicates: int = 1
     race: int = 0
     stop: bool = False
@@ -86,6 +99,11 @@ class SearchPlan(Plan):
         None,
         "ask one training for the whole curve of FIDs first; `plan: one-shot` is {one_shot: {}}, "
         "whose trials are its best points alone",
+    )
+    short: ShortSpec | None = knob(
+        None,
+        "short trainings too, {} for the usual ones: while some are left, the surrogate chooses "
+        "what is trained next, a short one or a trial, and at which point; then the sampler does",
     )
     replicates: int = knob(
         3,
@@ -171,9 +189,26 @@ class SearchPlan(Plan):
     def num_rows(self, spec: "StudySpec") -> int:
         return self.trials + len(spec.baselines) * self.replicates
 
+    def changes_when_short(self, spec: "StudySpec") -> dict[str, Any] | None:
+        """The settings of a resolved method in which short trainings differ; None without any.
+
+        Raises:
+            KnobError: The method has no ``kimg``.
+        """
+        if self.short is None:
+            return None
+        if "kimg" not in spec.method.options:
+            raise KnobError(
+                "plan.short",
+                f"trains for a share of method.kimg, which {spec.method.name} does not have; "
+                "leave it out",
+            )
+        return {"kimg": self.short.length * spec.method.options["kimg"]}
+
     def num_kept(self, spec: "StudySpec") -> int:
         # Both the trial of a raced point and its replicates are kept.
-        return spec.keep_students + len(spec.baselines) * self.replicates + 2 * self.race
+        short = 0 if self.short is None else self.short.trainings
+        return spec.keep_students + len(spec.baselines) * self.replicates + 2 * self.race + short
 
     def conditions(self, spec: "StudySpec") -> dict[str, Any]:
         seeds = {"training": spec.seeds.training, "evaluation": spec.seeds.evaluation}

@@ -35,7 +35,7 @@ _RESOURCES = (
     "gradient_checkpointing",
     "log",
 )
-_PLAN = ("one_shot", "at", "images", "stop")
+_PLAN = ("one_shot", "short", "at", "images", "stop")
 
 
 @dataclass(frozen=True, slots=True)

@@ -262,10 +262,11 @@ def _check_weights(spec: StudySpec) -> None:
 
 
 def _check_race(spec: StudySpec) -> None:
-    """Race and stop need coordinates; stop also needs uniform weights to be a point."""
+    """What the surrogate decides needs coordinates; stop also needs uniform weights as a point."""
     plan, space = spec.search, spec.space
-    if (plan.race or plan.stop) and not space.axes:
-        name = "race" if plan.race else "stop"
+    asked = {"race": plan.race, "stop": plan.stop, "short": plan.short is not None}
+    if not space.axes and any(asked.values()):
+        name = next(name for name, is_asked in asked.items() if is_asked)
         raise InputError(
             f"plan.{name}: {space.name} weights have no coordinates to compare points by; drop "
             f"plan.{name}, or search another space, such as normalised"

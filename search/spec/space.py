@@ -154,6 +154,8 @@ def check_plan(spec: StudySpec, check_arm: Callable[[Mapping[str, Any]], None]) 
             f"plan.trials: {spec.search.trials} trials would all be the same, as weights has one "
             "point; run 1, or widen weights"
         )
+    if (change := spec.search.changes_when_short(spec)) is not None:
+        variant(change, "plan.short")
     require_sampler(spec)
     make_pruner(spec)
     confirmed = variant(spec.confirm.method, "confirm.method")

@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any, Self
 
 from optuna.exceptions import ExperimentalWarning
@@ -152,6 +153,9 @@ class Study:
         if (one_shot := one_shot_arm(spec)) is not None:
             study.plan([one_shot], [spec.seeds.training])
         study.plan(baseline_arms(spec), spec.baseline_seeds)
+        if (change := spec.search.changes_when_short(spec)) is not None:
+            # Of uniform weights first, which are measured at full length anyway.
+            study.plan(baseline_arms(spec)[-1:], [spec.seeds.training], [change])
         return study
 
     @property
@@ -270,8 +274,12 @@ class Study:
             self.given.enqueue(asdict(row), {"arm": arms[row.arm].name}, again=MENDABLE)
         self.given.resize(ROW_SPACE)
 
-    def plan_row(self, arm: Arm, seed: int, *, seen: int) -> bool:
+    def plan_row(
+        self, arm: Arm, seed: int, change: Mapping[str, Any] = MappingProxyType({}), *, seen: int
+    ) -> bool:
         """Add one row, if there are still the ``seen`` rows that it was chosen after.
+
+        ``change`` is a variant that rows have already.
 
         Returns:
             Whether it was added; False where another process was first.
@@ -279,7 +287,8 @@ class Study:
         assert self.given is not None
         known = self.arms
         known += [arm] if arm not in known else []
-        row = ArmRow(arm=known.index(arm), seed=seed)
+        variant = self.variants.index(dict(change))
+        row = ArmRow(arm=known.index(arm), seed=seed, variant=variant)
         stored = self.given.extend_list(ARMS, [asdict(each) for each in known])
         return stored and self.given.enqueue_next(asdict(row), {"arm": arm.name}, seen=seen)
 
@@ -299,6 +308,12 @@ class Study:
             variant=self.variants[row.variant],
             arm=arm.name,
         )
+
+    def pending(self) -> list[dict[str, Any]]:
+        """Parameters of the trials of a search that are planned or running."""
+        record, states = self.search.study, (TrialState.WAITING, TrialState.RUNNING)
+        trials = retrying(lambda: record.get_trials(deepcopy=False, states=states))
+        return [asked_of(trial) for trial in trials]
 
     def rows(self) -> list[tuple[ArmRow, bool]]:
         """Each planned row of a given arm, and whether it has ended."""

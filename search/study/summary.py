@@ -137,7 +137,8 @@ def baselines_of(study: Study) -> dict[str, Measured]:
     """The complete baselines of a search by name, of the trials' own seed."""
     spec, found = study.spec, {}
     for arm, row, trial in study.complete_arms():
-        if arm.baseline is not None and row.seed == spec.seeds.training:
+        is_own = row.seed == spec.seeds.training and not row.variant
+        if arm.baseline is not None and is_own:
             found[arm.baseline] = Measured(
                 metric=spec.metric,
                 number=trial.number,

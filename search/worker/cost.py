@@ -256,6 +256,7 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
         evaluations //= calls(spec.method.options.get("guidance_student", 1.0))
     stored = _stored_bytes(spec, teacher, known)
     length, points = _one_shot(spec)
+    short = spec.plan.short
     students = f"{len(stages)} students" if len(stages) > 1 else "a student"
     lines = [
         f"rows: {rows}, each of {students}, {updates:,} updates and {drawn:,} images",
@@ -267,6 +268,11 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
             f"one-shot: one training of {round(length * updates):,} updates, and "
             f"{points * images:,} images along its curve"
         )
+    if short is not None:
+        lines.append(
+            f"short: up to {short.trainings} trainings of {round(short.length * updates):,} "
+            f"updates and {drawn:,} images"
+        )
     try:
         found = measure(spec, patience=PATIENCE_SECONDS)
         why = f"to measure a trial takes longer than {PATIENCE_SECONDS:g} s here"
@@ -276,13 +282,16 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
         lines.append(f"time and memory: not known before the launch: {why}")
     else:
         at_once = workers or 1
-        each = updates * found.update_seconds
-        each += evaluations * found.draw_seconds + drawn * found.feature_seconds
+        judged = evaluations * found.draw_seconds + drawn * found.feature_seconds
+        each = updates * found.update_seconds + judged
         whole = rows * each + length * updates * (found.update_seconds + found.recording_seconds)
         seen = stages[-1].nfe * found.draw_seconds + found.feature_seconds
         whole += points * images * seen
-        seeds = spec.plan.num_seeds if stored else 0
-        recorded = seeds * stages[0].num_updates * found.recording_seconds
+        seeds: float = spec.plan.num_seeds
+        if short is not None:
+            whole += short.trainings * (short.length * updates * found.update_seconds + judged)
+            seeds += short.length  # their own, of the trials' seed
+        recorded = seeds * stages[0].num_updates * found.recording_seconds if stored else 0.0
         lines += [
             f"memory: {_gib(found.peak_bytes)} a trial, of {_gib(found.free_bytes)} that are free",
             f"time: {duration(each)} a trial, {duration((recorded + whole) / at_once)} in "

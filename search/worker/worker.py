@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from search.analysis.stop_rule import stop_or_replicate
+from search.analysis.stop_rule import stop_or_plan
 from search.errors import SpecChangedError
 from search.spec.space import make_sampler, sampler_seed, search_space
 from search.storage.ledger import Claim, Done, LeaseRenewal, Ledger, Wait
@@ -55,7 +55,7 @@ class Worker:
             )
         plan = self._spec.plan
         self._awaits_curve = plan.one_shot is not None
-        self._looks_ahead = plan.race > 0 or plan.stop
+        self._looks_ahead = plan.race > 0 or plan.stop or plan.short is not None
         self._ended: list[int] = []
         self._trainer = trainer_of(self._spec).open(study, self._spec)
 
@@ -93,7 +93,7 @@ class Worker:
         return self._awaits_curve
 
     def _plan_ahead(self) -> bool:
-        """Once rows have ended, end the search or plan a replicate; whether one was planned.
+        """Once rows have ended, end the search or plan given rows; whether one was planned.
 
         Rows that are planned already come first.
         """
@@ -103,7 +103,7 @@ class Worker:
         ended = [each.ended for each in counts]
         if ended == self._ended or counts[-1].waiting:
             return False
-        planned = stop_or_replicate(self._study)
+        planned = stop_or_plan(self._study)
         if not planned:
             self._ended = ended
         return planned

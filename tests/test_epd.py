@@ -91,6 +91,7 @@ class TestEPD(MethodContract):
     knobs = KNOBS | {"dropout": True}
     others = {"order": (3,)}  # noqa: RUF012
     rate = 1e-3
+    keeps_graphs = True
 
     def teacher(self) -> NetworkDenoiser:
         return small_conv(dropout=0.2)

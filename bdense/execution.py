@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+Precision = Literal["float32", "tf32", "bfloat16", "float16", "fast"]
 CompileMode = Literal["default", "reduce-overhead"]
 
 
@@ -33,7 +33,7 @@ class Execution(Knobs):
         "float32",
         "number format of the network's calls: tf32 is float32 whose products a GPU rounds to 10 "
         "bits; with bfloat16 and float16 the weights and their updates stay float32; tf32 and "
-        "float16 need a GPU",
+        "float16 need a GPU; fast is bfloat16 with compile and channels_last, for a GPU",
     )
     compile: bool = knob(
         False,
@@ -66,7 +66,7 @@ class Execution(Knobs):
                 gradient checkpointing, or its mode without it.
         """
         self.require_compatible()
-        if self.compile and not any(map(shutil.which, _compilers(device))):
+        if self.is_compiled and not any(map(shutil.which, _compilers(device))):
             raise InputError(
                 f"compile needs the compiler {' or '.join(_compilers(device))}, which is missing "
                 "here; install it, or leave compile out"
@@ -79,11 +79,11 @@ class Execution(Knobs):
 
     def require_compatible(self) -> None:
         """Refuse settings that exclude each other on any device, by a ``KnobError``."""
-        if self.compile_mode != "default" and not self.compile:
+        if self.compile_mode != "default" and not self.is_compiled:
             raise KnobError(
                 "compile_mode", f"{self.compile_mode} needs `compile`; set it, or leave both out"
             )
-        if self.compile and self.gradient_checkpointing:
+        if self.is_compiled and self.gradient_checkpointing:
             raise KnobError(
                 "compile",
                 "decides itself what is kept for going backwards, and `gradient_checkpointing` "
@@ -98,11 +98,22 @@ class Execution(Knobs):
             )
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether the network is compiled."""
+        return self.compile or self.precision == "fast"
+
+    @property
+    def is_channels_last(self) -> bool:
+        """Whether tensors are in NHWC order."""
+        return self.channels_last or self.precision == "fast"
+
+    @property
     def dtype(self) -> "torch.dtype | None":
         """Autocast's type; None without autocast."""
         import torch
 
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.precision)
+        half = {"float16": torch.float16, "bfloat16": torch.bfloat16, "fast": torch.bfloat16}
+        return half.get(self.precision)
 
     def prepare(self, network: "nn.Module") -> None:
         """Set the network's memory layout and compile it, in place; calls ``set_products``."""
@@ -111,9 +122,9 @@ class Execution(Knobs):
         self.set_products()
         # cuDNN times its kernels at each new shape, and takes the fastest: not always the same.
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
-        if self.channels_last:
+        if self.is_channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.compile:
+        if self.is_compiled:
             network.compile(mode=self.compile_mode)
 
     def set_products(self) -> None:
@@ -141,6 +152,22 @@ def moved(values: "Tensor", like: "Tensor") -> "Tensor":
     if like.device.type == "cuda":
         values = values.pin_memory()
     return values.to(like.device, non_blocking=True)
+
+
+def kept_on(values: "Tensor", device: "torch.device") -> "Tensor":
+    """``values`` on a GPU, if they take a quarter of its free memory or less; else as they are."""
+    import torch
+
+    if device.type != "cuda" or 4 * values.nbytes > torch.cuda.mem_get_info(device)[0]:
+        return values
+    return values.to(device)
+
+
+def taken(values: "Tensor", index: "Tensor") -> "Tensor":
+    """``values[index]`` by an index on the CPU, without a wait for a GPU that has the values."""
+    if values.is_cuda:
+        index = index.pin_memory().to(values.device, non_blocking=True)
+    return values[index]
 
 
 @contextlib.contextmanager

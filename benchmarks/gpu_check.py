@@ -19,7 +19,7 @@ import torch
 from bdense.data.datasets import Dataset
 from bdense.diffusion.branches import widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.execution import CompileMode, Execution, Precision
+from bdense.execution import CompileMode, Execution, Precision, moved
 from bdense.methods.method import Inputs
 from bdense.methods.progressive import PDConfig, Progressive
 from bdense.methods.recordings import TrajectoryStore
@@ -48,7 +48,7 @@ EXECUTIONS = (
     Execution(precision="tf32", channels_last=True),
     Execution(precision="bfloat16"),
     Execution(precision="bfloat16", channels_last=True),
-    Execution(precision="bfloat16", channels_last=True, compile=True),
+    Execution(precision="fast"),
     Execution(
         precision="bfloat16", channels_last=True, compile=True, compile_mode="reduce-overhead"
     ),
@@ -67,6 +67,7 @@ def main() -> int:
     device = torch.device("cpu" if given.cpu else "cuda")
     lines: dict[str, Callable[[argparse.Namespace, torch.device], str]] = {
         "Waits for the GPU": waits,
+        "Images on the GPU": images,
         "Statistics of features": statistics,
         "Launches": launches,
         "Choice of kernels (cudnn.benchmark)": kernel_choice,
@@ -189,6 +190,27 @@ def _counted(stage: Training, device: torch.device) -> str:
     return f"{(seen[-1] - seen[0]) / (len(seen) - 1) / updates:.2f}"
 
 
+# ---- images ----
+
+
+def images(given: argparse.Namespace, device: torch.device) -> str:
+    """A batch of CIFAR-10's size from images on the device against images on the CPU."""
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (50_000, 3, 32, 32), generator=draw, dtype=torch.uint8)
+    plain, like = Dataset("noise", pixels, ""), torch.empty(0, device=device)
+    index = torch.randint(len(pixels), (given.batch,), generator=draw)
+
+    def seconds(data: Dataset) -> float:
+        return seconds_per_call(lambda: moved(data.clean(index), like), 100, device)
+
+    there = plain.on(device)
+    found = interleave(lambda: seconds(plain), lambda: seconds(there), PAIRS)
+    return table(
+        ("milliseconds of a batch", "on the CPU", "on the device", "CPU / it"),
+        [_both(f"{given.batch} images", found, scale=1e3)],
+    )
+
+
 # ---- statistics ----
 
 
@@ -227,8 +249,8 @@ def statistics(given: argparse.Namespace, device: torch.device) -> str:
     )
 
 
-def _both(name: str, found: Paired) -> tuple[str, str, str, str]:
-    first, second = found.seconds
+def _both(name: str, found: Paired, scale: float = 1.0) -> tuple[str, str, str, str]:
+    first, second = (scale * each for each in found.seconds)
     return name, f"{first:.4f}", f"{second:.4f}", f"{found.ratio:.2f}"
 
 
@@ -408,7 +430,7 @@ def formats(given: argparse.Namespace, device: torch.device) -> str:
 
 
 def _on_cpu(execution: Execution) -> bool:
-    return execution.precision != "tf32" and not execution.compile
+    return execution.precision != "tf32" and not execution.is_compiled
 
 
 if __name__ == "__main__":

@@ -82,9 +82,9 @@ class Cell:
         """Precision, mode, layout."""
         own = self.execution
         mode = next(
-            name for name, value in MODES.items() if value == (own.compile, own.compile_mode)
+            name for name, value in MODES.items() if value == (own.is_compiled, own.compile_mode)
         )
-        layout = next(name for name, value in LAYOUTS.items() if value == own.channels_last)
+        layout = next(name for name, value in LAYOUTS.items() if value == own.is_channels_last)
         return [own.precision, mode, layout]
 
 

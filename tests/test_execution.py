@@ -226,6 +226,18 @@ def test_compilation_without_a_compiler_is_refused(monkeypatch):
 
 
 @NEEDS_COMPILER
+def test_fast_is_three_settings_at_once():
+    teacher = small_teacher().execute(Execution(precision="fast"))
+    three = Execution(precision="bfloat16", compile=True, channels_last=True)
+    own = teacher.execution
+    assert own.autocast(CPU).fast_dtype == three.autocast(CPU).fast_dtype == torch.bfloat16
+    assert teacher.model._compiled_call_impl is not None
+    first = next(p for p in teacher.model.parameters() if p.dim() == 4 and min(p.shape[:2]) > 1)
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    assert not first.is_contiguous()
+
+
+@NEEDS_COMPILER
 @pytest.mark.parametrize("mode", get_args(CompileMode))
 def test_the_mode_is_torchs_own(mode):
     """Copies and students have it too."""

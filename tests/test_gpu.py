@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bdense.data.datasets import load_dataset
+from bdense.data.datasets import Dataset, load_dataset
 from bdense.diffusion.branches import export_branch, widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, draw_images
@@ -270,6 +270,14 @@ def test_two_gpus_equal_one_to_rounding(precision):
 def follow_out_of_memory(team: Team, device: torch.device, job: object) -> None:
     team.mean(torch.ones(1, device=device))
     torch.empty(2**50, dtype=torch.uint8, device=device)
+
+
+def test_images_that_lie_on_a_gpu_are_the_same_batches():
+    images = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)
+    plain = Dataset("noise", images, "")
+    there, index = plain.on(torch.device("cuda")), torch.randint(64, (16,))
+    assert there.images.is_cuda
+    assert torch.equal(there.clean(index).cpu(), plain.clean(index))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than 2 GPUs")

@@ -22,7 +22,9 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", ["waits", "statistics", "kernel_choice", "recordings", "latents"])
+@pytest.mark.parametrize(
+    "line", ["waits", "images", "statistics", "kernel_choice", "recordings", "latents"]
+)
 def test_its_lines_run_on_the_cpu(monkeypatch, line):
     """Each ends in a table of numbers, but for waits, which a CPU does not have."""
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--cpu"])

@@ -1,5 +1,6 @@
 """Recorded trajectories: the same numbers as live ones, whole files, bounded size."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +30,7 @@ def test_a_store_is_recorded_once_and_by_shards(tmp_path, monkeypatch):
     live = small_trajectories(small_teacher(), count=5)
     store = TrajectoryStore(live, tmp_path)
     assert (store.shard_length, store.num_shards) == (2, 3)
-    store.record_shard(1)
+    assert list(store.record_shards([1])) == [1]
     stamp = store.shard_path(1).stat().st_mtime_ns
     assert store.missing() == [0, 2]
     recorded = store.record()
@@ -42,6 +43,30 @@ def test_a_store_is_recorded_once_and_by_shards(tmp_path, monkeypatch):
     headers = 128 * store.num_shards
     data = sum(path.stat().st_size for path in store.folder.glob("*.npy"))
     assert data == store.nbytes + headers
+
+
+def test_a_shard_is_written_while_the_next_is_computed(tmp_path, monkeypatch):
+    """Otherwise the first would wait for the second in vain."""
+    monkeypatch.setattr("bdense.methods.recordings.MIN_SHARDS", 3)
+    store = TrajectoryStore(small_trajectories(small_teacher(), count=5), tmp_path)
+    begun, written = [threading.Event() for _ in range(4)], []
+    begun[3].set()
+    computed, save = TrajectoryStore._computed, np.save
+
+    def computing(self, shard):
+        begun[shard].set()
+        return computed(self, shard)
+
+    def saving(file, rows):
+        assert begun[len(written) + 1].wait(20)
+        save(file, rows)
+        written.append(len(rows))
+
+    monkeypatch.setattr(TrajectoryStore, "_computed", computing)
+    monkeypatch.setattr(np, "save", saving)
+    assert list(store.record_shards(range(3))) == [0, 1, 2]
+    assert written == [2 * 8, 2 * 8, 8]
+    assert store.missing() == []
 
 
 def test_rows_read_ahead_are_the_same_whatever_is_asked_for_next(tmp_path):

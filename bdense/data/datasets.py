@@ -8,9 +8,9 @@ import contextlib
 import hashlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from bdense.data.names import DATA_SETS, Fit, split_fit, split_format
 from bdense.data.readers import cropped_arrays, read_folder, read_idx_images, read_zip
 from bdense.downloads import fetch
 from bdense.errors import InputError, ShapeError, did_you_mean
+from bdense.execution import kept_on, taken
 from bdense.files import file_lock, require_no_pipe, user_folder
 
 DATA_FOLDER = "BDENSE_DATA"
@@ -78,9 +79,17 @@ class Dataset:
         """(C, H, W) of what a network learns from."""
         return tuple(self.images.shape[1:])
 
+    def pixels(self, index: Tensor) -> Tensor:
+        """[B, C, H, W] uint8 of the images [B], where these are."""
+        return taken(self.images, index)
+
     def clean(self, index: Tensor) -> Tensor:
         """[B, C, H, W] float32 that a network learns from, of the images [B]."""
-        return to_float(self.images[index])
+        return to_float(self.pixels(index))
+
+    def on(self, device: torch.device) -> Self:
+        """With what a network learns from on that device, see ``kept_on``."""
+        return replace(self, images=kept_on(self.images, device))
 
     @property
     def num_classes(self) -> int:

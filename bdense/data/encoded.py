@@ -6,8 +6,9 @@ n images, C channels, H x W pixels, [n, c, h, w] latents; L tokens of a prompt, 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from bdense.data.datasets import Dataset, to_float
 from bdense.diffusion.conditions import Prompts
 from bdense.errors import CheckpointError, NonFiniteError
+from bdense.execution import kept_on, taken
 from bdense.files import atomic_write, file_lock, sha256_model
 from bdense.models.diffusers_files import folder_of, pipeline_folder
 from bdense.models.diffusers_teacher import codec_config
@@ -45,7 +47,10 @@ class EncodedDataset(Dataset):
         return tuple(self.latents.shape[1:])
 
     def clean(self, index: Tensor) -> Tensor:
-        return self.latents[index]
+        return taken(self.latents, index)
+
+    def on(self, device: torch.device) -> Self:
+        return replace(self, latents=kept_on(self.latents, device))
 
 
 def encode_dataset(

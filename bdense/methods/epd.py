@@ -347,10 +347,10 @@ class EPDMethod(Method):
             raise InputError(
                 "the teacher is a student, which has a sampler already; give its own teacher"
             )
-        if teacher.execution.compile:
+        if teacher.execution.is_compiled:
             raise InputError(
                 "epd goes backwards through a call of the network several times, which a compiled "
-                "one cannot; drop compile"
+                "one cannot; drop compile, and precision fast, which compiles"
             )
 
     def stage(

@@ -4,6 +4,7 @@ B batch, C channels, H x W pixels.
 """
 
 import abc
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,10 @@ class ImageStage(MethodStage):
         require_shape(self.dataset, self.teacher.image_shape)
         self.conditions.require(self.dataset)
 
+    @functools.cached_property
+    def _data(self) -> Dataset:
+        return self.dataset.on(next(self.teacher.parameters()).device)
+
     @abc.abstractmethod
     def intervals_at(self, iteration: int) -> int:
         """N of that iteration."""
@@ -76,12 +81,12 @@ class ImageStage(MethodStage):
         count, like = self.batch_size, next(self.teacher.parameters())
         draw = generator(self.seed, Stream.IMAGES, self.round, iteration)
         index = torch.randint(len(self.dataset.images), (count,), generator=draw)
-        clean = self.dataset.clean(index)
+        clean = self._data.clean(index)
         noise = torch.randn(clean.shape, generator=draw)
         interval = torch.randint(self.intervals_at(iteration), (count,), generator=draw)
         if self.config.flip:
-            mirrored = torch.rand(count, generator=draw) < 0.5
-            clean[mirrored] = clean[mirrored].flip(-1)
+            mirrored = moved((torch.rand(count, generator=draw) < 0.5).view(-1, 1, 1, 1), clean)
+            clean = torch.where(mirrored > 0, clean.flip(-1), clean)
         return ImageBatch(
             moved(clean[images], like),
             moved(noise[images], like),

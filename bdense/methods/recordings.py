@@ -13,8 +13,9 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -128,34 +129,44 @@ class TrajectoryStore:
                 f"{free / 2**30:.2f} GiB free; make room or set trajectories.mode to live"
             )
 
-    def record_shard(self, shard: int, on_iteration: Callable[[int], None] | None = None) -> None:
-        """Compute and write one shard, unless it exists by now.
+    def record_shards(self, shards: Iterable[int]) -> Iterator[int]:
+        """Compute and write shards, each unless it exists by then; yields each once it does.
 
-        Args:
-            shard: 0-based.
-            on_iteration: Called with the number of iterations done in this shard.
+        One is written while the next is computed. Where no next one is asked for, the last is
+        still written.
         """
-        path = self.shard_path(shard)
-        with file_lock(path.with_suffix(".lock")):
-            if path.exists():
-                return
-            iterations = self.iterations(shard)
-            first = self.rows_before(iterations.start)
-            shape = (self.rows_before(iterations.stop) - first, *self.row_shape)
-            rows = np.empty(shape, self.dtype)
-            for done, i in enumerate(iterations, 1):
-                own = slice(self.rows_before(i) - first, self.rows_before(i + 1) - first)
-                rows[own] = self.live[i].states.cpu().numpy()
-                if on_iteration is not None:
-                    on_iteration(done)
-            with atomic_write(path) as scratch, scratch.open("wb") as file:
-                np.save(file, rows)
+        with ThreadPoolExecutor(1, "trajectory-shards") as writer:
+            before: tuple[int, Future[None]] | None = None
+            for shard in shards:
+                path = self.shard_path(shard)
+                with ExitStack() as until_computed:
+                    until_computed.enter_context(file_lock(path.with_suffix(".lock")))
+                    rows = None if path.exists() else self._computed(shard)
+                    until_written = until_computed.pop_all()
+                writing = writer.submit(_write, path, rows, until_written)
+                if before is not None:
+                    before[1].result()
+                    yield before[0]
+                before = shard, writing
+            if before is not None:
+                before[1].result()
+                yield before[0]
+
+    def _computed(self, shard: int) -> np.ndarray:
+        iterations = self.iterations(shard)
+        first = self.rows_before(iterations.start)
+        shape = (self.rows_before(iterations.stop) - first, *self.row_shape)
+        rows = np.empty(shape, self.dtype)
+        for i in iterations:
+            own = slice(self.rows_before(i) - first, self.rows_before(i + 1) - first)
+            rows[own] = self.live[i].states.cpu().numpy()
+        return rows
 
     def record(self) -> "RecordedTrajectories":
         """Record whatever is missing and open the store."""
         self.require_room()
-        for shard in self.missing():
-            self.record_shard(shard)
+        for _ in self.record_shards(self.missing()):
+            pass
         return self.open()
 
     def open(self) -> "RecordedTrajectories":
@@ -189,6 +200,14 @@ class TrajectoryStore:
                 "delete it to record it again"
             )
         return rows
+
+
+def _write(path: Path, rows: np.ndarray | None, locked: ExitStack) -> None:
+    """Write a shard, if it was computed, and give its lock back."""
+    with locked:
+        if rows is not None:
+            with atomic_write(path) as scratch, scratch.open("wb") as file:
+                np.save(file, rows)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

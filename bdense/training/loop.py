@@ -238,10 +238,11 @@ def _require_fitting(stage: Training, weighting: BranchWeighting) -> None:
             f"{stage.num_branches} branches (substeps); give one for each branch, or a single one "
             "for plain training"
         )
-    if weighting.needs_gradients and stage.start.execution.compile:
+    if weighting.needs_gradients and stage.start.execution.is_compiled:
         raise InputError(
             "weights learned by gradients need the input of the network's head, which a compiled "
-            "network hides; drop compile, or learn them by the rule uncertainty or anneal"
+            "network hides; drop compile (and precision fast, which compiles), or learn them by "
+            "the rule uncertainty or anneal"
         )
 
 

@@ -173,17 +173,21 @@ class TeacherStage(Stateless):
     def optimisation(self) -> OptimisationConfig:
         return self.config.optimisation
 
+    @functools.cached_property
+    def _data(self) -> Dataset:
+        return self.dataset.on(next(self.start.parameters()).device)
+
     def batch(self, iteration: int, images: slice) -> "NoisyBatch":
         """Images, drawn with replacement, noise and noise levels."""
         config, like = self.config, next(self.start.parameters())
         draw = generator(config.seed, Stream.TEACHER_BATCH, iteration)
         index = torch.randint(len(self.dataset.images), (config.batch,), generator=draw)
-        pixels = self.dataset.images[index]
+        pixels = self._data.pixels(index)
         noise = torch.randn(pixels.shape, generator=draw)
         sigma = draw_levels(config, draw, like)
         if config.flip:
-            mirrored = torch.rand(config.batch, generator=draw) < 0.5
-            pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+            mirrored = (torch.rand(config.batch, generator=draw) < 0.5).view(-1, 1, 1, 1)
+            pixels = torch.where(moved(mirrored, pixels) > 0, pixels.flip(-1), pixels)
         return NoisyBatch(
             # Bytes until here: a whole set in float32 is four times as large.
             clean=moved(to_float(pixels[images]), like),

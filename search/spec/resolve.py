@@ -247,7 +247,7 @@ def _with_facts(
 _URL_PASSWORD = re.compile(r"://[^/@]*:[^@]+@")
 _HIDDEN = (
     "weights by the branches' gradients read the features inside the network, which "
-    "resources.compile hides; drop one of the two"
+    "resources.compile and precision fast hide; drop one of the two"
 )
 
 
@@ -256,7 +256,7 @@ def _check_weights(spec: StudySpec) -> None:
         return
     space = DistillationWorkload(spec).space
     space.check(spec.resolved.num_branches)
-    if spec.resources.compile and space.needs_gradients:
+    if execution(spec).is_compiled and space.needs_gradients:
         raise InputError(f"weights: {_HIDDEN}")
     _check_race(spec)
 
@@ -339,7 +339,7 @@ def _check_arm(spec: StudySpec, params: Mapping[str, Any]) -> None:
     weighting = space_of(params).weighting(params, spec.resolved.num_branches)
     if BASELINE not in params:
         spec.require_fitting(params)
-    if spec.resources.compile and weighting.needs_gradients:
+    if execution(spec).is_compiled and weighting.needs_gradients:
         raise InputError(_HIDDEN)
 
 

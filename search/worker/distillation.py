@@ -1,5 +1,6 @@
 """Rows whose students are distilled from the study's teacher and judged by FID."""
 
+import itertools
 import math
 import platform
 import time
@@ -114,12 +115,12 @@ def record(
         if missing:
             done = store.num_shards - len(store.missing())
             yield Preparation(Step.TRAJECTORIES, done, store.num_shards, remark)
-        for shard in missing:
-            if time.monotonic() > deadline:
-                return
-            store.record_shard(shard)
+        in_time = itertools.takewhile(lambda _: time.monotonic() <= deadline, missing)
+        for _ in store.record_shards(in_time):
             done = store.num_shards - len(store.missing())
             yield Preparation(Step.TRAJECTORIES, done, store.num_shards, remark)
+        if time.monotonic() > deadline:
+            return
 
 
 def _require_same_teacher(of: Ledger, teacher: NetworkDenoiser) -> None:

@@ -199,10 +199,11 @@ def file_lock(path: Path) -> Iterator[None]:
     The file names its last holder as host:pid. A process that waits long logs one warning.
 
     Raises:
-        InputError: ``path`` is a link, whose target would be emptied.
+        InputError: ``path`` is a link, whose target would be emptied, or a device or a FIFO.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    require_no_pipe(path)
     # Opened without truncation: a waiting process must not erase the holder's name.
     flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -249,7 +250,11 @@ def require_no_page(path: Path) -> None:
     """Raise a CheckpointError if a file is what a download leaves in place of one.
 
     A Git LFS pointer (https://git-lfs.com), or an HTML page.
+
+    Raises:
+        InputError: As ``require_no_pipe``.
     """
+    require_no_pipe(path)
     with Path(path).open("rb") as file:
         start = file.read(64).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):

@@ -332,6 +332,20 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     assert (tmp_path / "precious").read_text() == "kept"
 
 
+def test_a_lock_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "lock")
+    refused = pytest.raises(InputError, match="lock is a device or a pipe")
+    with refused, file_lock(tmp_path / "lock"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["pipe.pkl", "pipe.safetensors"])
+def test_a_model_that_is_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError):
+        load_denoiser(tmp_path / name)
+
+
 def test_a_lock_is_held_by_one_at_a_time(tmp_path):
     order = []
 

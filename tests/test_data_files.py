@@ -473,6 +473,19 @@ def test_labels_below_a_top_folder_belong_to_its_images(tmp_path):
         read_zip(path)
 
 
+def test_labels_below_a_folder_are_not_lost(tmp_path):
+    labels = labels_file(("0/a.png", 3), ("0/b.png", 1))
+    files = {"top/0/a.png": PNG, "top/0/b.png": PNG, "top/dataset.json": labels}
+    folder = folder_of(tmp_path / "set", files)
+    with pytest.raises(InputError, match=f"give folder:{folder / 'top'}"):
+        read_folder(folder)
+    assert read_folder(folder / "top")[1].tolist() == [3, 1]
+    (folder / "top/dataset.json").unlink()
+    os.mkfifo(folder / "top/dataset.json")
+    with pytest.raises(InputError, match=r"dataset\.json is a device or a pipe"):
+        read_folder(folder / "top")
+
+
 def test_what_is_there_twice_is_refused(tmp_path):
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as archive:

@@ -3,6 +3,7 @@
 import builtins
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -141,6 +142,14 @@ def test_a_copy_in_half_precision_alone_is_read(tmp_path):
     found = read_diffusers(tmp_path)[0].state_dict()
     halves = new_unet().half().float().state_dict()
     assert all(torch.equal(found[f"model.unet.{name}"], value) for name, value in halves.items())
+
+
+@pytest.mark.parametrize("name", ["config.json", "other.safetensors"])
+def test_a_part_that_is_a_pipe_is_not_waited_for(folder, name):
+    (folder / "unet" / name).unlink(missing_ok=True)
+    os.mkfifo(folder / "unet" / name)
+    with pytest.raises(InputError):
+        read_diffusers(folder)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -72,6 +72,19 @@ def test_what_lies_beside_weights_is_not_replaced(made, tmp_path, verb):
         beside.unlink()
 
 
+@pytest.mark.parametrize("ending", [".fid.json", ".epd.json"])
+def test_what_a_student_is_measured_or_drawn_with_is_not_replaced(made, tmp_path, ending):
+    """Before it is trained."""
+    beside = tmp_path / f"student{ending}"
+    beside.write_text("[1]")
+    small = ("--method", "epd", "--steps", 2, "--kimg", 0.064, "--batch", 32, *DIGITS)
+    out = ("--cache", tmp_path / "cache", "--out", tmp_path / "student.safetensors")
+    line = refused(bdense("distill", made[0], *small, *out))
+    assert f"{beside} " in line
+    assert beside.read_text() == "[1]"
+    assert [path.name for path in tmp_path.iterdir()] == [beside.name]
+
+
 @pytest.mark.parametrize("verb", ["distill", "convert"])
 def test_an_input_is_not_replaced(made, verb):
     teacher, _ = made

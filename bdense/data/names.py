@@ -49,7 +49,12 @@ def labels_beside(path: Path) -> Path | None:
 
 
 def image_files(folder: Path) -> list[str]:
-    """Sorted image files below a folder, following links.
+    """Sorted image files below a folder; raises as ``files_below``."""
+    return list(filter(is_image, files_below(folder)))
+
+
+def files_below(folder: Path) -> list[str]:
+    """Sorted files below a folder, following links.
 
     Raises:
         InputError: Links lead to one folder twice.
@@ -69,7 +74,7 @@ def image_files(folder: Path) -> list[str]:
         seen.add(real)
         below = PurePath(where).relative_to(folder).as_posix()
         names += [file if below == "." else f"{below}/{file}" for file in files]
-    return sorted(filter(is_image, names))
+    return sorted(names)
 
 
 def is_image(name: str) -> bool:

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from bdense.data.names import LABELS_FILE, SUFFIXES, image_files, is_image, is_shown, labels_beside
+from bdense.data.names import LABELS_FILE, SUFFIXES, files_below, is_image, is_shown, labels_beside
 from bdense.errors import InputError
-from bdense.files import unpacked_bound
+from bdense.files import require_no_pipe, unpacked_bound
 
 # The third byte of an idx file's magic number names its type; image files have this one.
 _IDX_UINT8 = 0x08
@@ -121,16 +121,18 @@ def read_folder(
 
     Raises:
         InputError: There is no image, one cannot be used, sizes or colour modes differ, or the
-            labels do not fit the images.
+            labels do not fit the images, or lie below the folder.
     """
     if not folder.is_dir():
         remedy = f"; zip:{folder} reads an archive" if zipfile.is_zipfile(folder) else ""
         raise InputError(f"there is no image folder {folder}{remedy}")
     labels_file = folder / LABELS_FILE
     try:
-        names = image_files(folder)
+        members = files_below(folder)
+        names = list(filter(is_image, members))
         text = None
         if labels_file.exists():
+            require_no_pipe(labels_file)
             _require_short(labels_file, labels_file.stat().st_size, len(names))
             text = labels_file.read_bytes()
     except OSError as error:
@@ -143,6 +145,9 @@ def read_folder(
 
     if only_first:
         return _read_images(str(folder), names[:1], opened, crop), None
+    if (found := _labels_member(folder, members, names)) not in (None, LABELS_FILE):
+        below = folder / str(found)
+        raise InputError(f"the labels of {folder} are in {below}; give folder:{below.parent}")
     images = _read_images(str(folder), names, opened, crop)
     if text is not None:
         return images, _edm_labels(str(labels_file), text, names)
@@ -197,7 +202,7 @@ def _require_short(source: str | Path, size: int, images: int) -> None:
 
 
 def _labels_member(path: Path, members: Sequence[str], images: Sequence[str]) -> str | None:
-    """The archive's dataset.json, at its top or that of the one folder that all images are in."""
+    """The set's dataset.json, at its top or that of the one folder that all images are in."""
     if LABELS_FILE in members:
         return LABELS_FILE
     found = [name for name in members if name.endswith(f"/{LABELS_FILE}") and is_shown(name)]

@@ -211,6 +211,15 @@ def write_table(path: Path, sampler: Sampler, about: Mapping[str, Any]) -> None:
         scratch.write_text(json.dumps({**about, "sampler": sampler.describe()}, indent=1) + "\n")
 
 
+def no_table(path: Path) -> str:
+    """Why an existing file is not what ``write_table`` writes; "" if it is."""
+    try:
+        read_table(path)
+    except InputError:
+        return "is not an EPD table"
+    return ""
+
+
 def read_table(path: Path | str, guidance: float | None = None) -> Sampler:
     """The sampler of a table's file: ``write_table``'s, or a student's ``config.json``.
 

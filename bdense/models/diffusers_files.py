@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bdense.errors import CheckpointError, InputError, extra, listed
-from bdense.files import require_no_page
+from bdense.files import require_no_page, require_no_pipe
 
 CONFIG, INDEX = "config.json", "model_index.json"
 # In a student's pipeline, beside diffusers' own files: metadata that they have no place for.
@@ -145,6 +145,7 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: It cannot be read.
     """
     try:
+        require_no_pipe(file)
         if file.stat().st_size > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES} bytes")
         found = json.loads(file.read_text())

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bdense.errors import CheckpointError, UnsafePickleError
-from bdense.files import require_no_page
+from bdense.files import require_no_page, require_no_pipe
 
 # These opcodes reach objects without ``find_class``: the extension registry answers from a cache
 # of live objects, and the loader decides what a persistent id means. No EDM file has them.
@@ -94,6 +94,7 @@ def read_edm_pickle(path: Path) -> ForeignNetwork:
         CheckpointError: The file is missing, cut short, not a pickle, or holds something else.
     """
     path = Path(path)
+    require_no_pipe(path)
     try:
         with path.open("rb") as file:
             _check_opcodes(file)

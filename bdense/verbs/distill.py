@@ -13,7 +13,7 @@ from bdense.data.datasets import Dataset, image_shape, load_dataset
 from bdense.data.encoded import encode_dataset
 from bdense.diffusion.conditions import captions
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.epd import EPD, write_table
+from bdense.diffusion.epd import EPD, no_table, write_table
 from bdense.diffusion.sampling import Sampler
 from bdense.execution import Execution
 from bdense.files import UNFINISHED, plain_json, require_output
@@ -37,10 +37,13 @@ from bdense.verbs.common import (
     chosen_hardware,
     require_model_out,
 )
-from bdense.verbs.evaluation import FIDEvaluation
+from bdense.verbs.evaluation import FIDEvaluation, no_kept_fid
 from bdense.verbs.options import IMAGES, DistillOptions, Evaluation, Hardware, Logging
 from bdense.verbs.sample import chosen_prompts, codec_of, conditions_of, require_pipeline
 from bdense.verbs.weight_options import WeightOptions, chosen_weighting
+
+# Endings of what lies beside a student: its FID, and the table of a learned solver.
+_FID, _TABLE = ".fid.json", ".epd.json"
 
 
 def distill(
@@ -81,7 +84,8 @@ def distill(
     conditions = conditions_of(teacher, own.teacher, texts, cache=evaluation.cache)
     teacher.to(device).execute(execution)
     # Several stages: a folder of students. One: a file, and its checkpoint beside it.
-    several = any(plan.name for plan in method.plan(config, teacher))
+    names = [plan.name for plan in method.plan(config, teacher)]
+    several = any(names)
     folder = own.out if several else own.out.parent
     interrupt = Interrupt()
     progress = _StageProgress(interrupt, own.out, several=several)
@@ -105,6 +109,14 @@ def distill(
     )
     if several:  # after all refusals, as it makes the folder
         require_output(own.out, folder=True, force=replacing.force)
+    stems = [name or own.out.stem for name in names]
+    beside: dict[str, Callable[[Path], str]] = {}
+    if own.method == EPD.name:
+        beside |= {f"{stem}{_TABLE}": no_table for stem in stems}
+    if evaluation.extractor is not None:
+        beside |= {f"{stem}{_FID}": no_kept_fid for stem in ("teacher", *stems)}
+    for file, problem in beside.items():
+        require_output(folder / file, problem=problem, force=replacing.force)
     fids = None
     if evaluation.extractor is not None and dataset is not None:
         extractor = load_extractor(evaluation.extractor, cache=evaluation.cache, device=device)
@@ -125,7 +137,7 @@ def distill(
         assert fids is not None
         show = Progress(interrupt, "this FID was not measured; finished students are kept")
         counted = show.counting(fids.images, "images drawn")
-        path = folder / f"{name}.fid.json"
+        path = folder / f"{name}{_FID}"
         return fids.kept(path, model, sampler, seed=own.seed, on_image=counted)
 
     settings = plain_json({"method": own.method, "seed": own.seed, **asdict(config)})
@@ -163,7 +175,7 @@ def _write_table(done: TrainedStage, path: Path) -> None:
     """Write the table of a learned solver beside its student."""
     if isinstance(done.sampler.solver, EPD):
         about = {name: done.metadata[name] for name in ("teacher", "teacher_sha256", "training")}
-        write_table(path.with_suffix(".epd.json"), done.sampler, about)
+        write_table(path.with_suffix(_TABLE), done.sampler, about)
 
 
 class _StageProgress:

@@ -114,7 +114,7 @@ class FIDEvaluation:
                 **precision,
             }
         )
-        kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        kept = _read(path)
         if kept.get("of") != conditions:
             fid = self.fid(model, sampler, seed=seed, on_image=on_image)
             kept = {
@@ -124,6 +124,20 @@ class FIDEvaluation:
             }
             write_json(path, kept)
         return {key: kept[key] for key in ("fid", SETUP) if key in kept}
+
+
+def no_kept_fid(path: Path) -> str:
+    """Why an existing file is not what ``FIDEvaluation.kept`` writes; "" if it is."""
+    return "" if _read(path) else "does not hold a FID that bdense distill keeps"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A FID with its conditions; empty for a file that is missing or of another kind."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) and "of" in found else {}
 
 
 def sequential(sampler: Sampler) -> dict[str, int]:

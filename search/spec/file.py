@@ -20,6 +20,8 @@ from search.spec.plan import spelt_plan
 from search.spec.study import StudySpec
 
 _MOST_VALUES = 10_000
+_MOST_BITS = 1024  # of a whole number; a float has no more
+_SHOWN = 40  # letters of a value
 
 
 def read_spec(path: Path, changes: dict[str, Any] | None = None) -> StudySpec:
@@ -150,7 +152,8 @@ def read_tree(path: Path) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise SpecError(f"{path}{place}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    # A ValueError or OverflowError: an escape such as \U00110000, which is no character.
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise SpecError(f"{path}: not valid YAML: {reason}") from error
     _require_small(tree, path)
@@ -160,7 +163,17 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which the last would count."""
+    """Refuses a key that is given twice, of which the last would count, and what is no value."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401
+        try:
+            found = super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+        # Of a date such as 2026-02-30, or a tag that does not fit.
+        except (ValueError, LookupError, AttributeError) as error:
+            raise _no_value(node) from error
+        if isinstance(found, int) and found.bit_length() > _MOST_BITS:
+            raise _no_value(node)
+        return found
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -170,6 +183,11 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+
+def _no_value(node: yaml.Node) -> yaml.constructor.ConstructorError:
+    problem = f"{str(node.value)[:_SHOWN]!r} is not a value of its type"
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def _require_small(tree: Any, path: Path) -> None:  # noqa: ANN401  whatever YAML holds

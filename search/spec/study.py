@@ -70,7 +70,8 @@ class StudySpec(Knobs):
     evaluation: EvaluationSpec = knob(EvaluationSpec(), "how students are judged")
     precision: Precision = knob(
         "float32",
-        "number format of teacher, training and sampling; features are always float32",
+        "number format of teacher, training and sampling: float32, bfloat16, or for a GPU tf32 "
+        "or fast, which is bfloat16 compiled in NHWC order; features are always float32",
     )
     seeds: SeedsSpec = knob(SeedsSpec(), "seeds of a search")
     trajectories: TrajectoriesSpec = knob(TrajectoriesSpec(), "the teacher's trajectories")

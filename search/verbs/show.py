@@ -3,7 +3,6 @@
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +141,7 @@ def report(asked: ReportOptions, replacing: Force) -> None:
 
 def export(asked: ExportOptions) -> None:
     """Write the model folder, and name it."""
-    from bdense.models.hub import HubRepository  # with torch
+    from bdense.models.hub import HubRepository, pushable_later  # with torch
     from search.export import export_trial
 
     wanted: dict[str, Any] = {"number": asked.trial, "nfe": asked.nfe, "baseline": asked.baseline}
@@ -151,7 +150,7 @@ def export(asked: ExportOptions) -> None:
         hub.require_new()
     study = open_study(asked, reading=True)
     url = asked.folder.rstrip("/") if is_url(asked.folder) else None
-    with _pushable_later(asked):
+    with pushable_later(asked.folder, asked.push):
         require_new(Path(asked.folder)) if url is None else require_new_url(url)
     with contextlib.ExitStack() as until_uploaded:
         folder = Path(asked.folder)
@@ -165,7 +164,7 @@ def export(asked: ExportOptions) -> None:
         _tell_recommended(study, asked)
         print(*(written.paths if url is None else [url]), sep="\n")
         if hub is not None:
-            with _pushable_later(asked):
+            with pushable_later(asked.folder, asked.push):
                 print(hub.push(folder))
 
 
@@ -177,20 +176,6 @@ def _tell_recommended(study: Study, asked: ExportOptions) -> None:
     use = assess(study, None).recommended
     if use is not None and use.arm.baseline is not None:
         say(f"{use.text()}; to write that one: --baseline {use.arm.baseline}")
-
-
-@contextlib.contextmanager
-def _pushable_later(asked: ExportOptions) -> Iterator[None]:
-    """Add to an error how to push a model that was written before."""
-    try:
-        yield
-    except InputError as error:
-        if asked.push is None:
-            raise
-        raise InputError(
-            f"{error}; to push the model in {asked.folder}, call "
-            f"bdense.push_model(FOLDER, {asked.push!r}) in Python"
-        ) from error
 
 
 def dashboard(asked: DashboardOptions) -> None:

@@ -20,6 +20,7 @@ from search.log import say
 from search.redaction import redact
 from search.report.report_files import HTML_PAGE, write_report
 from search.storage.engine import sqlite_file
+from search.storage.leases import RunningRow
 from search.storage.stop_flags import CONTINUE, asked_at
 from search.study.catalogue import list_studies, studies_json, studies_table
 from search.study.curve import curve_line, curve_of, curve_text, one_shot_json
@@ -69,10 +70,7 @@ def status(asked: StatusOptions) -> None:
         ledgers["baseline"] = study.baselines
     for row, ledger in ledgers.items():
         for running in ledger.running():
-            print(
-                f"{row} {running.number} on {running.worker} for {duration(running.seconds)}, "
-                f"attempt {running.attempt}: {running.progress or 'starting'}"
-            )
+            print(f"{row} {running.number} {_standing(running)}")
     if (preparing := preparing_line(study.main)) is not None:
         print(preparing)
     if study.is_search and (waiting := study.counts().waiting):
@@ -89,6 +87,15 @@ def status(asked: StatusOptions) -> None:
         print(noise.text())
     if (ended := LargestGain.of(study)) is not None:
         print(ended.text())
+
+
+def _standing(row: RunningRow) -> str:
+    if not row.worker:
+        return f"was given back in attempt {row.attempt}; the next free worker continues it"
+    return (
+        f"on {row.worker} for {duration(row.seconds)}, attempt {row.attempt}: "
+        f"{row.progress or 'starting'}"
+    )
 
 
 def trials(asked: TrialsOptions) -> None:

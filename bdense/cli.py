@@ -13,6 +13,7 @@ from bdense.execution import Execution
 from bdense.files import UNFINISHED
 from bdense.metrics.settings import MetricSettings
 from bdense.verbs.options import (
+    Cache,
     ConvertOptions,
     Drawing,
     Evaluation,
@@ -87,10 +88,10 @@ VERBS = {
     ),
     "export": Verb(
         help="write a student of a diffusers teacher as a folder that diffusers loads "
-        "without bdense",
+        "without bdense, or any as a model folder that goes to the Hugging Face Hub",
         example="bdense export student.safetensors --pipeline stable-diffusion --out pipeline",
         function="bdense.verbs.export:export",
-        configs=(ExportOptions,),
+        configs=(ExportOptions, Cache, Hardware),
     ),
 }
 

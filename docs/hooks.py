@@ -1,6 +1,6 @@
 """Makes one site of the README, docs/ and the files of the repository that they link to.
 
-mkdocs calls the two functions whose names begin with on_; see mkdocs.yml.
+mkdocs calls the functions whose names begin with on_; see mkdocs.yml.
 """
 
 import posixpath
@@ -14,6 +14,14 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 OUTSIDE = "repository"  # where the site has files that do not lie in docs/
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Gives headings the anchors that GitHub gives them: the pages are read there, too."""
+    config.mdx_configs["toc"]["slugify"] = lambda heading, separator: re.sub(
+        r"[^\w\- ]", "", heading.lower()
+    ).replace(" ", separator)
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

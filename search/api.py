@@ -38,7 +38,7 @@ from search.log import say
 from search.redaction import redact
 from search.removal import clean, delete, to_delete
 from search.report.document import as_markdown
-from search.report.log_lines import has_ended, logged_row
+from search.report.log_lines import logged_row
 from search.report.overview import overview_of
 from search.report.pages import study_page
 from search.report.plots import study_plots
@@ -367,7 +367,6 @@ class OpenStudy:
             InputError: There is no such row.
         """
         ledger, number = logged_row(self.record, trial, baseline)
-        has_ended(ledger, number)  # refuses a number that no row has
         return read_log(row_folder(ledger.name, number) / LOG_FILE)[0]
 
     @checked

@@ -4,28 +4,25 @@ import contextlib
 import itertools
 import json
 import shlex
-import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from bdense.files import sha256_file
 from bdense.knobs import KnobError
 from bdense.methods.plan import StagePlan
-from bdense.metrics.classifiers import RECIPES, classifier_path
+from bdense.metrics.classifiers import add_classifier
 from bdense.metrics.records import FID
 from bdense.models.card import EXAMPLE_PROMPTS
-from bdense.models.diffusers_export import export_pipeline
-from bdense.models.diffusers_files import EXTRACTOR, PIPELINE
+from bdense.models.diffusers_export import add_pipeline
+from bdense.models.diffusers_files import PIPELINE
 from bdense.models.folder import CONFIG, SAMPLES, Picture, export_folder
 from bdense.models.latents import draws_latents
 from bdense.models.store import load_denoiser
-from bdense.networks.diffusers_network import DiffusersNetwork
 from search.analysis.comparison import compare, comparison_rows, comparisons_of, teacher_of
 from search.analysis.confirmation import confirmation_of, judged_summary, verdict
 from search.analysis.recommendation import recommend
@@ -42,9 +39,6 @@ from search.study.summary import baselines_of, headline
 from search.study.wording import align
 from search.worker.assets import CUT
 from search.worker.teachers import pipeline_of
-
-if TYPE_CHECKING:
-    from bdense.diffusion.denoiser import NetworkDenoiser
 
 FIGURE = "fid.png"
 _MADE_FROM = "made_from"  # in the metadata of what is handed on
@@ -169,8 +163,10 @@ def export_trial(
         extra = "All arms of the study:\n\n```\n" + "\n".join(rows) + "\n```"
 
     def finish(folder: Path) -> None:
-        _add_pipeline(folder, study, denoiser, metadata)
-        _add_extractor(folder, fid)
+        teacher = pipeline_of(study.spec) if draws_latents(denoiser, metadata) else None
+        add_pipeline(folder, denoiser, metadata, teacher=teacher)
+        if fid is not None:
+            add_classifier(folder, fid, cache_folder())
 
     export_folder(
         folder,
@@ -406,30 +402,3 @@ def _pictures(study: Study, trial: StoredTrial, nfe: int | None) -> dict[str, Pi
         if name is not None and is_beside and grid.is_file():
             pictures[f"samples-{name}.png"] = grid
     return pictures
-
-
-def _add_extractor(folder: Path, fid: FID | None) -> None:
-    """Add the small classifier of the FID; another machine would train another one."""
-    if fid is None or fid.extractor not in RECIPES:
-        return
-    path = classifier_path(fid.extractor, cache_folder())
-    if path.is_file() and sha256_file(path) == fid.extractor_sha256:
-        shutil.copyfile(path, folder / EXTRACTOR)
-    else:
-        sys.stderr.write(
-            f"{path} is not the {fid.extractor} of the FID, so that `bdense verify` will need "
-            "--extractor\n"
-        )
-
-
-def _add_pipeline(
-    folder: Path, study: Study, denoiser: "NetworkDenoiser", metadata: Mapping[str, Any]
-) -> None:
-    """Add a diffusers pipeline, where the network is a diffusers one."""
-    if not isinstance(denoiser.model, DiffusersNetwork):
-        return
-    teacher = pipeline_of(study.spec) if draws_latents(denoiser, metadata) else None
-    try:
-        export_pipeline(folder / PIPELINE, denoiser, metadata, teacher=teacher)
-    except InputError as error:
-        sys.stderr.write(f"no diffusers pipeline is written: {error}\n")

@@ -17,6 +17,7 @@ from search.errors import NoSearchError, SpecError, UnknownStudyError
 from search.report.report_files import HTML_PAGE
 from search.spec.space import search_space
 from search.study.folders import row_folder
+from search.study.preparing import PreparationNote
 from search.study.retention import CHECKPOINT
 from search.study.study import Study
 from tests.measured import command, refused
@@ -177,6 +178,14 @@ def test_files_and_the_study_itself_are_deleted(url, tmp_path):
     study.delete()
     assert optuna.get_all_study_names(url) == ["other", "other.baselines"]
     assert not row_folder("losses", 0).parent.exists()
+
+
+def test_a_complete_study_prepares_nothing(url, tmp_path):
+    study = work(planned(url, written(tmp_path, plan={"trials": 1, "replicates": 1})))
+    PreparationNote(study.main).tell("teacher", "loss 1.5")  # a launch was killed there
+    assert "preparing" in command("status", "losses").out
+    search.open_study("losses").run()
+    assert "preparing" not in command("status", "losses").out
 
 
 def test_a_run_in_another_thread_is_refused(url, tmp_path):

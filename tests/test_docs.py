@@ -115,7 +115,7 @@ SMALLER = {
 
 def test_the_site_is_whole(tmp_path):
     """Every link of every page leads somewhere, and no page asks another server for its parts."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
     done = subprocess.run(
         [*command, "--site-dir", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
     )

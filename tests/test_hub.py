@@ -6,8 +6,10 @@ import pytest
 
 import bdense
 from bdense.errors import InputError
+from bdense.files import sha256_file
+from bdense.metrics.classifiers import classifier_path
 from bdense.models.folder import export_folder
-from bdense.models.store import denoiser_sha256, load_model
+from bdense.models.store import denoiser_sha256, load_model, save_denoiser
 from tests.commands import bdense as command
 from tests.commands import done, refused
 from tests.hub import TOKEN, Hub
@@ -19,6 +21,7 @@ from tests.test_folder import STUDENT
 
 pytest.importorskip("huggingface_hub", reason="needs the hub extra")
 
+PNG = b"\x89PNG"
 FID = {
     "value": 2.5,
     "nfe": 4,
@@ -124,7 +127,6 @@ def test_a_diffusers_student_opens_as_a_pipeline(hub, tmp_path):
 def test_a_student_of_latents_opens_as_a_pipeline(hub, tmp_path, monkeypatch):
     diffusers = pytest.importorskip("diffusers", reason="needs the diffusers extra")
     pytest.importorskip("transformers", reason="needs the diffusers extra")
-    from bdense.models.diffusers_export import export_pipeline
     from tests.latent_folders import new_stable_diffusion
     from tests.test_latent_export import sampler_on, served_metadata, student_of
 
@@ -133,16 +135,10 @@ def test_a_student_of_latents_opens_as_a_pipeline(hub, tmp_path, monkeypatch):
     teacher = new_stable_diffusion(tmp_path / "teacher")
     student, metadata = student_of(teacher)
     metadata |= served_metadata([sampler_on(student)])
-    export_folder(
-        tmp_path / "model",
-        student,
-        metadata,
-        pictures={"samples.png": lambda path: path.touch()},
-        finish=lambda place: export_pipeline(
-            place / "diffusers", student, metadata, teacher=teacher
-        ),
-    )
-    bdense.push_model(tmp_path / "model", "me/latents")
+    save_denoiser(tmp_path / "student.safetensors", student, metadata)
+    place = ("--pipeline", teacher, "--out", tmp_path / "model", "--push", "me/latents")
+    done("export", tmp_path / "student.safetensors", *place)
+    assert hub.files["me/latents"]["samples.png"].startswith(PNG)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
         "me/latents", trust_remote_code=True, cache_dir=tmp_path / "c"
     )
@@ -159,6 +155,29 @@ def test_a_student_of_latents_opens_as_a_pipeline(hub, tmp_path, monkeypatch):
     done("sample", "me/latents", *asked, tmp_path / "there.png")
     done("sample", tmp_path / "model", *asked, tmp_path / "here.png")
     assert (tmp_path / "there.png").read_bytes() == (tmp_path / "here.png").read_bytes()
+
+
+def test_a_student_s_file_is_exported_and_pushed(hub, tmp_path):
+    known = FID | {"extractor": "digits-classifier", "reference": "digits"}
+    classifier = classifier_path("digits-classifier", tmp_path)
+    classifier.write_bytes(b"weights")
+    known["extractor_sha256"] = sha256_file(classifier)
+    file, model = tmp_path / "student.safetensors", tmp_path / "model"
+    save_denoiser(file, small_teacher(), STUDENT | {"data": "digits", "fid": known})
+    asked = ("export", file, "--push", "me/model", "--cache", tmp_path, "--out")
+    assert done(*asked, model).split() == [str(model), f"{hub.url}/me/model"]
+    student, metadata = load_model("me/model")
+    assert same_weights(student, small_teacher())
+    assert metadata["fid"] == known
+    assert hub.files["me/model"]["extractor.safetensors"] == b"weights"
+    assert hub.files["me/model"]["samples.png"].startswith(PNG)
+    assert "me/model has files already" in refused(command(*asked, tmp_path / "again"))
+    assert not (tmp_path / "again").exists()
+    assert "push_model(FOLDER, 'me/new')" in refused(
+        command("export", file, "--push", "me/new", "--out", model)
+    )
+    lora = refused(command("export", file, "--push", "me/new", "--lora", "--out", tmp_path / "l"))
+    assert lora.startswith("--push ")
 
 
 def test_an_export_is_pushed_as_a_new_model(hub, searched, tmp_path):

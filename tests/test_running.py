@@ -254,6 +254,16 @@ def test_stop_waits_for_a_worker_to_give_its_trial_back(monkeypatch):
     assert [line.split(": ")[-1].split(" ")[0] for line in out.splitlines()] == ["asked", "no"]
 
 
+def test_status_names_no_worker_of_a_trial_that_was_given_back():
+    study = search()
+    taken = claim(study.search)
+    assert f":{os.getpid()} for " in command("status", "digits")[1]
+    study.search.release(taken, interrupted=True)
+    out = command("status", "digits")[1]
+    assert "trial 0 was given back in attempt 1" in out
+    assert "trial 0 on " not in out
+
+
 def test_before_rows_run_a_stop_ends_the_launch_at_once():
     study = search()
     launch = Launch.begin(study.ledgers)

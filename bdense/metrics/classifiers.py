@@ -4,6 +4,8 @@ Each is trained once, on one thread and from explicit seeds, and kept as safeten
 channels.
 """
 
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from torch.nn import functional as F
 
 from bdense.data.datasets import load_dataset
 from bdense.errors import CheckpointError, InputError, ShapeError
-from bdense.files import file_lock, require_cache
+from bdense.files import file_lock, require_cache, sha256_file
+from bdense.metrics.records import FID
+from bdense.models.diffusers_files import EXTRACTOR
 from bdense.models.store import load_tensors, save_tensors
 from bdense.randomness import Stream, generator, one_thread, seeded
 
@@ -112,6 +116,24 @@ def classifier_checkpoint(name: str, cache: Path) -> Path:
 def classifier_path(name: str, cache: Path) -> Path:
     """Where ``classifier_checkpoint`` has its file, whether it exists or not."""
     return Path(cache) / f"{name}-{_RECIPE}.safetensors"
+
+
+def add_classifier(folder: Path, fid: FID, cache: Path) -> None:
+    """Add the classifier of a FID to a model folder, as another machine would train another one.
+
+    A FID in features of no such classifier needs none. One that is not in the cache any more is
+    told on stderr.
+    """
+    if fid.extractor not in RECIPES:
+        return
+    path = classifier_path(fid.extractor, cache)
+    if path.is_file() and sha256_file(path) == fid.extractor_sha256:
+        shutil.copyfile(path, folder / EXTRACTOR)
+    else:
+        sys.stderr.write(
+            f"{path} is not the {fid.extractor} of the FID, so that `bdense verify` will need "
+            "--extractor\n"
+        )
 
 
 def load_classifier(path: Path) -> Classifier:

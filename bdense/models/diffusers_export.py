@@ -7,6 +7,7 @@ of 10 000 (tiny networks, T of 50 and 1000, N of 1 to 50). A student of latents 
 teacher's pipeline, see ``latent_pipeline``. Needs the ``diffusers`` extra.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,11 @@ from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
 from bdense.files import require_new
 from bdense.models.card import pipeline_card
-from bdense.models.diffusers_files import WEIGHTS
+from bdense.models.diffusers_files import PIPELINE, WEIGHTS
 from bdense.models.folder import export_for_diffusers, measured_sampler, require_one_branch
 from bdense.models.latent_pipeline import LatentPipeline, latent_pipeline
 from bdense.models.latents import draws_latents
+from bdense.networks.diffusers_network import DiffusersNetwork
 from bdense.networks.diffusers_unet import DiffusersUNet
 
 _CLIPPED = "use_clipped_model_output"
@@ -78,6 +80,29 @@ def export_pipeline(
         ),
         write=pipeline.write,
     )
+
+
+def add_pipeline(
+    folder: Path,
+    denoiser: NetworkDenoiser,
+    metadata: Mapping[str, Any],
+    *,
+    teacher: str | Path | None,
+) -> None:
+    """Add the diffusers pipeline to a model folder, where there is one; else stderr says why not.
+
+    Args:
+        folder: The model folder.
+        denoiser: The student; of a network that is not diffusers' own nothing is added.
+        metadata: See ``export_pipeline``.
+        teacher: See ``export_pipeline``.
+    """
+    if not isinstance(denoiser.model, DiffusersNetwork):
+        return
+    try:
+        export_pipeline(folder / PIPELINE, denoiser, metadata, teacher=teacher)
+    except InputError as error:
+        sys.stderr.write(f"no diffusers pipeline is written: {error}\n")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

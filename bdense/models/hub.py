@@ -4,6 +4,7 @@ The client is ``huggingface_hub`` (the ``hub`` extra): HF_ENDPOINT, HF_TOKEN, HF
 its cache are its own. ``load_model`` reads what is pushed here.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -102,6 +103,20 @@ class HubRepository:
         except Exception as error:
             raise InputError(f"cannot push {self.repo_id}: {why_not_fetched(error)}") from error
         return self.url
+
+
+@contextlib.contextmanager
+def pushable_later(folder: str | Path, repo_id: str | None) -> Iterator[None]:
+    """Add to an error how to push a model that was written before; without an id nothing."""
+    try:
+        yield
+    except InputError as error:
+        if repo_id is None:
+            raise
+        raise InputError(
+            f"{error}; to push the model in {folder}, call "
+            f"bdense.push_model(FOLDER, {repo_id!r}) in Python"
+        ) from error
 
 
 def push_model(folder: str | Path, repo_id: str) -> str:

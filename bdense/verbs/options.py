@@ -379,8 +379,8 @@ class ExportOptions(Knobs):
     """``bdense export``."""
 
     student: str = knob(
-        help="a student of one branch, of a teacher in diffusers' format: a safetensors file, a "
-        "folder or hub id (OWNER/NAME)",
+        help="a student of one branch, without --push of a teacher in diffusers' format: a "
+        "safetensors file, a folder or hub id (OWNER/NAME)",
         metavar="STUDENT",
         form="positional",
     )
@@ -396,6 +396,13 @@ class ExportOptions(Knobs):
         "loads, of a student of Stable Diffusion trained with --lora-rank",
     )
     out: Path = knob(help="folder to write", metavar="DIR")
+    push: str | None = knob(
+        None,
+        "write a model folder, with the pipeline in it where there is one, and upload it to the "
+        "Hugging Face Hub as a new model of this name; needs HF_TOKEN",
+        metavar="OWNER/NAME",
+        none="upload nothing",
+    )
 
 
 def teacher_configs(arguments: Sequence[str]) -> Configs:

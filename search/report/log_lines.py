@@ -23,11 +23,12 @@ def logged_row(study: Study, trial: int | None, baseline: str | None) -> tuple[L
     """The row whose log is asked for: by its number, or of a search a baseline by name.
 
     Raises:
-        InputError: Neither is given, or both are, or there is no such baseline.
+        InputError: Neither is given, or both are, or there is no such row, nor will there be one.
     """
     if (trial is None) == (baseline is None):
         raise KnobError("trial", "or `baseline` must be given, and not both")
     if trial is not None:
+        _require_row(study.main, trial)
         return study.main, trial
     if (baselines := study.baselines) is None:
         raise InputError(f"{study.name} has no baselines of its own; give the number of a row")
@@ -49,23 +50,24 @@ def logged_row(study: Study, trial: int | None, baseline: str | None) -> tuple[L
     )
 
 
-def has_ended(ledger: Ledger, number: int) -> bool:
-    """Whether a row will not run again.
-
-    Raises:
-        InputError: There is no such row, nor will there be one.
-    """
-    if (state := ledger.state_of(number)) is not None:
-        return state.is_finished()
+def _require_row(ledger: Ledger, number: int) -> None:
+    if ledger.state_of(number) is not None:
+        return
     counts, there = ledger.counts(), ledger.size()
     to_come = max(counts.planned - counts.ended - counts.running - counts.waiting, 0)
     if 0 <= number < there + to_come:
-        return False
+        return
     more = f", {to_come} more are to come" if to_come else ""
     raise InputError(
         f"study {ledger.name} has no trial {number}: there are {there} so far{more}, "
         "numbered from 0"
     )
+
+
+def has_ended(ledger: Ledger, number: int) -> bool:
+    """Whether a row will not run again."""
+    state = ledger.state_of(number)
+    return state is not None and state.is_finished()
 
 
 def has_losses(event: Mapping[str, Any]) -> bool:

@@ -81,9 +81,10 @@ def run_rows(study: Study, workers: int | None, launch: Launch | None = None) ->
         workers: Rows at once; None lets the cluster decide.
         launch: The launch that they belong to; None begins one.
     """
-    note = NoteWriter(study)
+    note, preparing = NoteWriter(study), PreparationNote(study.main)
     if not study.left():
         say(f"{study.title} is complete; nothing is left to do")
+        preparing.clear()  # a killed launch may have left its own
     else:
         counts = study.counts()
         if counts.complete or counts.running:
@@ -95,7 +96,7 @@ def run_rows(study: Study, workers: int | None, launch: Launch | None = None) ->
                 f"{study.main.ttl:g} s"
             )
         note.refresh()  # the preparations may take minutes
-        display, preparing = Display(lambda: snapshot_of(study)), PreparationNote(study.main)
+        display = Display(lambda: snapshot_of(study))
 
         def on_preparing(message: Preparation) -> None:
             display.preparing(message)

@@ -45,7 +45,6 @@ from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights import space_of
 from bdense.weights.space import BASELINE, UNIFORM
 from search.errors import SpecError, under
-from search.spec.distillation import DistillationWorkload
 from search.spec.sections import Facts, TeacherTraining
 from search.spec.space import check_plan
 from search.spec.study import StudySpec
@@ -254,7 +253,7 @@ _HIDDEN = (
 def _check_weights(spec: StudySpec) -> None:
     if not spec.is_search:
         return
-    space = DistillationWorkload(spec).space
+    space = spec.weight_space
     space.check(spec.resolved.num_branches)
     if execution(spec).is_compiled and space.needs_gradients:
         raise InputError(f"weights: {_HIDDEN}")
@@ -328,7 +327,7 @@ def _check_intermediate(spec: StudySpec) -> None:
 def _check_one_shot(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
     method, config = method_of(spec)
     try:
-        space = DistillationWorkload(spec).space
+        space = spec.weight_space
         coordinates = Coordinates(space, spec.resolved.num_branches, space.box)
         OneShot(method, coordinates).check(config.for_one_shot(1.0), teacher, known)
     except InputError as error:  # whose knobs, if any, are the method's

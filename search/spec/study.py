@@ -12,7 +12,7 @@ from bdense.data.prompts import PROMPTS
 from bdense.errors import InputError
 from bdense.execution import Precision
 from bdense.knobs import KnobError, Knobs, knob, knobs_of
-from bdense.weights.space import PLAIN, SearchSpace
+from bdense.weights.space import PLAIN, SearchSpace, WeightSpace
 from search.errors import SpecError
 from search.spec.command import COMMAND, NamedSpace
 from search.spec.contents import fingerprint_of, flatten
@@ -146,6 +146,11 @@ class StudySpec(Knobs):
     def space(self) -> SearchSpace:
         """Where weights are searched, read from ``weights``."""
         return self.workload.space
+
+    @property
+    def weight_space(self) -> WeightSpace:
+        """``space`` of a distillation: that of its branch weights."""
+        return DistillationWorkload(self).space
 
     def require_fitting(self, params: Mapping[str, Any]) -> None:
         """Raise an ``InputError`` for an arm's parameters that this study has no use for."""

@@ -7,7 +7,6 @@ from typing import Any, Self
 from optuna.distributions import BaseDistribution, IntDistribution
 
 from bdense.weights.space import BASELINE, PLAIN
-from search.spec.distillation import DistillationWorkload
 from search.spec.plan import ONE_SHOT_PLAN, ArmsPlan
 from search.spec.study import StudySpec
 
@@ -78,7 +77,7 @@ def one_shot_arm(spec: StudySpec) -> Arm | None:
     asked = spec.plan.one_shot
     if asked is None:
         return None
-    space = DistillationWorkload(spec).space
+    space = spec.weight_space
     box = {name: [e.low, e.high] for name, e in zip(space.axes, space.box, strict=True)}
     points = asked.points or (13 if len(box) == 1 else 16 * len(box))
     task = OneShotTask(length=asked.length, points=points, box=box)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from search.log import say
 from search.redaction import redact
 from search.report.report_files import HTML_PAGE, write_report
 from search.storage.engine import sqlite_file
+from search.storage.leases import RunningRow
 from search.storage.stop_flags import CONTINUE, asked_at
 from search.study.catalogue import list_studies, studies_json, studies_table
 from search.study.curve import curve_line, curve_of, curve_text, one_shot_json
@@ -70,10 +70,7 @@ def status(asked: StatusOptions) -> None:
         ledgers["baseline"] = study.baselines
     for row, ledger in ledgers.items():
         for running in ledger.running():
-            print(
-                f"{row} {running.number} on {running.worker} for {duration(running.seconds)}, "
-                f"attempt {running.attempt}: {running.progress or 'starting'}"
-            )
+            print(f"{row} {running.number} {_standing(running)}")
     if (preparing := preparing_line(study.main)) is not None:
         print(preparing)
     if study.is_search and (waiting := study.counts().waiting):
@@ -90,6 +87,15 @@ def status(asked: StatusOptions) -> None:
         print(noise.text())
     if (ended := LargestGain.of(study)) is not None:
         print(ended.text())
+
+
+def _standing(row: RunningRow) -> str:
+    if not row.worker:
+        return f"was given back in attempt {row.attempt}; the next free worker continues it"
+    return (
+        f"on {row.worker} for {duration(row.seconds)}, attempt {row.attempt}: "
+        f"{row.progress or 'starting'}"
+    )
 
 
 def trials(asked: TrialsOptions) -> None:
@@ -142,7 +148,7 @@ def report(asked: ReportOptions, replacing: Force) -> None:
 
 def export(asked: ExportOptions) -> None:
     """Write the model folder, and name it."""
-    from bdense.models.hub import HubRepository  # with torch
+    from bdense.models.hub import HubRepository, pushable_later  # with torch
     from search.export import export_trial
 
     wanted: dict[str, Any] = {"number": asked.trial, "nfe": asked.nfe, "baseline": asked.baseline}
@@ -151,7 +157,7 @@ def export(asked: ExportOptions) -> None:
         hub.require_new()
     study = open_study(asked, reading=True)
     url = asked.folder.rstrip("/") if is_url(asked.folder) else None
-    with _pushable_later(asked):
+    with pushable_later(asked.folder, asked.push):
         require_new(Path(asked.folder)) if url is None else require_new_url(url)
     with contextlib.ExitStack() as until_uploaded:
         folder = Path(asked.folder)
@@ -165,7 +171,7 @@ def export(asked: ExportOptions) -> None:
         _tell_recommended(study, asked)
         print(*(written.paths if url is None else [url]), sep="\n")
         if hub is not None:
-            with _pushable_later(asked):
+            with pushable_later(asked.folder, asked.push):
                 print(hub.push(folder))
 
 
@@ -177,20 +183,6 @@ def _tell_recommended(study: Study, asked: ExportOptions) -> None:
     use = assess(study, None).recommended
     if use is not None and use.arm.baseline is not None:
         say(f"{use.text()}; to write that one: --baseline {use.arm.baseline}")
-
-
-@contextlib.contextmanager
-def _pushable_later(asked: ExportOptions) -> Iterator[None]:
-    """Add to an error how to push a model that was written before."""
-    try:
-        yield
-    except InputError as error:
-        if asked.push is None:
-            raise
-        raise InputError(
-            f"{error}; to push the model in {asked.folder}, call "
-            f"bdense.push_model(FOLDER, {asked.push!r}) in Python"
-        ) from error
 
 
 def dashboard(asked: DashboardOptions) -> None:

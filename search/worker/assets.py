@@ -38,7 +38,6 @@ from bdense.randomness import Stream, derive_seed
 from bdense.weights.space import Uniform
 from search.places import cache_folder
 from search.spec.contents import fingerprint_of
-from search.spec.distillation import DistillationWorkload
 from search.spec.resolve import execution, method_of, variant
 from search.spec.study import StudySpec
 from search.study.arms import OneShotTask, Task
@@ -148,9 +147,7 @@ class Assets:
             InputError: The method has no one-shot student.
         """
         box = tuple(Uniform(low, high) for low, high in asked.box.values())
-        coordinates = Coordinates(
-            DistillationWorkload(self.spec).space, self.spec.resolved.num_branches, box
-        )
+        coordinates = Coordinates(self.spec.weight_space, self.spec.resolved.num_branches, box)
         latents = derive_seed(self.evaluator.latents, Stream.ONE_SHOT) % 2**31
         return replace(
             self,

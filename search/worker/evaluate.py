@@ -25,7 +25,6 @@ from bdense.training.tracking import Tracking
 from bdense.weights import space_of
 from bdense.weights.space import BASELINE, UNIFORM
 from bdense.weights.weighting import BranchWeighting
-from search.spec.distillation import DistillationWorkload
 from search.study.arms import OneShotTask
 from search.study.folders import WEIGHTS_PLOT, grid_name
 from search.study.progress_text import evaluating, in_stage, training
@@ -83,7 +82,7 @@ class Row:
         # A one-shot training's images have weights of their own, which these do not change.
         is_one_shot = OneShotTask.of(self.task.params) is not None
         self.params = {BASELINE: UNIFORM} if is_one_shot else self.task.params
-        own = DistillationWorkload(spec).space if spec.is_search else None
+        own = spec.weight_space if spec.is_search else None
         self.space = space_of(self.params, own)
         self.branches = spec.resolved.num_branches
         self.stages = self.assets.method.plan(self.assets.config, self.assets.teacher)

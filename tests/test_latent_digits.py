@@ -20,6 +20,7 @@ from bdense.training.teacher import TeacherConfig
 from search.errors import SpecError
 from search.run.progress import Display
 from search.spec.file import read_spec
+from search.spec.resolve import filled_in
 from search.storage.engine import resolve_storage_url
 from search.study.results import TrialResult
 from search.study.study import Study
@@ -183,6 +184,25 @@ def test_a_study_needs_the_whole_pipeline(folder, tmp_path, monkeypatch):
     save_denoiser(alone, *bdense.load_model(folder))
     with pytest.raises(SpecError, match="draws latents"):
         read_spec(STUDY, CHANGES | {"teacher": {"recipe": None, "checkpoint": str(alone)}})
+
+
+@pytest.mark.parametrize("method", ["sfd", "epd"])
+def test_the_first_step_of_latents_is_analytical_where_it_is_asked_for(
+    folder, monkeypatch, method
+):
+    assert folder.is_dir()
+    resolve_here(monkeypatch)
+    tree = yaml.safe_load(STUDY.read_text())
+    tree |= {"prompts": str(STUDY.with_suffix(".txt")), "method": {"name": method}}
+    tree |= {"plan": {"arms": ["plain"], "seeds": [0]}}
+    del tree["weights"]
+    found = spec(tree)
+    assert found.method.options["afs"] is False
+    asked = spec(tree | {"method": {"name": method, "afs": True}})
+    assert asked.method.options["afs"] is True
+    assert asked.fingerprint() != found.fingerprint()
+    # As it was stored before latents had a default of their own: every knob is there.
+    assert filled_in(asked).fingerprint() == asked.fingerprint()
 
 
 def test_methods_of_images_learn_its_latents_under_their_prompts(folder, tmp_path, monkeypatch):

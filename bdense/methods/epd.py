@@ -56,7 +56,11 @@ class EPDConfig(GridConfig, GuidanceKnobs):
         2, "points in each step, whose slopes are computed as one batch", low=1, high=1000
     )
     max_order: int = knob_of(EPD, "max_order", 1)
-    afs: bool = knob(True, "analytical first step: one evaluation less")
+    afs: bool = knob(
+        True,
+        "analytical first step: one evaluation less; for a teacher of latents it is off unless "
+        "given",
+    )
     bound_o: float = knob(0.05, "slopes are scaled by 1 plus or minus this at most", low=0)
     bound_s: float = knob(
         0.05,

@@ -22,7 +22,7 @@ from bdense.diffusion.sampling import Sampler, levels_of, served_metadata
 from bdense.diffusion.schedules import Schedule
 from bdense.errors import InputError
 from bdense.files import plain_json
-from bdense.knobs import KnobError, Knobs, knob
+from bdense.knobs import KnobError, Knobs, knob, knobs_of
 from bdense.methods import YOUNGER
 from bdense.methods.plan import StagePlan as StagePlan
 from bdense.models.latents import draws_latents
@@ -170,8 +170,14 @@ class GridConfig(MethodConfig, GridKnobs):
 
     @classmethod
     def usual(cls, metadata: Mapping[str, Any], teacher: NetworkDenoiser) -> dict[str, Any]:
-        """The noise levels that the teacher knows."""
-        return levels_of(metadata, teacher.precond)
+        """The noise levels that the teacher knows; no analytical first step for one of latents.
+
+        The analytical slope is that of data of mean 0 and variance 1, which latents need not be.
+        """
+        levels = levels_of(metadata, teacher.precond)
+        if "afs" in knobs_of(cls) and draws_latents(teacher, metadata):
+            return {**levels, "afs": False}
+        return levels
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,11 @@ class SFDConfig(GridConfig, GuidanceKnobs):
     substeps: int = knob(
         4, "steps that the teacher takes in each of the student's, K", low=1, high=1000
     )
-    afs: bool = knob(True, "analytical first step: one more interval for the same NFE")
+    afs: bool = knob(
+        True,
+        "analytical first step: one more interval for the same NFE; for a teacher of latents "
+        "it is off unless given",
+    )
     solver: str = knob("dpmpp", "solver that the teacher walks with", choices=tuple(SOLVERS))
     order: int | None = knob(None, "order of the solver", low=1, none="the highest")
     epd_table: str | None = knob(

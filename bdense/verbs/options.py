@@ -133,7 +133,7 @@ class Drawing(NativeGridKnobs):
     afs: bool | None = knob(
         None,
         "analytical first step: one more interval for the same NFE",
-        none="a student's own, else true",
+        none="a student's own, else false for latents, true for pixels",
     )
     solver: str | None = knob(
         None,

@@ -19,7 +19,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.epd import at_guidance, read_table
 from bdense.diffusion.guidance import calls, null_for
 from bdense.diffusion.pictures import save_grid
-from bdense.diffusion.preconditioning import Preconditioning, levels_on, native_schedule
+from bdense.diffusion.preconditioning import levels_on, native_schedule
 from bdense.diffusion.sampling import Sampler, draw_images, levels_of, samplers_from
 from bdense.diffusion.schedules import Levels
 from bdense.diffusion.solvers import make_solver
@@ -209,7 +209,7 @@ def chosen_drawer(
     model, metadata = load_model(source)
     for part in metadata.get("ignored", ()):
         sys.stderr.write(f"{source}: its {part} is not loaded\n")
-    sampler = _chosen_sampler(source, drawing, metadata, model.precond)
+    sampler = _chosen_sampler(source, drawing, model, metadata)
     model.require_levels(sampler.schedule)
     conditions = model.conditions_of(drawing.class_)  # refuses a class it does not know
     if not model.model.text_dim:
@@ -235,12 +235,12 @@ def chosen_drawer(
 
 
 def _chosen_sampler(
-    source: str, drawing: Drawing, metadata: Mapping[str, Any], precond: Preconditioning
+    source: str, drawing: Drawing, model: NetworkDenoiser, metadata: Mapping[str, Any]
 ) -> Sampler:
     """The model's own sampler if it has one, else the one that was asked for."""
     asked = {name: getattr(drawing, name) for name in (*_USUAL, *_LEVELS)}
     asked = {name: value for name, value in asked.items() if value is not None}
-    guidance = drawing.guidance
+    guidance, precond = drawing.guidance, model.precond
     known = samplers_from(metadata)
     native = asked.get("schedule") == "native"
     whose, way_out = f"{source} draws with the sampler it was distilled for", "distil a student"
@@ -253,7 +253,8 @@ def _chosen_sampler(
         known = [read_table(drawing.epd_table, guidance)]
         whose, way_out = f"{drawing.epd_table} holds a table for one sampler", "learn a table"
     if not known:
-        usual = _USUAL | ({"solver": "ddim"} if native else {})
+        usual = _USUAL | {"afs": not draws_latents(model, metadata)}
+        usual |= {"solver": "ddim"} if native else {}
         # A model of latents names the levels that it was trained for.
         usual_levels = {} if native else levels_of(metadata, precond)
         levels = {name: value for name, value in usual_levels.items() if name not in asked}

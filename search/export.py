@@ -115,16 +115,7 @@ def export_trial(
     nfe: int | None = None,
     baseline: str | None = None,
 ) -> Exported:
-    """Write a kept student as a model folder.
-
-    Args:
-        study: A search or a study of given arms.
-        folder: Where to write it; it must not exist.
-        number: Number of the row. None: of a search, the arm that its confirmation recommends,
-            under the first fresh seed, else the best trial; of given arms, the recommended one,
-            under the first seed.
-        nfe: Which student of a method of several stages; None is the last.
-        baseline: ``plain`` or ``uniform`` instead of a trial of a search.
+    """Write a kept student as a model folder, see ``search.api.OpenStudy.export``.
 
     Raises:
         InputError: There is no such row, it is not complete, or its student was not kept, or the

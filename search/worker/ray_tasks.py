@@ -98,11 +98,9 @@ def worker_storage(asked: str) -> str:
 
 
 def prepare_task(worker: WorkerConfig, together: int) -> Iterator[Preparation | WorkerError]:
-    """Make what the rows share and report the progress; the last message may be an error.
+    """Make what the rows share, of which ``together`` run at once on one machine.
 
-    Args:
-        worker: The settings.
-        together: Rows at once on one machine.
+    Reports the progress; the last message may be an error.
     """
     messages: queue.SimpleQueue[Preparation | WorkerError | None] = queue.SimpleQueue()
     last = 0.0

@@ -8,7 +8,6 @@ touches a trial, a result or a student.
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +24,7 @@ from search.child import in_child
 from search.errors import StorageError, UnknownStudyError
 from search.places import cache_folder, runs_folder
 from search.redaction import redact
-from search.run.machine import ray_folder_problems
+from search.run.machine import ray_folder_problems, refusal
 from search.spec.study import StudySpec
 from search.storage.engine import (
     DATABASE_ERRORS,
@@ -146,14 +145,11 @@ def disks() -> Findings:
     """Free space and write access of the folders of runs and cache."""
     for name, folder in (("runs", runs_folder()), ("cache", cache_folder())):
         place = folder.resolve()
-        there = next(each for each in (place, *place.parents) if each.is_dir())
-        try:
-            with tempfile.TemporaryFile(dir=there) as file:
-                file.write(b"\0")
-        except OSError as error:
-            text = f"{name} cannot be written at {there}: {error.strerror}"
+        if why := refusal(place):
+            text = f"{name} cannot be written at {place}: {why}"
             yield Finding("problem", text, f"set BDENSE_{name.upper()} elsewhere")
             continue
+        there = next(each for each in (place, *place.parents) if each.is_dir())
         free = shutil.disk_usage(there).free
         text = f"{free / 2**30:.1f} GiB free for {name}, in {place}"
         if free > SCARCE_BYTES:

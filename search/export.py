@@ -341,11 +341,7 @@ def _complete(ledger: Ledger, number: int) -> StoredTrial:
 
 
 def _student(study: Study, ledger: Ledger, trial: StoredTrial, nfe: int | None) -> Path:
-    """The file of a row's student.
-
-    Raises:
-        InputError: It was not kept, or the row has no such stage.
-    """
+    """The file of a row's student."""
     path = named_file(trial.user_attrs["student"])
     if nfe is not None:
         stages = study.spec.resolved.stages

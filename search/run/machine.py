@@ -88,24 +88,25 @@ def ray_folder_problems() -> Iterator[str]:
     if os.environ.get("RAY_ADDRESS"):
         return
     scratch = ray_scratch()
-    if why := _refusal(scratch):
+    if why := refusal(scratch):
         yield f"Ray cannot write its temporary files to {scratch} ({why}); set RAY_TMPDIR"
     home = Path.home()
     needs_none = os.environ.get("RAY_AUTH_MODE", "token") != "token"
     needs_none |= any(map(os.environ.get, _TOKENS))
     needs_none |= os.access(home / ".ray/auth_token", os.R_OK)
-    if not needs_none and (why := _refusal(home / ".ray")):
+    if not needs_none and (why := refusal(home / ".ray")):
         yield (
             f"Ray cannot write its token to HOME={home} ({why}); set HOME to a folder that can "
             "be written"
         )
 
 
-def _refusal(folder: Path) -> str:
+def refusal(folder: Path) -> str:
     """Why a folder cannot be written; "" if it can. The folder may be missing."""
     try:
         there = next(each for each in (folder, *folder.parents) if each.exists())
-        with tempfile.TemporaryFile(dir=there):
-            return ""
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"\0")
+        return ""
     except OSError as error:
         return error.strerror or str(error)

@@ -164,11 +164,7 @@ class _Guard:
         )
 
     def _locked(self) -> bool:
-        """Wait until the program of an earlier worker has ended; False where asked to end.
-
-        Raises:
-            OSError: The file system has no locks, or is not there.
-        """
+        """Wait until the program of an earlier worker has ended; False where asked to end."""
         self._lock = Path(self._order.lock).open("a")  # noqa: SIM115  until this process ends
         while not (self._ends or self._asked):
             try:

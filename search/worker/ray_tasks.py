@@ -184,11 +184,7 @@ def _work(config: WorkerConfig, mark: Path) -> None:
 
 
 def _open_patiently(config: WorkerConfig) -> "Worker":
-    """The worker of a study; waits for a database that is just restarting.
-
-    Raises:
-        StorageError: It does not open in time; at once where waiting would not help.
-    """
+    """The worker of a study; waits for a database that is just restarting."""
     from search.worker.worker import Worker
 
     deadline = time.monotonic() + PATIENCE_SECONDS

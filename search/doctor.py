@@ -256,7 +256,7 @@ def rights(url: str, storage: RDBStorage) -> Findings:
                 yield Finding("problem", text, "give the address of the primary server")
                 return
         # The storage's own connections are set to read alone.
-        with sa.create_engine(url, poolclass=sa.NullPool).connect() as connection:
+        with sa.create_engine(storage.engine.url, poolclass=sa.NullPool).connect() as connection:
             if connection.exec_driver_sql("SHOW default_transaction_read_only").scalar() == "on":
                 lacking.append("a default_transaction_read_only of off, which is on here")
         who = f"user {user} lacks"

@@ -58,7 +58,7 @@ class Overview:
     @property
     def recommended(self) -> Recommendation | None:
         """The arm to use."""
-        return self.assessment and self.assessment.recommended
+        return None if self.assessment is None else self.assessment.recommended
 
     @property
     def is_empty(self) -> bool:

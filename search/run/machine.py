@@ -60,8 +60,8 @@ def use_gpus(chosen: Sequence[int] | None) -> None:
     allowed = None if given is None else {part.strip() for part in given.split(",")}
     if allowed is not None and not {*map(str, chosen)} <= allowed:
         raise InputError(
-            f"{asked}: {VISIBLE}={given} does not name them all by nvidia-smi's numbers, and so "
-            "lets this process use no others; choose from it, or unset it"
+            f"{asked}: {VISIBLE}={given} does not name all of them by nvidia-smi's numbers; "
+            "choose from those that it names, or unset it"
         )
     os.environ[VISIBLE] = ",".join(map(str, chosen))
     # CUDA orders GPUs by speed, nvidia-smi by bus.

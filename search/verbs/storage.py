@@ -7,9 +7,10 @@ from pathlib import Path
 from bdense.errors import BdenseError, InputError
 from search.doctor import examine
 from search.redaction import redact
+from search.storage.engine import resolve_storage_url
 from search.storage.schema import Access, Role, grant, open_tables, upgrade
 from search.study.upgrade import upgrade_studies
-from search.verbs.common import storage_url, study_name
+from search.verbs.common import study_name
 from search.verbs.options import DoctorOptions, TablesOptions
 
 _ROLES: tuple[tuple[str, Access], ...] = (("writer", "read-write"), ("reader", "read-only"))
@@ -17,7 +18,7 @@ _ROLES: tuple[tuple[str, Access], ...] = (("writer", "read-write"), ("reader", "
 
 def storage(asked: TablesOptions) -> None:
     """Create or upgrade the tables, and say what was done."""
-    url, roles = storage_url(asked), _roles(asked)
+    url, roles = resolve_storage_url(asked.storage), _roles(asked)
     if asked.action == "upgrade":
         if roles:
             raise InputError("storage upgrade takes no --writer or --reader; give them to init")
@@ -62,7 +63,7 @@ def read_password(path: Path) -> str:
 
 def doctor(asked: DoctorOptions) -> None:
     """Print the findings; fail if problems are left."""
-    url = storage_url(asked)
+    url = resolve_storage_url(asked.storage)
     name = None if asked.study is None else study_name(asked.study)
     findings = []
     for finding in examine(url, name):

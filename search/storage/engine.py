@@ -456,7 +456,7 @@ def _code(error: BaseException) -> str:
     """PostgreSQL's code of a database's error; "" where it has none."""
     origin = getattr(_cause(error), "orig", None)
     if not isinstance(origin, sqlite3.Error):
-        return getattr(origin, "pgcode", None) or ""
+        return str(getattr(origin, "pgcode", None) or "")
     if getattr(origin, "sqlite_errorname", "") == "SQLITE_FULL":
         return _DISK_FULL
     return _SQLITE_REFUSALS.get(str(origin).partition(":")[0], "")

@@ -533,14 +533,7 @@ def planned(url: str, spec: StudySpec, *, by_name: bool = False) -> Study:
 def run_confirmation(
     study: Study, method: Mapping[str, Any], *, seeds: int, count: int, workers: int | None
 ) -> tuple[Study, Verdict | None]:
-    """Plan and run a search's confirmation.
-
-    Args:
-        study: The search.
-        method: Settings of the method that differ, checked.
-        seeds: Number of fresh seeds.
-        count: Number of candidates.
-        workers: Rows at once; None for as many as fit.
+    """Plan and run a search's confirmation, by settings of the method that were checked.
 
     Returns:
         The confirmation, and its verdict, if a candidate is complete under every seed.

@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 from bdense import command
 from bdense.command import Force, Verb, run_verb
@@ -130,20 +129,20 @@ VERBS = {
         "the options name instead; each trial keeps its result, log and pictures (about "
         "0.3 MB)",
         example="bdense-search clean digits-nfe2 --checkpoints --students",
-        function="search.verbs.clean:clean",
+        function="search.verbs.remove:clean",
         configs=(CleanOptions,),
     ),
     "delete": Verb(
         help="delete a study with its baselines, its confirmation, and their folders of students "
         "and pictures",
         example="bdense-search delete digits-nfe2",
-        function="search.verbs.delete:delete",
+        function="search.verbs.remove:delete",
         configs=(DeleteOptions,),
     ),
     "doctor": Verb(
         help="check this machine, the storage and its studies for problems",
         example="bdense-search doctor digits-nfe2 --fix",
-        function="search.verbs.doctor:doctor",
+        function="search.verbs.storage:doctor",
         configs=(DoctorOptions,),
     ),
     "fetch": Verb(
@@ -166,7 +165,7 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 done, 1 failed, 2 user's mistake, 75 Ray is gone, 130 stopped."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def call() -> None:
         options = make_parser(argv).parse_args(argv)
@@ -201,7 +200,3 @@ def _hide_password(url: str, argv: list[str]) -> None:
     os.environ["BDENSE_STORAGE"] = resolve_storage_url(url)
     # -P: import nothing from the current folder, like the command itself.
     os.execv(sys.executable, [sys.executable, "-P", "-m", "search", *kept])
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -8,7 +8,6 @@ touches a trial, a result or a student.
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +24,7 @@ from search.child import in_child
 from search.errors import StorageError, UnknownStudyError
 from search.places import cache_folder, runs_folder
 from search.redaction import redact
-from search.run.machine import ray_folder_problems
+from search.run.machine import ray_folder_problems, refusal
 from search.spec.study import StudySpec
 from search.storage.engine import (
     DATABASE_ERRORS,
@@ -83,6 +82,17 @@ class Finding:
     check: str = ""
     study: str = ""
 
+    def repaired(self) -> "Finding":
+        """Repair it, and return what is left to say; itself, where that needs the user."""
+        if self.repair is None:
+            return self
+        try:
+            self.repair()
+        except _ERRORS as error:
+            text = f"{self.text}; repairing failed: {one_line(error)}"
+            return replace(self, level="problem", text=text, repair=None)
+        return replace(self, level="mended", advice="", repair=None)
+
     def line(self) -> str:
         """The finding for people."""
         about = f"{self.study}: " if self.study else ""
@@ -115,11 +125,6 @@ class Subject:
         """Name of the ledger's Optuna study."""
         return self.ledger.name
 
-    @property
-    def folder(self) -> Path:
-        """Folder of the ledger's rows."""
-        return study_folder(self.name).resolve()
-
     def row(self, number: int) -> Path:
         """A row's folder."""
         return row_folder(self.name, number).resolve()
@@ -140,14 +145,11 @@ def disks() -> Findings:
     """Free space and write access of the folders of runs and cache."""
     for name, folder in (("runs", runs_folder()), ("cache", cache_folder())):
         place = folder.resolve()
-        there = next(each for each in (place, *place.parents) if each.is_dir())
-        try:
-            with tempfile.TemporaryFile(dir=there) as file:
-                file.write(b"\0")
-        except OSError as error:
-            text = f"{name} cannot be written at {there}: {error.strerror}"
+        if why := refusal(place):
+            text = f"{name} cannot be written at {place}: {why}"
             yield Finding("problem", text, f"set BDENSE_{name.upper()} elsewhere")
             continue
+        there = next(each for each in (place, *place.parents) if each.is_dir())
         free = shutil.disk_usage(there).free
         text = f"{free / 2**30:.1f} GiB free for {name}, in {place}"
         if free > SCARCE_BYTES:
@@ -253,7 +255,9 @@ def rights(url: str, storage: RDBStorage) -> Findings:
                 text = "the database is a standby: studies can be read, and none launched"
                 yield Finding("problem", text, "give the address of the primary server")
                 return
-            if _read_only_by_default(connection):
+        # The storage's own connections are set to read alone.
+        with sa.create_engine(storage.engine.url, poolclass=sa.NullPool).connect() as connection:
+            if connection.exec_driver_sql("SHOW default_transaction_read_only").scalar() == "on":
                 lacking.append("a default_transaction_read_only of off, which is on here")
         who = f"user {user} lacks"
         advice = "launch as another user, or ask for: bdense-search storage init --writer"
@@ -261,21 +265,6 @@ def rights(url: str, storage: RDBStorage) -> Findings:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         text = f"{who} {lacking[0]}{more}: it can read studies, and launch nothing"
         yield Finding("problem", text, advice)
-
-
-def _read_only_by_default(connection: sa.Connection) -> bool:
-    """Whether server, database or user make this user's transactions on PostgreSQL read-only.
-
-    Asked of the settings, since a connection that only reads is set to that itself.
-    """
-    sets = sa.text(
-        "SELECT setconfig FROM pg_db_role_setting WHERE setdatabase IN (0, (SELECT oid FROM "
-        "pg_database WHERE datname = current_database())) AND setrole IN (0, (SELECT oid FROM "
-        "pg_roles WHERE rolname = current_user)) ORDER BY (setrole <> 0), (setdatabase <> 0)"
-    )
-    found = [each for (config,) in connection.execute(sets) for each in config]
-    values = dict(each.split("=", 1) for each in found)
-    return values.get("default_transaction_read_only", "off") in ("on", "true", "yes", "1")
 
 
 # A study, and one of its ledgers.
@@ -330,7 +319,7 @@ def files(subject: Subject) -> Findings:
     students = subject.complete("student")
     if not students:
         return
-    if not (folder := subject.folder).is_dir():
+    if not (folder := study_folder(subject.name).resolve()).is_dir():
         text = f"none of {len(students)} complete rows has files here: there is no {folder}"
         advice = "set BDENSE_RUNS to the folder that its workers wrote to, or restore it"
         yield Finding("problem", text, advice)
@@ -463,19 +452,14 @@ STUDY: dict[str, Callable[[Subject], Findings]] = {
 }
 
 
-def examine(url: str, name: str | None, *, fix: bool = False) -> Findings:
-    """Check this machine, a storage and its studies.
-
-    Args:
-        url: The storage, as ``resolve_storage_url`` gives it.
-        name: The one study to check; None checks all.
-        fix: Whether to repair.
+def examine(url: str, name: str | None) -> Findings:
+    """Check this machine, a storage and its studies, or the one study of that name.
 
     Raises:
         UnknownStudyError: There is no study of that name.
     """
     for check, machine in MACHINE.items():
-        yield from _run(check, machine, fix=fix)
+        yield from _run(check, machine)
     try:
         storage = open_reading(url)
     except StorageError as error:
@@ -484,7 +468,7 @@ def examine(url: str, name: str | None, *, fix: bool = False) -> Findings:
     stored = [
         finding
         for check, function in STORAGE.items()
-        for finding in _run(check, partial(function, url, storage), fix=fix)
+        for finding in _run(check, partial(function, url, storage))
     ]
     yield from stored
     if any(finding.check == "schema" and finding.level == "problem" for finding in stored):
@@ -495,10 +479,10 @@ def examine(url: str, name: str | None, *, fix: bool = False) -> Findings:
     if name is not None and name not in names:
         raise unknown_study(storage, name)
     for each in names if name is None else [name]:
-        yield from examine_study(url, each, fix=fix)
+        yield from examine_study(url, each)
 
 
-def examine_study(url: str, name: str, *, fix: bool) -> Findings:
+def examine_study(url: str, name: str) -> Findings:
     """Check one study's rows and files, and those of its baselines."""
     try:
         study = Study.open(url, name, reading=True)
@@ -510,25 +494,15 @@ def examine_study(url: str, name: str, *, fix: bool) -> Findings:
     for ledger in study.ledgers:
         subject = Subject(study, spec, ledger)
         for check, function in STUDY.items():
-            yield from _run(check, partial(function, subject), fix=fix, study=subject.name)
+            yield from _run(check, partial(function, subject), study=subject.name)
 
 
-def _run(check: str, call: Callable[[], Findings], *, fix: bool, study: str = "") -> Findings:
-    """A check's findings, repaired with ``fix``."""
+def _run(check: str, call: Callable[[], Findings], *, study: str = "") -> Findings:
+    """A check's findings."""
     try:
         for found in call():
-            finding = replace(found, check=check, study=study)
-            yield _repaired(finding, finding.repair) if fix and finding.repair else finding
+            yield replace(found, check=check, study=study)
     except BdenseError as error:  # its message says what to do
         yield Finding("problem", str(error), check=check, study=study)
     except _ERRORS as error:
         yield Finding("problem", f"cannot be checked: {one_line(error)}", check=check, study=study)
-
-
-def _repaired(finding: Finding, repair: Callable[[], object]) -> Finding:
-    try:
-        repair()
-    except _ERRORS as error:
-        text = f"{finding.text}; repairing failed: {one_line(error)}"
-        return replace(finding, level="problem", text=text, repair=None)
-    return replace(finding, level="mended", advice="", repair=None)

@@ -109,16 +109,7 @@ def export_trial(
     nfe: int | None = None,
     baseline: str | None = None,
 ) -> Exported:
-    """Write a kept student as a model folder.
-
-    Args:
-        study: A search or a study of given arms.
-        folder: Where to write it; it must not exist.
-        number: Number of the row. None: of a search, the arm that its confirmation recommends,
-            under the first fresh seed, else the best trial; of given arms, the recommended one,
-            under the first seed.
-        nfe: Which student of a method of several stages; None is the last.
-        baseline: ``plain`` or ``uniform`` instead of a trial of a search.
+    """Write a kept student as a model folder, see ``search.api.OpenStudy.export``.
 
     Raises:
         InputError: There is no such row, it is not complete, or its student was not kept, or the
@@ -346,11 +337,7 @@ def _complete(ledger: Ledger, number: int) -> StoredTrial:
 
 
 def _student(study: Study, ledger: Ledger, trial: StoredTrial, nfe: int | None) -> Path:
-    """The file of a row's student.
-
-    Raises:
-        InputError: It was not kept, or the row has no such stage.
-    """
+    """The file of a row's student."""
     path = named_file(trial.user_attrs["student"])
     if nfe is not None:
         stages = study.spec.resolved.stages

@@ -44,18 +44,9 @@ from search.study.summary import headline
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What a promotion is asked for; None of a setting is the other study's or the search's own.
+    """What a promotion is asked for, see ``search.api.OpenStudy.promote``.
 
-    Attributes:
-        to: A study of given arms, resolved, under whose conditions, seeds and name the weights
-            are trained; None is the search's own method.
-        weights: Those to train; None is the confirmed winner.
-        seeds: Number of seeds, or with ``to`` the seeds themselves.
-        nfe: Network evaluations an image; a model for each.
-        kimg: Training length in thousands of images.
-        arm: ``plain``, ``uniform`` or ``weights``, whose student is exported; None is the
-            recommended one.
-        out: Folder of the model, or of the models of several settings.
+    ``to`` is resolved. None of a setting is the other study's or the search's own.
     """
 
     to: StudySpec | None = None
@@ -85,10 +76,6 @@ class Promoted:
 
 class Promotion:
     """A promotion of a search, checked; nothing is planned before ``run``.
-
-    Args:
-        study: The search.
-        asked: What it is asked for.
 
     Raises:
         InputError: Something asked for does not fit.
@@ -154,11 +141,7 @@ class Promotion:
         return planned, arm
 
     def models(self, planned: Study, promoted: Arm) -> Iterator[Promoted]:
-        """Write a model folder for each of the settings, unless an earlier call did.
-
-        Args:
-            planned: What ``run`` planned.
-            promoted: The arm that it planned.
+        """Write a model folder of what ``run`` returned for each setting, unless it is there.
 
         Raises:
             InputError: Rows are left, or no baseline is complete to judge the weights by.

@@ -22,21 +22,7 @@ from search.study.study import TRAJECTORIES, Study
 def clean(
     study: Study, *, keep: Collection[int] = (), checkpoints: bool = False, students: bool = False
 ) -> dict[str, int]:
-    """Delete files that a study need not keep; trajectories where nothing else is asked for.
-
-    Args:
-        study: Whose.
-        keep: Trials of a search whose students stay from now on.
-        checkpoints: Delete checkpoints of ended rows, and what dead workers left.
-        students: Delete students of a search beyond its best and those that are named.
-
-    Returns:
-        Bytes freed of each kind that was deleted: checkpoints, students, trajectories.
-
-    Raises:
-        InputError: A trial to keep has no student, the study is no search, or its trajectories
-            are being read.
-    """
+    """Delete files that a study need not keep, see ``search.api.OpenStudy.clean``."""
     freed = {}
     if students:
         _search(study, "students")  # refused before anything is deleted

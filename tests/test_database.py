@@ -99,8 +99,8 @@ def test_tables_are_made_once_and_say_their_version(url):
     assert version(url) == [SCHEMA]
 
 
-def test_tables_without_a_version_but_of_its_form_get_one(url):
-    """Those of before there were versions."""
+def test_tables_without_a_version_get_one(url):
+    """Their maker died before it was stored."""
     ledger, claim = claimed(url)
     execute(url, "DROP TABLE bdense_schema")
     assert Ledger.open(url, "digits", budget=None).running()[0].number == claim.number
@@ -108,25 +108,13 @@ def test_tables_without_a_version_but_of_its_form_get_one(url):
     ledger.complete(claim, 1.0, {})
 
 
-@pytest.mark.parametrize(
-    ("statements", "told"),
-    [
-        (["UPDATE bdense_schema SET version = 0"], "(version 0, this one has 1)"),
-        (
-            ["DROP TABLE bdense_schema", "ALTER TABLE bdense_lease DROP COLUMN forgiven"],
-            "(version before 1, this one has 1)",
-        ),
-    ],
-)
-def test_old_tables_are_refused_until_they_are_upgraded(url, statements, told, refusal):
+def test_old_tables_are_refused_until_they_are_upgraded(url, refusal):
     ledger, claim = claimed(url)
     ledger.complete(claim, 1.5, {"kept": True})
-    execute(url, *statements)
+    execute(url, "UPDATE bdense_schema SET version = 0")
     assert "belong to an older bdense" in refusal(url).message
-    with pytest.raises(StorageRefusedError, match="belong to an older bdense") as caught:
+    with pytest.raises(StorageRefusedError, match="bdense-search storage upgrade"):
         Ledger.open(url, "digits", budget=None)
-    assert told in str(caught.value)
-    assert "bdense-search storage upgrade" in str(caught.value)
 
     assert [line.partition(":")[0] for line in upgrade(url)] == ["bdense's tables"]
     assert version(url) == [SCHEMA]

@@ -69,7 +69,8 @@ class Patient:
             connection.exec_driver_sql(statement)
 
     def findings(self, *, fix: bool = False) -> list[Finding]:
-        return [*examine_study(self.url, "digits", fix=fix), *doctor.unfinished_files()]
+        found = [*examine_study(self.url, "digits"), *doctor.unfinished_files()]
+        return [each.repaired() for each in found] if fix else found
 
     def only(self, level: str, text: str, **options: bool) -> Finding:
         """The one thing that there is to say."""
@@ -254,7 +255,7 @@ def test_unfinished_files_are_deleted_unless_they_are_fresh(patient):
 
 def test_a_study_half_made(patient):
     optuna.create_study(study_name="cut-short", storage=open_storage(patient.url))
-    (found,) = examine_study(patient.url, "cut-short", fix=False)
+    (found,) = examine_study(patient.url, "cut-short")
     assert (found.level, found.study) == ("warning", "cut-short")
 
 
@@ -321,7 +322,7 @@ def test_ten_thousand_trials_and_their_folders_take_seconds(patient):
     write_files(study, study.search, patient.runs)
     (patient.runs / "large" / "04321" / RESULT).write_text(json.dumps({"value": 0}))
     begun = time.monotonic()
-    found = [each.line() for each in examine_study(patient.url, "large", fix=False)]
+    found = [each.line() for each in examine_study(patient.url, "large")]
     assert any("row 4321 without result.json, or with another FID" in line for line in found)
     assert time.monotonic() - begun < 45
 

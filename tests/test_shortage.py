@@ -15,12 +15,12 @@ import sqlalchemy as sa
 import yaml
 
 from search.cli import main
-from search.errors import StorageFullError
+from search.errors import DiskFullError, StorageFullError
 from search.storage.engine import open_storage, resolve_storage_url
 from search.storage.ledger import Ledger
 from search.study.study import Study
 from search.worker import distillation
-from search.worker.disk import disk_error, is_full_disk
+from search.worker.disk import disk_error
 from search.worker.ray_tasks import WorkerConfig, WorkerError, prepare_task, record_task, slot
 from search.worker.trainer import Step
 from tests.contracts.scene import take
@@ -86,7 +86,7 @@ def test_what_a_full_disk_says(tmp_path, monkeypatch):
         disk.fill()
         with pytest.raises(OSError, match="No space") as found:
             (disk.place / "more").write_bytes(b"0" * 4096)
-    assert is_full_disk(found.value)
+    assert isinstance(disk_error(found.value), DiskFullError)
     said = str(disk_error(found.value))
     assert f"{tmp_path}/runs" in said
     assert "run the same command again" in said

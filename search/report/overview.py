@@ -7,7 +7,7 @@ from typing import NamedTuple
 from optuna.trial import TrialState
 
 from bdense.metrics.records import FID
-from search.analysis.assessment import assess
+from search.analysis.assessment import Assessment, assess
 from search.analysis.comparison import (
     Comparison,
     comparison_rows,
@@ -40,21 +40,25 @@ class Overview:
     """One reading of a study.
 
     A search has ``now`` (else None), its complete ``trials``, the ``verdict`` of its confirmation,
-    perhaps the ``curve`` of its one-shot training, the ``recommended`` arm, and this and its noise
-    in words, ``assessment``; given arms and the replicates of a search have ``comparisons``, and
-    given arms perhaps the ``teacher``'s FID. ``legend`` says what the sample grids show.
+    perhaps the ``curve`` of its one-shot training, and the ``assessment`` of its results; given
+    arms and the replicates of a search have ``comparisons``, and given arms perhaps the
+    ``teacher``'s FID. ``legend`` says what the sample grids show.
     """
 
     study: Study
     now: Summary | None
     trials: Sequence[Measured]
     verdict: Verdict | None
-    recommended: Recommendation | None
-    assessment: Sequence[str]
+    assessment: Assessment | None
     curve: Curve | None
     comparisons: Sequence[Comparison]
     teacher: FID | None
     legend: str
+
+    @property
+    def recommended(self) -> Recommendation | None:
+        """The arm to use."""
+        return None if self.assessment is None else self.assessment.recommended
 
     @property
     def is_empty(self) -> bool:
@@ -70,7 +74,8 @@ class Overview:
     def remarks(self) -> list[str]:
         """Remarks on the result."""
         if self.now is not None:
-            return [*summary.remarks(self.now), *self.assessment]
+            assert self.assessment is not None
+            return [*summary.remarks(self.now), *self.assessment.lines()]
         return list(dict.fromkeys(each.conditions_line() for each in self.comparisons))
 
     def shown(self) -> list[ShownRow]:
@@ -79,10 +84,8 @@ class Overview:
         found = []
         if now is None:
             for index, each in enumerate(self.comparisons[-1].results if self.comparisons else ()):
-                title, number = (
-                    f"{each.arm.name}, seed {min(each.rows)}",
-                    each.rows[min(each.rows)],
-                )
+                seed, number = min(each.rows.items())
+                title = f"{each.arm.name}, seed {seed}"
                 found.append(ShownRow(title, study.main, number, str(index)))
             return found
         for name, baseline in now.baselines.items():
@@ -108,11 +111,10 @@ class Overview:
 
 def overview_of(study: Study) -> Overview:
     """Read a study."""
-    now, found, trials, recommended, lines = None, None, [], None, []
+    now, found, assessment, trials = None, None, None, []
     if study.is_search:
         now, found = judged_summary(study)
         assessment = assess(study, found)
-        recommended, lines = assessment.recommended, assessment.lines()
         trials = summary.complete_trials(study)
         replicates = replicates_of(study)
         comparisons = [] if replicates is None else [replicates]
@@ -126,8 +128,7 @@ def overview_of(study: Study) -> Overview:
         trials=trials,
         verdict=found,
         curve=curve_of(study),
-        recommended=recommended,
-        assessment=lines,
+        assessment=assessment,
         comparisons=comparisons,
         teacher=teacher_of(study),
         legend=next(filter(None, legends), ""),

@@ -95,7 +95,9 @@ class Studies(Collector):
                 complete = trials_in(TrialState.COMPLETE).where(TRIALS.c.study_id == study.key)
                 # Rows come in order: of each baseline its first, under the seed of the trials.
                 first: dict[int, float] = {}
-                for row in read_trials(self._engine, complete, ()):
+                with self._engine.connect() as connection:
+                    rows = read_trials(connection, complete, ())
+                for row in rows:
                     first.setdefault(ArmRow(**row.params).arm, row.value or 0.0)
                 for arm, value in first.items():
                     if (baseline := arms[arm]) is not None:

@@ -51,27 +51,18 @@ def use_gpus(chosen: Sequence[int] | None) -> None:
     if len(set(chosen)) < len(chosen):
         raise InputError(f"{asked} names a GPU twice; name each once")
     there = count_gpus()
-    if missing := [number for number in chosen if not 0 <= number < there]:
-        has = {0: "no GPU", 1: "1 GPU: 0"}.get(there, f"{there} GPUs: 0 to {there - 1}")
-        be = "is" if len(missing) == 1 else "are"
-        remedy = "leave --gpus out to run on its CPUs" if there == 0 else "choose from them"
+    if missing := [str(number) for number in chosen if not 0 <= number < there]:
         raise InputError(
-            f"{asked}: this machine has {has}, and {', '.join(map(str, missing))} {be} not there; "
-            f"{remedy}"
+            f"{asked}: this machine has {there} GPUs, numbered from 0, so {', '.join(missing)} "
+            "cannot be used; choose others, or leave --gpus out"
         )
     given = os.environ.get(VISIBLE)
-    if given is not None:
-        allowed = {part.strip() for part in given.split(",")}
-        if not all(part.isdigit() for part in allowed):
-            raise InputError(
-                f"{asked}: {VISIBLE}={given} does not name GPUs by nvidia-smi's numbers; "
-                "unset it, or set it to numbers, as in 0,2"
-            )
-        if not set(map(str, chosen)) <= allowed:
-            raise InputError(
-                f"{asked}: {VISIBLE}={given} lets this process use others; choose from them, or "
-                "unset it"
-            )
+    allowed = None if given is None else {part.strip() for part in given.split(",")}
+    if allowed is not None and not {*map(str, chosen)} <= allowed:
+        raise InputError(
+            f"{asked}: {VISIBLE}={given} does not name all of them by nvidia-smi's numbers; "
+            "choose from those that it names, or unset it"
+        )
     os.environ[VISIBLE] = ",".join(map(str, chosen))
     # CUDA orders GPUs by speed, nvidia-smi by bus.
     os.environ[ORDER] = "PCI_BUS_ID"
@@ -97,24 +88,25 @@ def ray_folder_problems() -> Iterator[str]:
     if os.environ.get("RAY_ADDRESS"):
         return
     scratch = ray_scratch()
-    if why := _refusal(scratch):
+    if why := refusal(scratch):
         yield f"Ray cannot write its temporary files to {scratch} ({why}); set RAY_TMPDIR"
     home = Path.home()
     needs_none = os.environ.get("RAY_AUTH_MODE", "token") != "token"
     needs_none |= any(map(os.environ.get, _TOKENS))
     needs_none |= os.access(home / ".ray/auth_token", os.R_OK)
-    if not needs_none and (why := _refusal(home / ".ray")):
+    if not needs_none and (why := refusal(home / ".ray")):
         yield (
             f"Ray cannot write its token to HOME={home} ({why}); set HOME to a folder that can "
             "be written"
         )
 
 
-def _refusal(folder: Path) -> str:
+def refusal(folder: Path) -> str:
     """Why a folder cannot be written; "" if it can. The folder may be missing."""
     try:
         there = next(each for each in (folder, *folder.parents) if each.exists())
-        with tempfile.TemporaryFile(dir=there):
-            return ""
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"\0")
+        return ""
     except OSError as error:
         return error.strerror or str(error)

@@ -71,12 +71,7 @@ def _given(study: Study) -> str:
 
 
 class Display:
-    """Shows progress: rows done, best so far, time left.
-
-    Args:
-        snapshot: Reads the progress.
-        stream: Takes the lines; None is stderr.
-    """
+    """Shows progress on a stream (None: stderr): rows done, best so far, time left."""
 
     def __init__(self, snapshot: Callable[[], Snapshot], stream: TextIO | None = None) -> None:
         self._snapshot = snapshot

@@ -22,7 +22,6 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import AuthenticationError
 
 from bdense.errors import InputError
 from bdense.knobs import KnobError
@@ -216,11 +215,7 @@ def _require_listener(address: str) -> None:
 
 
 def _slots(resources: ResourcesSpec, workers: int | None) -> int:
-    """Trials at once: ``workers``, else as many as fit.
-
-    Raises:
-        InputError: They do not fit the cluster's machines.
-    """
+    """Trials at once: ``workers``, else as many as fit."""
     gpus, fit = gpus_per_trial(resources), sum(_fit_by_machine(resources))
     if 1 <= (workers or 1) <= fit:
         return workers or fit
@@ -240,11 +235,7 @@ def _slots(resources: ResourcesSpec, workers: int | None) -> int:
 
 
 def _await_machines() -> None:
-    """Wait for a machine with CPUs: a cluster's head may be there before any worker.
-
-    Raises:
-        InputError: No worker joined in time.
-    """
+    """Wait for a machine with CPUs: a cluster's head may be there before any worker."""
     deadline = time.monotonic() + JOIN_SECONDS
     while not any(cpus for cpus, _ in _machines()):
         if time.monotonic() > deadline:
@@ -412,7 +403,5 @@ def cannot_use(error: Exception) -> InputError:
 
 def _is_refused(error: Exception) -> bool:
     """Whether the token was refused; Ray names that only in a cause of its error."""
-    if isinstance(error, AuthenticationError):
-        return True
     text = "".join(traceback.format_exception(error))
     return "AuthenticationError" in text or "InvalidAuthToken" in text

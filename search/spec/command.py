@@ -87,11 +87,6 @@ class CommandConfig(Knobs):
         """Where the program is started."""
         return Path(self.folder or ".")
 
-    def as_dict(self) -> dict[str, Any]:
-        """The knobs as ``read`` takes them and a file holds them: lists stand for tuples."""
-        values = {name: getattr(self, name) for name in knobs_of(type(self))}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-
     def identity(self) -> dict[str, Any]:
         """What decides the metric of a trial, beside files, weights and seeds."""
         return {

@@ -17,7 +17,7 @@ from search.spec.command import NamedSpace
 from search.spec.contents import content_of, content_of_prompts
 from search.spec.metric import FID_METRIC
 from search.spec.paths import Paths
-from search.spec.sections import as_plain
+from search.spec.sections import TeacherSpec, as_plain
 
 if TYPE_CHECKING:
     from search.spec.study import StudySpec
@@ -60,7 +60,7 @@ class DistillationWorkload:
         return f"{self.spec.resolved.stages[0].num_updates} updates a stage"
 
     def check(self) -> None:
-        if not self.spec.teacher.is_given:
+        if self.spec.teacher == TeacherSpec():
             raise KnobError(
                 "teacher",
                 "is missing: give one of checkpoint: FILE, train: {...} and recipe: NAME, got "

@@ -36,11 +36,7 @@ def translated(tree: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _section(tree: dict[str, Any], key: str) -> dict[str, Any]:
-    """A section, taken out; empty where there is none.
-
-    Raises:
-        SpecError: It is no mapping.
-    """
+    """A section, taken out; empty where there is none."""
     section = tree.pop(key, None)
     if not isinstance(section, dict | None):
         raise SpecError(f"{key}: must be a mapping, got {section!r}")

@@ -21,7 +21,7 @@ from search.spec.command import (
 )
 from search.spec.metric import Metric
 from search.spec.paths import Paths
-from search.spec.sections import Facts
+from search.spec.sections import Facts, as_plain
 
 if TYPE_CHECKING:
     from search.spec.study import StudySpec
@@ -63,7 +63,7 @@ class CommandWorkload:
 
     @property
     def metric(self) -> Metric:
-        return Metric.of({"name": COMMAND, **self.config.as_dict()})
+        return Metric.of({"name": COMMAND, **as_plain(self.config)})
 
     @property
     def space(self) -> NamedSpace:
@@ -133,7 +133,7 @@ class CommandWorkload:
         title = Path(words[1] if len(words) > 1 else words[0]).name
         stage = StagePlan(name="", label="", num_updates=1, nfe=1, branched=False)
         facts = Facts(title=title, num_branches=1, batch=1, needs_data=False, stages=(stage,))
-        method = self.spec.method.with_options(config.as_dict())
+        method = self.spec.method.with_options(as_plain(config))
         return replace(self.spec, method=method, facts=facts)
 
     def conditions(self) -> dict[str, Any]:

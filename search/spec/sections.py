@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from bdense.data.prompts import PROMPTS
 from bdense.errors import InputError
 from bdense.execution import CompileMode, Execution
-from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of
+from bdense.knobs import KnobError, Knobs, knob, knob_of
 from bdense.methods.plan import StagePlan
 from bdense.training.teacher_knobs import TeacherKnobs, TeacherRecipe
 
@@ -97,11 +97,6 @@ class TeacherSpec(Knobs):
                 "give one of checkpoint: FILE, train: {...} and recipe: NAME, got "
                 f"{' and '.join(given)}"
             )
-
-    @property
-    def is_given(self) -> bool:
-        """Whether there is one, as every method but ``command`` needs."""
-        return any(getattr(self, name) is not None for name in knobs_of(type(self)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,9 +98,6 @@ def _made(module: ModuleType, key: str, member: Member, **own: Any) -> Any:  # n
         key: Of the study file, for errors.
         member: Name and arguments; a mapping with a ``name`` is a class of the same module.
         **own: Arguments of ours, such as ``seed``, for each class that takes them.
-
-    Raises:
-        SpecError: There is no such class, or it refuses its arguments.
     """
     kinds = {name: getattr(module, name) for name in module.__all__}
     known = [

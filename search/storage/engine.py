@@ -83,6 +83,7 @@ _REFUSALS = {
     "42P01": "it holds no studies yet: launch one, or run bdense-search storage init",
     "42703": "a table there is another program's: give the studies a database of their own",
 }
+_DISK_FULL = "53100"
 # SQLite has one code for both.
 _SQLITE_REFUSALS = {"no such table": "42P01", "no such column": "42703"}
 
@@ -197,7 +198,7 @@ def retrying(call: Callable[[], _T]) -> _T:
         try:
             return call()
         except (SQLAlchemyError, StorageInternalError) as error:
-            if is_full(error):
+            if _code(error) == _DISK_FULL:
                 raise as_storage_error(error) from None
             if refused := _refusal_of(error):
                 raise StorageRefusedError(f"{one_line(error)}; {refused}") from None
@@ -232,16 +233,9 @@ def is_transient(error: BaseException) -> bool:
     )
 
 
-def is_full(error: BaseException) -> bool:
-    """Whether the database has no room left on its disk."""
-    origin = getattr(_cause(error), "orig", None)
-    by_name = getattr(origin, "sqlite_errorname", "") == "SQLITE_FULL"
-    return by_name or getattr(origin, "pgcode", None) == "53100"  # disk_full
-
-
 def as_storage_error(error: BaseException) -> StorageError:
     """A database's error as one for the user, where it is not retried."""
-    if is_full(error):
+    if _code(error) == _DISK_FULL:
         return StorageFullError(
             f"the disk of the study database is full: {one_line(error)}; make room, then run the "
             "same command again: it continues from what was stored before"
@@ -455,8 +449,14 @@ def _advice(url: URL, error: BaseException, said: str) -> str:
 
 def _refusal_of(error: BaseException) -> str:
     """What to do where the server refused a statement; "" of other errors."""
+    return _REFUSALS.get(_code(error), "")
+
+
+def _code(error: BaseException) -> str:
+    """PostgreSQL's code of a database's error; "" where it has none."""
     origin = getattr(_cause(error), "orig", None)
-    code = getattr(origin, "pgcode", None)
-    if isinstance(origin, sqlite3.OperationalError):
-        code = _SQLITE_REFUSALS.get(str(origin).partition(":")[0])
-    return _REFUSALS.get(str(code), "")
+    if not isinstance(origin, sqlite3.Error):
+        return str(getattr(origin, "pgcode", None) or "")
+    if getattr(origin, "sqlite_errorname", "") == "SQLITE_FULL":
+        return _DISK_FULL
+    return _SQLITE_REFUSALS.get(str(origin).partition(":")[0], "")

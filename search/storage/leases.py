@@ -292,16 +292,9 @@ def database_clock(engine: sa.Engine) -> sa.ColumnElement[float]:
     clock, and stands while the machine sleeps, so that no live worker loses its lease by that.
     """
     if engine.dialect.name == "postgresql":
-        return wall_clock(engine)
+        return _seconds("extract(epoch from clock_timestamp())")
     at_boot = sa.select(SERVER.c.seen).where(SERVER.c.started == _BOOT).scalar_subquery()
     return sa.func.coalesce(at_boot, _WALL - _SINCE_BOOT) + _SINCE_BOOT
-
-
-def wall_clock(engine: sa.Engine) -> sa.ColumnElement[float]:
-    """A clock that needs no table of ours; it jumps when the machine's clock is set."""
-    if engine.dialect.name == "postgresql":
-        return _seconds("extract(epoch from clock_timestamp())")
-    return _WALL
 
 
 def add_clock(connection: sqlite3.Connection) -> None:

@@ -7,10 +7,10 @@ import functools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import optuna
 import sqlalchemy as sa
@@ -37,6 +37,8 @@ from search.storage.tables import (
     VALUES,
     attributes_by_owner,
 )
+
+_T = TypeVar("_T")
 
 # Reason of a row that counts nowhere (``LEFT_OUT``).
 NOT_COUNTED = "not counted"
@@ -160,14 +162,8 @@ class LedgerReader:
 
     def counts(self) -> Counts:
         """Number of trials by state."""
-
         budget = self.budget
-
-        def read() -> Counts:
-            with self.storage.engine.connect() as connection:
-                return self.counts_in(connection, budget)
-
-        return retrying(read)
+        return self._reading(lambda connection: self.counts_in(connection, budget))
 
     def counts_in(self, connection: sa.Connection, budget: int) -> Counts:
         """``counts`` through an open connection, where the budget is known."""
@@ -179,12 +175,7 @@ class LedgerReader:
 
     def running_rows(self) -> list[RunningRow]:
         """The running trials with their leases, lowest number first."""
-
-        def read() -> list[RunningRow]:
-            with self.storage.engine.connect() as connection:
-                return self._leases.running(connection)
-
-        return retrying(read)
+        return self._reading(self._leases.running)
 
     def held(self) -> int:
         """Number of trials that have a live worker, as far as that is known."""
@@ -194,7 +185,7 @@ class LedgerReader:
     def state_of(self, number: int) -> TrialState | None:
         """The state of a trial; None where there is no such trial."""
         query = sa.select(STATE).where(self._mine, TRIALS.c.number == number)
-        found = retrying(partial(self._rows, query))
+        found = self._rows(query)
         return TrialState[found[0][0]] if found else None
 
     def size(self) -> int:
@@ -204,7 +195,7 @@ class LedgerReader:
     def foreign(self) -> dict[int, TrialState]:
         """Number -> state of the trials that something else than bdense-search put there."""
         query = sa.select(TRIALS.c.number, STATE.label("state")).where(self._mine, FOREIGN)
-        found = retrying(partial(self._rows, query.order_by(TRIALS.c.number)))
+        found = self._rows(query.order_by(TRIALS.c.number))
         return {row.number: TrialState[row.state] for row in found}
 
     def rows(self, state: TrialState, keys: Collection[str] | None = None) -> list[StoredTrial]:
@@ -223,7 +214,7 @@ class LedgerReader:
 
     def complete_values(self) -> dict[int, float]:
         """Number -> value of each complete trial."""
-        return {row.number: _value(row) for row in retrying(partial(self._rows, self._complete()))}
+        return {row.number: _value(row) for row in self._rows(self._complete())}
 
     def ranked_after(self, rank: int, most: int, also: int) -> list[int]:
         """Complete trials after the ``rank`` best, best first: at most ``most``, and ``also``."""
@@ -260,7 +251,7 @@ class LedgerReader:
             .order_by(first)
         )
         counted: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        for row in retrying(partial(self._rows, query)):
+        for row in self._rows(query):
             for package, version in json.loads(row.value_json).items():
                 counted[package][version] += row.trials
         return [
@@ -310,42 +301,43 @@ class LedgerReader:
             .where(self._mine, *where)
         )
 
+    def _reading(self, read: Callable[[sa.Connection], _T]) -> _T:
+        def attempt() -> _T:
+            with self.storage.engine.connect() as connection:
+                return read(connection)
+
+        return retrying(attempt)
+
     def _rows(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
-        with self.storage.engine.connect() as connection:
-            return connection.execute(query).all()
+        return self._reading(lambda connection: connection.execute(query).all())
 
     def _numbers(self, query: sa.Select[Any]) -> list[int]:
-        return [number for (number,) in retrying(partial(self._rows, query))]
+        return [number for (number,) in self._rows(query)]
 
     def _read(
         self, query: sa.Select[Any], keys: Collection[str] | None = None
     ) -> list[StoredTrial]:
-        return retrying(partial(read_trials, self.storage.engine, query, keys))
+        return self._reading(lambda connection: read_trials(connection, query, keys))
 
 
 def read_trials(
-    engine: sa.Engine, query: sa.Select[Any], keys: Collection[str] | None
+    connection: sa.Connection, query: sa.Select[Any], keys: Collection[str] | None
 ) -> list[StoredTrial]:
     """The trials that a query of ``trials_in`` finds, which have ended: nothing of them changes.
 
-    Args:
-        engine: Their database.
-        query: From ``trials_in``.
-        keys: Attributes to read; None for all.
+    ``keys`` are the attributes to read; None is all.
     """
     chosen = query.with_only_columns(TRIALS.c.trial_id, maintain_column_froms=True).subquery()
-    with engine.connect() as connection:
-        found = list(connection.execute(query))
-        if not found:
-            return []
-        # One trial by its key, several by the same query: a list may be too long for SQL.
-        which: Any = [found[0].trial_id] if len(found) == 1 else sa.select(chosen.c.trial_id)
-        stored = sa.select(USER_ATTRIBUTES).where(USER_ATTRIBUTES.c.trial_id.in_(which))
-        if keys is not None:
-            stored = stored.where(USER_ATTRIBUTES.c.key.in_(keys))
-        wants_none = keys is not None and not keys
-        attributes = {} if wants_none else attributes_by_owner(connection, stored)
-        params = _params(connection, sa.select(PARAMS).where(PARAMS.c.trial_id.in_(which)))
+    found = list(connection.execute(query))
+    if not found:
+        return []
+    # One trial by its key, several by the same query: a list may be too long for SQL.
+    which: Any = [found[0].trial_id] if len(found) == 1 else sa.select(chosen.c.trial_id)
+    stored = sa.select(USER_ATTRIBUTES).where(USER_ATTRIBUTES.c.trial_id.in_(which))
+    if keys is not None:
+        stored = stored.where(USER_ATTRIBUTES.c.key.in_(keys))
+    attributes = attributes_by_owner(connection, stored) if keys is None or keys else {}
+    params = _params(connection, sa.select(PARAMS).where(PARAMS.c.trial_id.in_(which)))
     return [
         StoredTrial(
             number=row.number,

@@ -27,12 +27,11 @@ from search.storage.engine import (
     open_storage,
     sqlite_file,
 )
-from search.storage.leases import database_clock, wall_clock
+from search.storage.leases import database_clock
 from search.storage.tables import (
     BEGUN,
     LEASE,
     RELEASED,
-    SERVER,
     STATE,
     SYSTEM_ATTRIBUTES,
     TRIALS,
@@ -91,8 +90,9 @@ def upgrade(url: str) -> list[str]:
     done = []
     try:
         with exclusive(storage.engine, "schema"):
-            held = _held(storage.engine)
-            if held:
+            require_own(storage.engine, url)
+            _OURS.create_all(storage.engine)
+            if held := _held(storage.engine):
                 raise InputError(
                     f"{held} trials of {redact(url)} are running, perhaps on workers of another "
                     "version; stop them first (bdense-search stop STUDY, or Ctrl-C in each "
@@ -171,15 +171,13 @@ def require_schema(engine: sa.Engine, url: str) -> None:
     Raises:
         StorageRefusedError: The version differs; names the command that upgrades the tables.
     """
-    version = None
     require_own(engine, url)
-    if sa.inspect(engine).has_table(_VERSION.name):
-        with engine.connect() as connection:
-            version = _stored_version(connection)
-    if version is None and _differs(engine):  # of the time before there were versions
-        raise _other_version(url, "before 1", is_newer=False)
+    if not sa.inspect(engine).has_table(_VERSION.name):
+        return
+    with engine.connect() as connection:
+        version = _stored_version(connection)
     if version is not None and version != SCHEMA:
-        raise _other_version(url, str(version), is_newer=version > SCHEMA)
+        raise _other_version(url, version)
 
 
 def require_own(engine: sa.Engine, url: str) -> None:
@@ -200,17 +198,13 @@ def require_own(engine: sa.Engine, url: str) -> None:
 
 
 def _upgrade_ours(engine: sa.Engine, url: str) -> list[str]:
-    require_own(engine, url)
-    _VERSION.create(engine, checkfirst=True)
     with engine.begin() as connection:
         version = _stored_version(connection)
-    if version is not None and version > SCHEMA:
-        raise _other_version(url, str(version), is_newer=True)
-    if version == SCHEMA and not _differs(engine):
-        return []
-    if has_tables(engine):
-        with engine.begin() as connection:
-            _mark_leased(connection)
+        if version == SCHEMA:
+            return []
+        if version is not None and version > SCHEMA:
+            raise _other_version(url, version)
+        _mark_leased(connection)
     # Otherwise their rows only matter to running workers, and there are none.
     _OURS.drop_all(engine)
     _OURS.create_all(engine)
@@ -237,33 +231,11 @@ def _stored_version(connection: sa.Connection) -> int | None:
     return version
 
 
-def _differs(engine: sa.Engine) -> bool:
-    """Whether one of our tables has other columns than in this version."""
-    inspector = sa.inspect(engine)
-    return any(
-        {column["name"] for column in inspector.get_columns(table.name)} != set(table.c.keys())
-        for table in _OURS.sorted_tables
-        if inspector.has_table(table.name)
-    )
-
-
 def _held(engine: sa.Engine) -> int:
     """Number of leases that have not run out, so that their owners may be alive."""
-    inspector = sa.inspect(engine)
-    if not inspector.has_table(LEASE.name):
-        return 0
-    # An old table may lack columns.
-    expires = sa.column("expires", sa.Double)
-    leases = sa.table(LEASE.name, expires)
-    if expires.name not in {column["name"] for column in inspector.get_columns(LEASE.name)}:
-        return 0
-    clock = database_clock if inspector.has_table(SERVER.name) else wall_clock
+    live = (LEASE.c.expires > database_clock(engine), LEASE.c.expires != RELEASED)
     with engine.connect() as connection:
-        return connection.execute(
-            sa.select(sa.func.count())
-            .select_from(leases)
-            .where(expires > clock(engine), expires != RELEASED)
-        ).scalar_one()
+        return connection.execute(sa.select(sa.func.count()).where(*live)).scalar_one()
 
 
 def _make(connection: sa.Connection, role: Role, quoted: str) -> None:
@@ -304,7 +276,8 @@ def _set_read_only(connection: sa.Connection, role: Role, name: str) -> list[str
     return []
 
 
-def _other_version(url: str, version: str, *, is_newer: bool) -> StorageRefusedError:
+def _other_version(url: str, version: int) -> StorageRefusedError:
+    is_newer = version > SCHEMA
     age, way_out = ("a newer", "update bdense here") if is_newer else ("an older", UPGRADE)
     return StorageRefusedError(
         f"the tables of {redact(url)} belong to {age} bdense (version {version}, this one has "

@@ -52,14 +52,9 @@ class StoredStudy:
 
 
 def read_studies(engine: sa.Engine, attributes: Collection[str] = ()) -> list[StoredStudy]:
-    """The studies that bdense-search made in a database, by name; none in one of Optuna's alone.
+    """The studies that bdense-search made, by name, with these of their attributes.
 
-    Args:
-        engine: The database.
-        attributes: Which attributes of the studies are wanted.
-
-    Raises:
-        SQLAlchemyError: The database does not answer.
+    None in a database of Optuna's alone.
     """
     if not has_tables(engine):
         return []

@@ -51,7 +51,7 @@ def studies_table(studies: Sequence[StoredStudy]) -> list[str]:
 
 
 def _cells(study: StoredStudy) -> tuple[str, ...]:
-    counts = study.counts
+    counts, metric = study.counts, metric_of(study)
     return (
         study.name,
         _kind(study),
@@ -59,14 +59,9 @@ def _cells(study: StoredStudy) -> tuple[str, ...]:
         f"{counts.complete}/{counts.planned}",
         str(counts.failed),
         str(counts.running),
-        "-" if study.best is None else _best_text(study, study.best),
+        "-" if study.best is None else f"{metric.name} {metric.text(study.best)}",
         "-" if study.changed is None else f"{study.changed.astimezone():%Y-%m-%d %H:%M}",
     )
-
-
-def _best_text(study: StoredStudy, best: float) -> str:
-    metric = metric_of(study)
-    return f"{metric.name} {metric.text(best)}"
 
 
 def _kind(study: StoredStudy) -> str:

@@ -12,11 +12,7 @@ _SECONDS = 10.0  # between two texts of one step
 
 
 class PreparationNote:
-    """Keeps the progress of a launch's preparations.
-
-    Args:
-        ledger: The study's main one.
-    """
+    """Keeps the progress of a launch's preparations in the study's main ledger."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger

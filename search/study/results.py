@@ -61,7 +61,7 @@ class Judged(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What a program of the user's says of its run.
+    """What a program of the user's says of its run; ``Judged``.
 
     Attributes:
         value: The study's metric.
@@ -85,28 +85,23 @@ class Score:
         return cls(**stored)
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON form that attributes and files store."""
         return {"value": self.value, **self.conditions()}
 
     def conditions(self) -> dict[str, Any]:
-        """All but the value."""
         return {"metric": self.metric, "seeds": self.seeds, "others": self.others}
 
     def in_short(self) -> str:
-        """Whose figure it is."""
         return "as the program wrote it"
 
     def in_full(self) -> str:
-        """The seed, and the other numbers that the program wrote."""
         others = [f"{name} {value:.4g}" for name, value in self.others.items()]
         return ", ".join([f"as the program wrote it, seed {self.seeds['training']}", *others])
 
     def differing(self, other: Self, /) -> list[str]:
-        """Nothing but the metric: the study's fingerprint holds the rest."""
+        # The study's fingerprint holds the rest.
         return [] if self.metric == other.metric else ["metric"]
 
     def noise_of_difference(self, other: Self, /) -> None:
-        """Not known of a program."""
         return
 
 

@@ -75,6 +75,7 @@ def list_rows(study: Study) -> list[ListedRow]:
 def rows_csv(rows: Sequence[ListedRow]) -> str:
     """A header and a line for each row; each parameter and weight has a column."""
     params = list(dict.fromkeys(name for row in rows for name in row.params))
+    variants = list(dict.fromkeys(name for row in rows for name in row.variant))
     branches = max((len(w) for row in rows for w in by_interval(row.weights)), default=0)
     lines = []
     for row in rows:
@@ -83,7 +84,7 @@ def rows_csv(rows: Sequence[ListedRow]) -> str:
         lines.append(
             values
             | {name: row.params.get(name) for name in params}
-            | {name: row.variant.get(name) for name in _variants(rows)}
+            | {name: row.variant.get(name) for name in variants}
             | _weight_cells(row.weights, branches)
         )
     text = io.StringIO()
@@ -161,8 +162,3 @@ def _rows_of(study: Study, ledger: Ledger) -> Iterator[ListedRow]:
             student=stored.get("student"),
             worker=stored.get("worker"),
         )
-
-
-def _variants(rows: Sequence[ListedRow]) -> list[str]:
-    """Settings of the method in which rows differ."""
-    return list(dict.fromkeys(name for row in rows for name in row.variant))

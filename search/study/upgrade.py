@@ -155,11 +155,7 @@ def _translated_all(specs: Mapping[str, str]) -> dict[str, StudySpec | str]:
 
 
 def _bring_over(url: str, name: str, spec: StudySpec) -> str:
-    """Rewrite one study.
-
-    Raises:
-        InputError: It has running workers, or interrupted rows without a folder here.
-    """
+    """Rewrite one study."""
     ledger = Ledger.open(url, name, budget=None)
     baselines = sibling_or_none(ledger, name + BASELINES_SUFFIX)
     ledgers = [ledger] if baselines is None else [ledger, baselines]

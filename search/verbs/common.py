@@ -9,12 +9,7 @@ from search.spec.file import read_spec, read_tree
 from search.storage.engine import resolve_storage_url
 from search.study.study import Study
 from search.study.summary import failures, headline
-from search.verbs.options import DryRun, StorageOptions, StudyOptions, Workers
-
-
-def storage_url(asked: StorageOptions) -> str:
-    """The storage that --storage or the environment names."""
-    return resolve_storage_url(asked.storage)
+from search.verbs.options import DryRun, StudyOptions, Workers
 
 
 def use_workers(asked: Workers, dry: DryRun) -> int | None:
@@ -46,7 +41,7 @@ def open_study(asked: StudyOptions, *, reading: bool = False) -> Study:
     Raises:
         UnknownStudyError: There is none.
     """
-    return Study.open(storage_url(asked), study_name(asked.study), reading=reading)
+    return Study.open(resolve_storage_url(asked.storage), study_name(asked.study), reading=reading)
 
 
 def open_search(asked: StudyOptions) -> Study:

@@ -10,9 +10,10 @@ from search.errors import StorageError, UnknownStudyError
 from search.run.launch import launch
 from search.spec.file import as_yaml, read_spec
 from search.spec.study import StudySpec
+from search.storage.engine import resolve_storage_url
 from search.study.study import Study
 from search.study.summary import headline
-from search.verbs.common import storage_url, use_workers
+from search.verbs.common import use_workers
 from search.verbs.options import DryRun, LaunchOptions, Workers
 from search.worker.trainer import trainer_of
 
@@ -20,7 +21,7 @@ from search.worker.trainer import trainer_of
 def launch_study(asked: LaunchOptions, run: Workers, dry: DryRun) -> None:
     """Launch the study, or print what it would cost."""
     workers = use_workers(run, dry)
-    url, by_name = storage_url(asked), not is_file(asked.study)
+    url, by_name = resolve_storage_url(asked.storage), not is_file(asked.study)
     if by_name:
         spec = stored_spec(url, asked.study, asked.trials)
     else:

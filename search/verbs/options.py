@@ -77,11 +77,6 @@ class DryRun(Knobs):
 class LaunchOptions(StudyOptions):
     """``launch``."""
 
-    study: str = knob(
-        help="the study file, or the name of a study in the storage",
-        metavar="STUDY",
-        form="positional",
-    )
     trials: int | None = knob_of(SearchPlan, "trials", None, none="plan.trials of the file")
 
 
@@ -143,7 +138,6 @@ class ConfirmOptions(StudyOptions):
 class PromoteOptions(StudyOptions):
     """``promote``."""
 
-    study: str = knob(help="a search's name or its YAML file", metavar="STUDY", form="positional")
     to: Path | None = knob(
         None,
         "file of a study of given arms, of any method; the weights are trained under its "

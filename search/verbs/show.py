@@ -19,7 +19,7 @@ from search.analysis.stop_rule import LargestGain
 from search.log import say
 from search.redaction import redact
 from search.report.report_files import HTML_PAGE, write_report
-from search.storage.engine import sqlite_file
+from search.storage.engine import resolve_storage_url, sqlite_file
 from search.storage.leases import RunningRow
 from search.storage.stop_flags import CONTINUE, asked_at
 from search.study.catalogue import list_studies, studies_json, studies_table
@@ -30,7 +30,7 @@ from search.study.summary import best_json, counts_json, failures, foreign_rows,
 from search.study.trial_list import list_rows, rows_csv, rows_table
 from search.study.wording import counts_line, duration
 from search.uploading import is_url, require_new_url, upload
-from search.verbs.common import open_study, storage_url
+from search.verbs.common import open_study
 from search.verbs.options import (
     BestOptions,
     DashboardOptions,
@@ -44,7 +44,7 @@ from search.verbs.options import (
 
 def show_list(asked: ListOptions) -> None:
     """Print a line for each study."""
-    url = storage_url(asked)
+    url = resolve_storage_url(asked.storage)
     found = list_studies(url)
     if asked.json:
         print(json.dumps(studies_json(found)))
@@ -190,4 +190,4 @@ def dashboard(asked: DashboardOptions) -> None:
     from search.report.dashboard import serve  # slow to import
 
     with contextlib.suppress(KeyboardInterrupt):
-        serve(storage_url(asked), port=asked.port, writable=asked.writable)
+        serve(resolve_storage_url(asked.storage), port=asked.port, writable=asked.writable)

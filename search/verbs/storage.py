@@ -1,21 +1,24 @@
-"""``bdense-search storage``: make and renew a database's tables, and its roles."""
+"""``storage`` makes a database's tables and roles, ``doctor`` looks for what is wrong with it."""
 
 import itertools
+import json
 from pathlib import Path
 
-from bdense.errors import InputError
+from bdense.errors import BdenseError, InputError
+from search.doctor import examine
 from search.redaction import redact
+from search.storage.engine import resolve_storage_url
 from search.storage.schema import Access, Role, grant, open_tables, upgrade
 from search.study.upgrade import upgrade_studies
-from search.verbs.common import storage_url
-from search.verbs.options import TablesOptions
+from search.verbs.common import study_name
+from search.verbs.options import DoctorOptions, TablesOptions
 
 _ROLES: tuple[tuple[str, Access], ...] = (("writer", "read-write"), ("reader", "read-only"))
 
 
 def storage(asked: TablesOptions) -> None:
     """Create or upgrade the tables, and say what was done."""
-    url, roles = storage_url(asked), _roles(asked)
+    url, roles = resolve_storage_url(asked.storage), _roles(asked)
     if asked.action == "upgrade":
         if roles:
             raise InputError("storage upgrade takes no --writer or --reader; give them to init")
@@ -56,3 +59,21 @@ def read_password(path: Path) -> str:
     if not password:
         raise InputError(f"the password file {path} is empty; write the password into it")
     return password
+
+
+def doctor(asked: DoctorOptions) -> None:
+    """Print the findings; fail if problems are left."""
+    url = resolve_storage_url(asked.storage)
+    name = None if asked.study is None else study_name(asked.study)
+    findings = []
+    for finding in examine(url, name):
+        findings.append(finding.repaired() if asked.fix else finding)
+        if not asked.json:
+            print(findings[-1].line(), flush=True)
+    problems = sum(finding.level == "problem" for finding in findings)
+    if asked.json:
+        shown = [finding.as_dict() for finding in findings]
+        answer = {"storage": redact(url), "ok": not problems, "findings": shown}
+        print(json.dumps(answer))
+    if problems:
+        raise BdenseError(f"{problems} problem{'s' if problems > 1 else ''} left; see above")

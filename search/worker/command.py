@@ -113,11 +113,7 @@ class Command:
         return stored_or_made(attempt, self.fingerprint, make)
 
     def _require_same_files(self) -> None:
-        """Refuse to measure a program that was edited since the worker started.
-
-        Raises:
-            SpecChangedError: Names what has changed.
-        """
+        """Refuse to measure a program that was edited since the worker started."""
         try:
             now = self.spec.conditions()
         except OSError as error:

@@ -127,13 +127,6 @@ def require_room(spec: StudySpec, together: int) -> TrialCost:
 
     What is accepted is kept in the cache: the next launch asks only what is free.
 
-    Args:
-        spec: The study.
-        together: Trials at once on this machine.
-
-    Returns:
-        What a trial costs.
-
     Raises:
         InputError: They need too much memory; says what to lower. Or as of ``measure``.
     """
@@ -156,11 +149,7 @@ def require_room(spec: StudySpec, together: int) -> TrialCost:
 
 
 def require_gpu(spec: StudySpec, needed: int) -> None:
-    """Refuse GPUs of this process that have less memory than a trial takes.
-
-    Args:
-        spec: The study.
-        needed: Bytes that a trial took of a GPU where the study was prepared.
+    """Refuse GPUs of this process with less than the bytes that a trial took in preparation.
 
     Raises:
         UnpreparedError: This worker's GPU, or a trial's share of it, is smaller.
@@ -237,12 +226,7 @@ def free_memory() -> int:
 
 
 def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
-    """The cost of a study as a dry run shows it; nothing is downloaded or kept.
-
-    Args:
-        spec: The study.
-        workers: Trials at once; 1 by default.
-    """
+    """The cost of a study as a dry run shows it; nothing is downloaded or kept."""
     teacher, known = meta_teacher(spec)
     parameters = 4 * sum(p.numel() for p in teacher.parameters())
     stages, images = spec.resolved.stages, spec.evaluation.num_images

@@ -8,12 +8,8 @@ from search.errors import DiskFullError, NoAccessError
 from search.places import cache_folder, runs_folder
 from search.redaction import redact
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-def is_full_disk(error: BaseException) -> bool:
-    """Whether the disk or quota was full."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def disk_error(error: BaseException) -> InputError | None:
@@ -21,7 +17,7 @@ def disk_error(error: BaseException) -> InputError | None:
     if not isinstance(error, OSError):
         return None
     places = " or ".join(sorted({str(runs_folder().resolve()), str(cache_folder().resolve())}))
-    if is_full_disk(error):
+    if error.errno in _FULL:
         return DiskFullError(
             f"no space is left where runs are kept ({places}): {redact(str(error))}; "
             "free some and run the same command again: it continues from what was saved last"

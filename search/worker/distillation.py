@@ -8,11 +8,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
+import torch
+
+from bdense.data.datasets import load_dataset
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError
-from bdense.models.store import denoiser_sha256
+from bdense.metrics.clip_score import FILES as CLIP_FILES
+from bdense.metrics.extractors import load_extractor, missing_checkpoint
+from bdense.models.diffusers_files import folder_of
+from bdense.models.store import denoiser_sha256, load_model
+from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, resolve_reference
 from search.analysis.comparison import settings_text
 from search.errors import SpecChangedError, UnpreparedError
+from search.places import cache_folder
 from search.spec.resolve import variant
 from search.spec.study import StudySpec
 from search.storage.ledger import Ledger
@@ -22,7 +30,6 @@ from search.study.study import GPU_BYTES, TEACHER, TRAJECTORIES, Study
 from search.worker.assets import Assets, load, use_device
 from search.worker.cost import cost_lines, require_gpu, require_room
 from search.worker.evaluate import evaluate
-from search.worker.fetching import fetch_all
 from search.worker.trainer import Attempt, Preparation, Report, Step
 
 RECORDING_SECONDS = 10.0
@@ -72,7 +79,25 @@ class Distillation:
 
     @classmethod
     def fetch(cls, spec: StudySpec) -> Iterator[str]:
-        return fetch_all(spec)
+        if spec.uses_data:
+            assert spec.data is not None  # a spec that uses data names it
+            dataset = load_dataset(spec.data)
+            yield f"data {spec.data}: {len(dataset.images)} images"
+        if (teacher := spec.teacher.checkpoint) is not None:
+            load_model(teacher)
+            published = PUBLIC_MODELS.get(teacher)
+            yield f"teacher {teacher}" + (f": {published.path}" if published is not None else "")
+        if (reference := spec.evaluation.reference) is not None:
+            yield f"reference {reference}: {resolve_reference(reference)}"
+        for name in dict.fromkeys((spec.prompts, spec.evaluation.prompts)):
+            if name is not None and name in PROMPT_SETS:
+                yield f"prompts {name}: {PROMPT_SETS[name].fetch()}"
+        if (scorer := spec.evaluation.clip_score) is not None:
+            yield f"CLIP model {scorer}: {folder_of(scorer, CLIP_FILES)}"
+        extractor = spec.evaluation.extractor
+        if (missing := missing_checkpoint(extractor)) is not None:
+            load_extractor(extractor, cache=cache_folder(), device=torch.device("cpu"))
+            yield f"extractor {extractor}: {missing[1]}"
 
     @property
     def fingerprint(self) -> str:

@@ -164,11 +164,7 @@ class _Guard:
         )
 
     def _locked(self) -> bool:
-        """Wait until the program of an earlier worker has ended; False where asked to end.
-
-        Raises:
-            OSError: The file system has no locks, or is not there.
-        """
+        """Wait until the program of an earlier worker has ended; False where asked to end."""
         self._lock = Path(self._order.lock).open("a")  # noqa: SIM115  until this process ends
         while not (self._ends or self._asked):
             try:
@@ -214,15 +210,11 @@ class _Guard:
 
     def _drain(self) -> None:
         """Read what is left in the pipes, which an escaped child may hold open."""
-        deadline = time.monotonic() + _DRAIN_SECONDS
-        while time.monotonic() < deadline:
-            left = [key for key in self._selector.get_map().values() if key.data != "orders"]
-            if not left:
+        deadline, watched = time.monotonic() + _DRAIN_SECONDS, self._selector.get_map()
+        while any(each.data in self._kept for each in watched.values()):
+            if time.monotonic() > deadline:
                 return
-            for key, _ in self._selector.select(_POLL_SECONDS):
-                data = self._read(key.fileobj)
-                if key.data != "orders":
-                    self._kept[key.data].write(data)
+            self._select()
 
 
 def _end_group(group: int) -> bool:

@@ -52,11 +52,7 @@ class Judge:
         self._ledger.report(self._claim, step, value)
 
     def _decision(self, step: int) -> bool:
-        """The decision at a step: the stored one, else the pruner's, which is then stored.
-
-        Raises:
-            StorageError: The database did not come back in time.
-        """
+        """The decision at a step: the stored one, else the pruner's, which is then stored."""
         study, trial_id = self._ledger.study, self._claim.trial_id
         key, storage, pruner = f"verdict:{step}", study._storage, self._pruner
         assert pruner is not None

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from bdense.errors import BdenseError, NonFiniteError, StoppedError, is_out_of_memory
-from search.errors import LeaseLostError, SpecChangedError, StorageError, UnpreparedError
+from search.errors import (
+    DiskFullError,
+    LeaseLostError,
+    SpecChangedError,
+    StorageError,
+    UnpreparedError,
+)
 from search.log import log_context
 from search.redaction import redact
 from search.storage.ledger import Claim, FailureReason, LeaseRenewal, Ledger
@@ -17,7 +23,7 @@ from search.study.results import TrialResult
 from search.study.retention import drop_checkpoints
 from search.study.trial_log import TrialLog
 from search.study.trial_note import attach_pictures, log_errors
-from search.worker.disk import disk_error, is_full_disk
+from search.worker.disk import disk_error
 from search.worker.result import package_versions
 from search.worker.row_plots import draw_losses
 
@@ -103,7 +109,7 @@ def work_on_row(
             if (refusal := disk_error(error)) is not None:
                 # Not the trial's fault; every row here would meet the same.
                 ledger.release(claim, interrupted=True)
-                why = "disk full" if is_full_disk(error) else "no access"
+                why = "disk full" if isinstance(refusal, DiskFullError) else "no access"
                 log("released", level=logging.WARNING, why=why)
                 raise refusal from error
             _log.exception("trial %d, attempt %d", claim.number, claim.attempt)

@@ -98,11 +98,9 @@ def worker_storage(asked: str) -> str:
 
 
 def prepare_task(worker: WorkerConfig, together: int) -> Iterator[Preparation | WorkerError]:
-    """Make what the rows share and report the progress; the last message may be an error.
+    """Make what the rows share, of which ``together`` run at once on one machine.
 
-    Args:
-        worker: The settings.
-        together: Rows at once on one machine.
+    Reports the progress; the last message may be an error.
     """
     messages: queue.SimpleQueue[Preparation | WorkerError | None] = queue.SimpleQueue()
     last = 0.0
@@ -186,11 +184,7 @@ def _work(config: WorkerConfig, mark: Path) -> None:
 
 
 def _open_patiently(config: WorkerConfig) -> "Worker":
-    """The worker of a study; waits for a database that is just restarting.
-
-    Raises:
-        StorageError: It does not open in time; at once where waiting would not help.
-    """
+    """The worker of a study; waits for a database that is just restarting."""
     from search.worker.worker import Worker
 
     deadline = time.monotonic() + PATIENCE_SECONDS

@@ -43,13 +43,7 @@ def draw_losses(folder: Path) -> None:
 
 
 def draw_history(history: WeightHistory, title: str, path: Path) -> None:
-    """Write a plot of each branch's weight over the iterations.
-
-    Args:
-        history: From ``TracedWeights.history``.
-        title: Above it.
-        path: The file.
-    """
+    """Write a plot of each branch's weight over the iterations."""
 
     def draw(axes: "Axes") -> None:
         from matplotlib import colormaps

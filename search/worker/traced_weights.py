@@ -23,9 +23,6 @@ class TracedWeights:
     """A weighting that, where its weights are learned, remembers those of every iteration.
 
     A ``BranchWeighting`` itself, whose other members are those of ``given``.
-
-    Args:
-        given: What decides the weights.
     """
 
     def __init__(self, given: BranchWeighting) -> None:

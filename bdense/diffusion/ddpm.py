@@ -71,16 +71,6 @@ class DDPMSchedule(VPSchedule):
                 f"beta_start={self.beta_start}, beta_end={self.beta_end})"
             )
 
-    def options(self) -> dict[str, Any]:
-        betas = None if self.trained_betas is None else list(self.trained_betas)
-        return {
-            _T: self.num_train_timesteps,
-            "beta_schedule": self.beta_schedule,
-            "beta_start": self.beta_start,
-            "beta_end": self.beta_end,
-            "trained_betas": betas,
-        }
-
     def log_alpha_bar(self, time: Tensor) -> Tensor:
         """log alpha_bar at fractional times in -1..T - 1, float64 of the shape of ``time``."""
         table = _table(self, time.device)

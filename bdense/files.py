@@ -143,26 +143,7 @@ def require_new(path: Path) -> None:
     """Raise an InputError if the path exists."""
     path = Path(path)
     if path.exists() or path.is_symlink():
-        raise InputError(
-            f"{path} exists already, {_described(path)}; choose another folder or delete it"
-        )
-
-
-def _described(path: Path) -> str:
-    """What lies at an existing path."""
-    if path.is_symlink():
-        return f"a link to {path.readlink()}"
-    if not path.is_dir():
-        return "a file"
-    try:
-        names = sorted(each.name for each in path.iterdir())
-    except OSError:
-        return "a folder that cannot be listed"
-    if not names:
-        return "an empty folder"
-    if len(names) == 1:
-        return f"a folder with one entry, {names[0]}"
-    return f"a folder with {len(names)} entries such as {names[0]}"
+        raise InputError(f"{path} exists already; choose another folder or delete it")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ class IntervalGrid:
     """The student's N intervals, each cut into K teacher sub-steps.
 
     Attributes:
-        num_intervals: N; network evaluations are N, or N - 1 with ``afs``.
+        num_intervals: N.
         substeps: K.
         afs: The first interval is taken without the network and never trained.
     """
@@ -27,11 +27,6 @@ class IntervalGrid:
     substeps: int
     afs: bool = True
     schedule: Schedule = field(default_factory=Schedule)
-
-    @property
-    def nfe(self) -> int:
-        """Network evaluations an image costs the student."""
-        return self.num_intervals - (1 if self.afs else 0)
 
     @property
     def num_points(self) -> int:

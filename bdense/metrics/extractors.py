@@ -22,13 +22,6 @@ from bdense.models.torch_weights import (
     reading_checkpoint,
 )
 
-SPECS = ", ".join(
-    [
-        *("inception[:WEIGHTS.pth], dinov2[:WEIGHTS.pth], torchscript:FILE.pt", *SIZES),
-        *(f"{name}[:FILE.safetensors]" for name in RECIPES),
-    ]
-)
-
 # The size that Stein et al. 2023 (arXiv 2306.04675) use to compare generative models.
 _DINOV2_DEFAULT = "dinov2-vit-l-14"
 _INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -92,7 +85,10 @@ def require_known(spec: str) -> None:
     known = ("inception", "dinov2", *SIZES, *RECIPES)
     if kind not in known and not (kind == "torchscript" and file):
         hint = did_you_mean(spec, known)
-        raise InputError(f"unknown feature extractor {spec!r}; known are {SPECS}{hint}")
+        raise InputError(
+            f"unknown feature extractor {spec!r}; known are {', '.join(known)}, each with :FILE "
+            f"for weights of your own, and torchscript:FILE{hint}"
+        )
 
 
 def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor:

@@ -175,7 +175,6 @@ def run_verb(
 
     Args:
         prog: Name of the command, at the start of each line.
-        call: Runs the verb.
         on_interrupt: The message on Ctrl-C.
         clean: Removes secrets from a line.
         tell: Receives each line, without its newline; None writes to stderr.

@@ -501,10 +501,6 @@ def add_options(parser: argparse.ArgumentParser, *configs: type[Knobs]) -> None:
     commas or spaces, and "none" stands for None. A nested class gives an option for each of its
     knobs, and its ``name`` or ``kind`` is spelt as the class. Mappings are for files only. What
     is not given is absent from the namespace, which ``from_options`` reads.
-
-    Args:
-        parser: A command's.
-        configs: Their options' names must differ.
     """
     headings: dict[str, argparse._ActionsContainer] = {"": parser}
     for config in configs:
@@ -521,8 +517,6 @@ def from_options(config: type[C], options: argparse.Namespace, **usual: Any) -> 
     """The class with the options that were given.
 
     Args:
-        config: One that was given to ``add_options``.
-        options: What the parser made of the command line.
         usual: Knobs that have no option, or another default than the class has.
 
     Raises:
@@ -579,7 +573,6 @@ def _single_knobs(config: type[Knobs], prefix: str = "", usual: object = None) -
     """All knobs by dotted name, those of nested classes in place of the class.
 
     Args:
-        config: The class.
         prefix: In front of its knobs' names.
         usual: An instance of it whose values are the defaults.
     """

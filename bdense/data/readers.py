@@ -298,10 +298,6 @@ def _summary(source: str, count: int, problems: Mapping[str, Sequence[str]]) -> 
 def _pixels(image: Image.Image, crop: int | None) -> NDArray[np.uint8]:
     """[C, H, W]: grey stays grey, everything else (palettes, CMYK) becomes RGB.
 
-    Args:
-        image: Opened, and not decoded yet.
-        crop: See ``read_folder``.
-
     Raises:
         ValueError: The file is not one opaque, upright still image of 8 bits a channel.
     """

@@ -296,7 +296,6 @@ def conditions_for(
     """The kind of condition of a network with that many classes, 0 for none.
 
     Args:
-        label_dim: Classes that the network knows.
         class_index: The class of all images; None draws one for each.
         has_null: Whether the network knows a row of zeros as no class in particular.
 

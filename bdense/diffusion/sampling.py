@@ -226,9 +226,6 @@ def draw_images(
     Args:
         denoiser: In eval mode.
         sampler: Grid, solver and AFS; None is a student's own, the one of the lowest NFE.
-        count: Images to draw.
-        seed: Of the latents.
-        batch: Images at a time.
         class_index: The class of all images; None draws the network's condition for each.
         conditions: Override the network's own, for example with prompts.
         codec: What makes images of latents, on the denoiser's device; None keeps what is drawn.

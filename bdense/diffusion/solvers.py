@@ -379,8 +379,6 @@ def trajectory(solver: Solver, denoise: Denoiser, x: Tensor, sigmas: Tensor) -> 
     """Every state of the walk, the start included.
 
     Args:
-        solver: A deterministic one.
-        denoise: D(x; sigma).
         x: [B, C, H, W] state at ``sigmas[0]``.
         sigmas: [n + 1] float64 on the CPU.
 

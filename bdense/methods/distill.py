@@ -227,9 +227,7 @@ def distill(
     Args:
         method: An instance of one of ``bdense.methods.METHODS``.
         teacher: One branch, on the device to train on.
-        config: Of the method.
         weighting: Makes the branch weights of a stage, new ones for each.
-        inputs: What is learned from besides the teacher.
         folder: Where each student is kept with its model card as soon as it is done, and the
             checkpoint of the stage that is under way; None keeps no students.
         name: What the file of a method of one stage is called, without its ending.

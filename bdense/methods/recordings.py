@@ -132,7 +132,6 @@ class TrajectoryStore:
         """Compute and write one shard, unless it exists by now.
 
         Args:
-            shard: 0-based.
             on_iteration: Called with the number of iterations done in this shard.
         """
         path = self.shard_path(shard)

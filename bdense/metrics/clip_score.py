@@ -83,12 +83,6 @@ class CLIPScorer:
     ) -> CLIPScore:
         """The mean score of images [n, C, H, W] uint8.
 
-        Args:
-            images: n >= 2.
-            nfe: Network evaluations per image.
-            seeds: The images' seeds by name.
-            on_image: Called with the number of images done.
-
         Raises:
             NonFiniteError: An embedding is not finite.
         """
@@ -135,8 +129,6 @@ def load_clip_scorer(
 
     Args:
         source: Such as ``openai/clip-vit-base-patch16``; only safetensors are read.
-        prompts: One or more.
-        device: Where to compute.
 
     Raises:
         CheckpointError: It is not a CLIP model, or lacks weights, tokenizer or image processor.

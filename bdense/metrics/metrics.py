@@ -54,7 +54,6 @@ def measure_images(
     Args:
         images: [n, C, H, W] uint8, C = 1 or 3, n >= 2.
         extractor: Feature network, which the reference was made with too.
-        reference: What to compare with.
         metrics: Metrics to measure beside the FID.
         settings: Of KID and precision/recall; None for the defaults.
         nfe: Network evaluations per image.
@@ -128,9 +127,6 @@ def require_measurable(
 
     Args:
         metrics: Metrics to measure beside the FID.
-        settings: Of KID and precision/recall.
-        images: Number of images.
-        reference: What they are compared with.
         image_shape: (C, H, W) of them.
         extractor: Tried on two black images; None is not tried.
 
@@ -239,8 +235,6 @@ def image_effects(
 
     Args:
         features: [n, d].
-        own: Their statistics.
-        reference: What they are compared with.
         device: Where to compute, see ``statistics_of``.
 
     Returns:

@@ -45,7 +45,6 @@ def export_folder(
     given pictures.
 
     Args:
-        folder: Folder to write; its parent is created.
         denoiser: A student of one branch.
         metadata: JSON values, ``sampler`` among them.
         extra_card: Markdown for the end of the card.
@@ -108,12 +107,8 @@ def export_for_diffusers(
     """Write a student as a folder that diffusers loads; it appears whole or not at all.
 
     Args:
-        folder: Folder to write; its parent is created.
-        denoiser: The student.
-        metadata: JSON values.
         weights: Name of the file of weights in the folder.
         call: Arguments of the pipeline that draw as the student was measured.
-        card: The card.
         write: Writes everything but metadata and card into an empty folder.
 
     Returns:

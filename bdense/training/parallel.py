@@ -99,12 +99,7 @@ class Team:
         return total / self.size
 
     def while_others_wait(self, name: str, work: Callable[[], object]) -> None:
-        """Work of the leader; the others poll, as ``PATIENCE`` would end an all-reduce.
-
-        Args:
-            name: Unique name of this work.
-            work: Called by the leader; its exceptions are raised there.
-        """
+        """Work of the leader; the others poll, as ``PATIENCE`` would end an all-reduce."""
         if self.leads:
             work()
             if self.size > 1:

@@ -266,11 +266,9 @@ def squared_error(
     """|D(y + n; sigma) - y|^2 of branch K, mean over pixels.
 
     Args:
-        branches: Of a denoiser.
         clean: [B, C, H, W] y in [-1, 1].
         noise: [B, C, H, W], unit.
         sigma: [B].
-        given: Conditions of a conditional network.
 
     Returns:
         [B].

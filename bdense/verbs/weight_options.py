@@ -49,12 +49,6 @@ def chosen_weighting(
 ) -> Callable[[], "BranchWeighting"]:
     """A function that makes the branch weights that were asked for, new ones at each call.
 
-    Args:
-        own: Whether there are any, and of which space.
-        parameters: Of ``parameter_options``.
-        num_branches: K of the method with branches.
-        num_intervals: S of the method.
-
     Raises:
         InputError: No space has all these parameters, or one is missing.
     """

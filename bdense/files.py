@@ -99,10 +99,6 @@ def require_output(
         inputs: Files and folders that the same command reads.
         force: Whether what is there may be replaced.
         folder: Whether ``out`` is a folder.
-
-    Raises:
-        InputError: It is a link, a FIFO or a device, a folder in place of a file or vice versa,
-            or cannot be written; or, without ``force``, something would be lost.
     """
     require_plain(out)
     if folder and out.exists() and not out.is_dir():

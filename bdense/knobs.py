@@ -90,11 +90,9 @@ class Knob:
     """One setting of a ``Knobs`` class.
 
     Attributes:
-        name: The field's name.
         type: Its annotation without ``None``.
         default: ``dataclasses.MISSING`` where it must be given.
         optional: Whether ``None`` is a value.
-        help: What it does.
         low, high: Smallest and largest number, both allowed.
         above, below: Bounds that are not allowed themselves.
         choices: All values there are; empty where they are not listed.

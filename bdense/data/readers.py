@@ -296,11 +296,7 @@ def _summary(source: str, count: int, problems: Mapping[str, Sequence[str]]) -> 
 
 
 def _pixels(image: Image.Image, crop: int | None) -> NDArray[np.uint8]:
-    """[C, H, W]: grey stays grey, everything else (palettes, CMYK) becomes RGB.
-
-    Raises:
-        ValueError: The file is not one opaque, upright still image of 8 bits a channel.
-    """
+    """[C, H, W]: grey stays grey, everything else (palettes, CMYK) becomes RGB."""
     # A camera's JPEG may carry a preview behind the picture (MPO), which is not an animation.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:

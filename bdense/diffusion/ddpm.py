@@ -36,7 +36,6 @@ class DDPMSchedule(VPSchedule):
         num_train_timesteps: T.
         beta_schedule: ``linear``: betas at equal distances (DDPM); ``scaled_linear``: their
             square roots; ``squaredcos_cap_v2``: from a cosine, without beta_start and beta_end.
-        beta_start, beta_end: First and last beta.
         trained_betas: All T betas themselves, in place of a schedule.
     """
 

@@ -18,8 +18,6 @@ class IntervalGrid:
     """The student's N intervals, each cut into K teacher sub-steps.
 
     Attributes:
-        num_intervals: N.
-        substeps: K.
         afs: The first interval is taken without the network and never trained.
     """
 
@@ -73,8 +71,6 @@ class VariableGrid:
 
     Attributes:
         num_intervals: The N to draw from, each as likely.
-        substeps: K.
-        afs: As in ``IntervalGrid``.
     """
 
     num_intervals: tuple[int, ...]

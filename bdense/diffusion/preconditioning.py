@@ -280,9 +280,6 @@ class Cosine(CosineSchedule):
     """A network trained in the continuous time of the cosine process (Salimans & Ho 2022).
 
     It sees z = x / sqrt(1 + sigma^2) and 1000 arctan(sigma) / (pi / 2), their ``inv_cos`` input.
-
-    Attributes:
-        prediction_type: What F predicts, one of ``PREDICTIONS``.
     """
 
     name: ClassVar[str] = "cosine"

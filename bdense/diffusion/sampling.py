@@ -44,7 +44,6 @@ class Sampler:
     Attributes:
         num_intervals: N steps.
         afs: Analytical first step: NFE is one less.
-        schedule: How the levels are spaced.
         solver: Of the steps; a student needs the one that it was distilled for.
         guidance: Scale of classifier-free guidance; NFE is doubled where it is not 1 or 0.
 

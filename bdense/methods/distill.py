@@ -31,11 +31,8 @@ class TrainedStage:
     """A stage that is done.
 
     Attributes:
-        plan: Which one.
         student: One branch, the teacher's size, in eval mode.
-        sampler: How it draws.
         weighting: The branch weights as they ended; None where the student was read from its file.
-        metadata: Of the student's file.
         path: Its file; None where none is kept.
         branched: The student with all its branches, where these are kept and it was trained now.
     """

@@ -197,7 +197,6 @@ class EPDStage(MethodStage):
     """The one stage, which trains a table.
 
     Attributes:
-        config: Of the method.
         trajectories: The teacher's, of every step of the student: without AFS.
         table: What is trained; until ``begin``, what it starts as.
         seed: Of dropout.
@@ -275,11 +274,9 @@ class EPDUpdate:
     """Some steps of the student's walk, from the state ``x`` [B, C, H, W] on.
 
     Attributes:
-        steps: Which.
         older: Slopes at the starts of the steps before, the newest first.
         levels: [N + 1] of the whole walk.
         target: [B, C, H, W] the teacher's state at the end.
-        given: Conditions.
         null: What guidance leads away from; None without guidance.
         end: Where the student ended.
         older_then: As ``older``, for the step after.

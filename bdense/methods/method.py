@@ -174,7 +174,6 @@ class Recordings:
 
     Attributes:
         root: Folder; each recording has a folder of its own in it.
-        dtype: Of the stored states.
     """
 
     root: Path
@@ -189,7 +188,6 @@ class Inputs:
     """What stages learn from besides the teacher.
 
     Attributes:
-        dataset: For methods that need data.
         seed: Seed of batches, noise and dropout.
         recordings: Where a method that can record its teacher's trajectories keeps them; None
             computes them anew for each student.

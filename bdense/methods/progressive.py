@@ -165,16 +165,12 @@ class PDStage(ImageStage):
     """A round: a student whose N steps follow the teacher's K N, or one that is converted.
 
     Attributes:
-        config: Of the method.
         teacher: One branch, on the device to train on.
         start: What the student starts as.
         levels: Noise levels of both grids.
         steps: N of the student.
-        dataset: Images, drawn with replacement.
-        seed: Of images, noise, times, flips and dropout.
         substeps: K; 1 in a round that converts the teacher and keeps its steps.
         guidance: Of the teacher in this round.
-        conditions: Of the images.
     """
 
     kind: ClassVar[str] = "pd"

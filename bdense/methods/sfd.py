@@ -247,7 +247,6 @@ class SFDStage(MethodStage):
     """A student that follows its teacher's trajectories.
 
     Attributes:
-        config: Length, step size.
         trajectories: As many as the config asks for, on the training device.
         seed: Of dropout; the noise is the trajectories' own.
         start: What the student starts as.

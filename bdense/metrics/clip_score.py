@@ -36,8 +36,6 @@ class CLIPScorer:
     Attributes:
         name: Its folder's name or hub id, without folders of this machine.
         sha256: Hex digest of its weights and configurations.
-        model: transformers' ``CLIPModel``, in eval mode.
-        tokenizer, processor: ``CLIPTokenizer``, ``CLIPImageProcessor``.
         prompts: Image i has prompt i, from the start again after the last.
     """
 

@@ -35,10 +35,8 @@ class Extractor:
 
     Attributes:
         name: Kind and file name, without folders of this machine.
-        sha256: Hex digest of the weights file.
         dim: d, number of features.
         network: [B, 3, H, W] uint8 -> [B, d].
-        device: Device of ``network``.
     """
 
     name: str
@@ -76,11 +74,7 @@ class Extractor:
 
 
 def require_known(spec: str) -> None:
-    """Refuse an extractor that ``load_extractor`` does not know.
-
-    Raises:
-        InputError: Names those that it knows.
-    """
+    """Refuse an extractor that ``load_extractor`` does not know."""
     kind, _, file = spec.partition(":")
     known = ("inception", "dinov2", *SIZES, *RECIPES)
     if kind not in known and not (kind == "torchscript" and file):

@@ -129,12 +129,6 @@ def require_measurable(
         metrics: Metrics to measure beside the FID.
         image_shape: (C, H, W) of them.
         extractor: Tried on two black images; None is not tried.
-
-    Raises:
-        InputError: A metric is unknown, the reference has no features for it, or a set is too
-            small.
-        ShapeError: The images have another shape than the reference's, or one that the extractor
-            does not take.
     """
     require_enough(metrics, settings, images)
     single = _single(metrics)
@@ -162,11 +156,7 @@ def require_measurable(
 def require_enough(
     metrics: Collection[str], settings: MetricSettings, images: int, whose: str = ""
 ) -> None:
-    """Check that there are enough images for the metrics; ``whose``, for people.
-
-    Raises:
-        InputError: A metric is unknown, or there are too few.
-    """
+    """Check that there are enough images for the metrics; ``whose``, for people."""
     unknown = sorted(set(metrics) - set(METRICS))
     if unknown:
         raise InputError(f"unknown metric {unknown[0]!r}; known are {', '.join(METRICS)}")

@@ -100,12 +100,7 @@ def load_codec(source: str | Path) -> Codec:
 
 @dataclass(frozen=True, eq=False)
 class TextEncoder:
-    """Prompts to what a text-conditional network sees: L tokens of E channels.
-
-    Attributes:
-        tokenizer: ``CLIPTokenizer``.
-        model: ``CLIPTextModel``, in eval mode.
-    """
+    """Prompts to what a text-conditional network sees: L tokens of E channels."""
 
     tokenizer: Any
     model: Any

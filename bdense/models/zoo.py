@@ -29,10 +29,6 @@ class PublicFile:
     """A published file.
 
     Attributes:
-        name: Name for users.
-        url: Address at its publisher.
-        licence: SPDX identifier.
-        citation: Paper to cite.
         sha256: Hex digest, if known from a third party; the publisher states none.
         size: Bytes, if known likewise.
         image_bytes: About as many, of the images that lie in it beside statistics.
@@ -84,8 +80,6 @@ class HubCheckpoint:
 
     Attributes:
         name: OWNER/NAME on the hub.
-        licence: SPDX identifier.
-        citation: Paper to cite.
         architecture: Description for ``build_denoiser``.
         part: Folder of its network.
         known: What ``read_diffusers`` finds of the rest, for a model of latents.
@@ -123,12 +117,7 @@ class HubCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedCheckpoint(HubCheckpoint):
-    """A published network that a user first converts to a folder in diffusers' format.
-
-    Attributes:
-        address: At its publisher.
-        how: What converts it.
-    """
+    """A published network that a user first converts to a folder in diffusers' format."""
 
     address: str
     how: str

@@ -238,12 +238,7 @@ class Network(nn.Module, abc.ABC):
 def check_inputs(
     network: Network, x: Tensor, class_labels: Tensor | None, num_points: int | Tensor | None
 ) -> None:
-    """Refuse what the network cannot take.
-
-    Raises:
-        ShapeError: Images or labels are of another size.
-        InputError: ``num_points`` is given or missing against the network's step condition.
-    """
+    """Refuse what the network cannot take."""
     side, channels = network.img_resolution, network.img_channels
     if tuple(x.shape[1:]) != (channels, side, side):
         raise ShapeError(

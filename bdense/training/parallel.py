@@ -45,7 +45,6 @@ class Team:
 
     Attributes:
         rank: Of this process, from 0; rank 0 leads.
-        size: Number of processes.
         store: torch's key-value store, in the leader's process; None for a team of one.
         raise_peer_error: Re-raises a follower's error in the leader; an all-reduce without it is
             invalid.

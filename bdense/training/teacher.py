@@ -141,7 +141,6 @@ class TeacherStage(Stateless):
     """Denoising score matching.
 
     Attributes:
-        config: Length, step size, seed.
         dataset: uint8 images; with labels, if the network has a ``label_dim``.
         start: Initial weights, on the device to train on.
     """
@@ -217,7 +216,6 @@ class NoisyBatch:
         clean: [B, C, H, W] y in [-1, 1].
         noise: [B, C, H, W], unit.
         sigma: [B] noise levels.
-        condition: Of the images, such as their classes.
     """
 
     clean: Tensor

@@ -137,8 +137,6 @@ class LearnedWeights:
     ``anneal``: u_k falls linearly from 1 to 0 over the stage for all branches but K.
 
     Attributes:
-        num_branches: K.
-        rule: One of ``RULES``.
         strength: Exponent of u_k.
         memory: Updates over which an old one's share in a mean falls to 1 / e; not of ``anneal``.
     """

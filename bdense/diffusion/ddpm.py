@@ -141,11 +141,7 @@ class DiscreteSchedule(Schedule):
     process: DDPMSchedule | None = None
 
     def of(self, process: VPSchedule | None) -> "DiscreteSchedule":
-        """These levels of the process that a network was trained on.
-
-        Raises:
-            InputError: It was trained on no DDPM.
-        """
+        """These levels of the process that a network was trained on."""
         if not isinstance(process, DDPMSchedule):
             raise InputError(
                 "schedule discrete needs a network of a DDPM (precond ddpm), whose times it "

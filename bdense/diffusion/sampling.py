@@ -117,11 +117,7 @@ class Sampler:
 
 
 def sampler_from(description: Mapping[str, Any]) -> Sampler:
-    """The sampler that ``Sampler.describe`` wrote down.
-
-    Raises:
-        InputError: The solver is not known, or its options are others.
-    """
+    """The sampler that ``Sampler.describe`` wrote down."""
     solver = dict(description)
     return Sampler(
         num_intervals=solver.pop("num_intervals"),

@@ -446,10 +446,6 @@ def _with_option(name: str) -> str:
 
 
 def solver_from(description: Mapping[str, Any]) -> Solver:
-    """The solver that ``Solver.describe`` wrote down.
-
-    Raises:
-        InputError: No solver is registered under its name, or its options are others.
-    """
+    """The solver that ``Solver.describe`` wrote down."""
     options = dict(description)
     return _solver_class(options.pop("solver")).read(options, "solver")

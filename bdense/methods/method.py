@@ -205,11 +205,7 @@ class Inputs:
         require_types(self)
 
     def require_dataset(self, method: str) -> Dataset:
-        """The data set.
-
-        Raises:
-            InputError: There is none.
-        """
+        """The data set."""
         if self.dataset is None:
             raise InputError(f"method {method} learns from images; give a data set (data)")
         return self.dataset

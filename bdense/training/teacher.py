@@ -68,11 +68,7 @@ class TeacherConfig(TeacherKnobs):
 
     @property
     def preconditioning(self) -> Preconditioning:
-        """What turns the network into a denoiser.
-
-        Raises:
-            InputError: No teacher is trained with ``precond``.
-        """
+        """What turns the network into a denoiser."""
         if self.precond is None:
             return EDM()
         options = dict(self.precond)
@@ -326,11 +322,7 @@ def train_teacher(
 
 
 def new_denoiser(config: TeacherConfig, image_shape: torch.Size) -> NetworkDenoiser:
-    """A denoiser for images (C, H, W) with initial weights from ``config.seed``.
-
-    Raises:
-        InputError: The network's options do not fit together, or not these images.
-    """
+    """A denoiser for images (C, H, W) with initial weights from ``config.seed``."""
     channels, height, width = image_shape
     # The next power of two is a side that any number of levels can halve.
     padded = 1 << (max(height, width) - 1).bit_length()

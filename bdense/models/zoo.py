@@ -29,6 +29,7 @@ class PublicFile:
     """A published file.
 
     Attributes:
+        licence: SPDX identifier.
         sha256: Hex digest, if known from a third party; the publisher states none.
         size: Bytes, if known likewise.
         image_bytes: About as many, of the images that lie in it beside statistics.

@@ -38,6 +38,7 @@ class IterationReport:
     """What one iteration did.
 
     Attributes:
+        iteration: 0-based.
         lr: Step size used.
         branch_losses: [S, K] float64 on the CPU: mean over the batch, unweighted.
         weights: [S, K] float64 branch weights used.

@@ -9,7 +9,7 @@ B batch, C channels, H x W pixels.
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -27,7 +27,7 @@ from bdense.diffusion.preconditioning import (
     native_schedule,
 )
 from bdense.diffusion.snr_weights import snr_weight
-from bdense.errors import CheckpointError, InputError, did_you_mean
+from bdense.errors import CheckpointError, InputError
 from bdense.execution import Execution, moved
 from bdense.knobs import KnobError, Knobs, knob, knob_of
 from bdense.networks.song_unet import SongUNet, SongUNetConfig
@@ -355,19 +355,10 @@ def teacher_data(config: TeacherConfig, dataset: Dataset) -> dict[str, str]:
 
 
 def _network_config(config: TeacherConfig, channels: int, side: int) -> SongUNetConfig:
-    known = [each.name for each in fields(SongUNetConfig)]
-    others = f"; known: {', '.join(known)}"
-    for name in config.network:
-        if name not in known:
-            raise KnobError(f"network.{name}", f"is unknown{did_you_mean(name, known) or others}")
-    try:
-        return SongUNetConfig(img_resolution=side, img_channels=channels, **config.network)
-    except KnobError as error:
-        raise KnobError(f"network.{error.name}", error.problem) from error
-    except TypeError as error:  # given although it follows from the data set
-        raise InputError(
-            f"the teacher's network options do not fit a SongUNet: {error}"
-        ) from error
+    images = {"img_resolution": side, "img_channels": channels}
+    for name in images.keys() & config.network.keys():
+        raise KnobError(f"network.{name}", "follows from the data set; leave it out")
+    return SongUNetConfig.read(images | config.network, "network")
 
 
 def _fits(config: TeacherConfig, channels: int, side: int) -> bool:

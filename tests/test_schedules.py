@@ -98,9 +98,9 @@ def test_an_interval_is_a_piece_of_the_teachers_grid():
     grid = IntervalGrid(num_intervals=3, substeps=4, afs=True, schedule=schedule)
     assert grid.student().tolist() == [13.0, 9.0, 5.0, 1.0]
     assert grid.interval(1).tolist() == [9.0, 8.0, 7.0, 6.0, 5.0]
-    assert (list(grid.trained), grid.num_rows) == ([1, 2], 8)
+    assert (grid.nfe, list(grid.trained), grid.num_rows) == (2, [1, 2], 8)
     without = IntervalGrid(num_intervals=3, substeps=4, afs=False, schedule=schedule)
-    assert (list(without.trained), without.num_rows) == ([0, 1, 2], 12)
+    assert (without.nfe, list(without.trained), without.num_rows) == (3, [0, 1, 2], 12)
 
 
 @pytest.mark.parametrize(

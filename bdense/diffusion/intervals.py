@@ -27,6 +27,11 @@ class IntervalGrid:
     schedule: Schedule = field(default_factory=Schedule)
 
     @property
+    def nfe(self) -> int:
+        """Network evaluations an image costs the student."""
+        return self.num_intervals - (1 if self.afs else 0)
+
+    @property
     def num_points(self) -> int:
         """N + 1, the step condition."""
         return self.num_intervals + 1

@@ -51,8 +51,6 @@ class Verb:
     """A verb of a command; what runs it is imported when it runs.
 
     Attributes:
-        help: What it does, in one line.
-        example: A call of it.
         function: What runs it, as module:name; it gets an object of each of ``configs``.
         configs: The classes whose knobs are its options, or a function that gives them for the
             arguments that follow the verb.
@@ -175,7 +173,6 @@ def run_verb(
 
     Args:
         prog: Name of the command, at the start of each line.
-        call: Runs the verb.
         on_interrupt: The message on Ctrl-C.
         clean: Removes secrets from a line.
         tell: Receives each line, without its newline; None writes to stderr.

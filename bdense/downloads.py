@@ -38,8 +38,6 @@ def fetch(
     downloads, others wait for it.
 
     Args:
-        url: http or https address.
-        path: Where the file is, or is put.
         what: What the file is, for messages.
         sha256: Its hex digest; None if unknown.
         size: Its bytes; None if unknown.

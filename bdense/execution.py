@@ -59,12 +59,7 @@ class Execution(Knobs):
     )
 
     def require(self, device: "torch.device") -> None:
-        """Refuse settings that the device does not support, or that exclude each other.
-
-        Raises:
-            InputError: tf32 or float16 without a GPU, compilation without a compiler or beside
-                gradient checkpointing, or its mode without it.
-        """
+        """Refuse settings that the device does not support, or that exclude each other."""
         self.require_compatible()
         if self.is_compiled and not any(map(shutil.which, _compilers(device))):
             raise InputError(

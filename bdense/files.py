@@ -33,9 +33,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never half of one. On an error the scratch file
     is removed and ``path`` is left as it was.
-
-    Raises:
-        InputError: As ``require_plain``.
     """
     path = Path(path)
     require_plain(path)
@@ -99,10 +96,6 @@ def require_output(
         inputs: Files and folders that the same command reads.
         force: Whether what is there may be replaced.
         folder: Whether ``out`` is a folder.
-
-    Raises:
-        InputError: It is a link, a FIFO or a device, a folder in place of a file or vice versa,
-            or cannot be written; or, without ``force``, something would be lost.
     """
     require_plain(out)
     if folder and out.exists() and not out.is_dir():
@@ -143,26 +136,7 @@ def require_new(path: Path) -> None:
     """Raise an InputError if the path exists."""
     path = Path(path)
     if path.exists() or path.is_symlink():
-        raise InputError(
-            f"{path} exists already, {_described(path)}; choose another folder or delete it"
-        )
-
-
-def _described(path: Path) -> str:
-    """What lies at an existing path."""
-    if path.is_symlink():
-        return f"a link to {path.readlink()}"
-    if not path.is_dir():
-        return "a file"
-    try:
-        names = sorted(each.name for each in path.iterdir())
-    except OSError:
-        return "a folder that cannot be listed"
-    if not names:
-        return "an empty folder"
-    if len(names) == 1:
-        return f"a folder with one entry, {names[0]}"
-    return f"a folder with {len(names)} entries such as {names[0]}"
+        raise InputError(f"{path} exists already; choose another folder or delete it")
 
 
 @contextlib.contextmanager

@@ -90,11 +90,9 @@ class Knob:
     """One setting of a ``Knobs`` class.
 
     Attributes:
-        name: The field's name.
         type: Its annotation without ``None``.
         default: ``dataclasses.MISSING`` where it must be given.
         optional: Whether ``None`` is a value.
-        help: What it does.
         low, high: Smallest and largest number, both allowed.
         above, below: Bounds that are not allowed themselves.
         choices: All values there are; empty where they are not listed.
@@ -285,11 +283,7 @@ class Knobs:
 
     @classmethod
     def read_all(cls, tree: Mapping[str, Any], where: str = "") -> Self:
-        """As ``read``, but the error names every single knob that is wrong.
-
-        Raises:
-            KnobsError: See there.
-        """
+        """As ``read``, but the error is a ``KnobsError`` of every knob that is wrong."""
         known = knobs_of(cls)
         found = list(cls._problems(tree))
         try:
@@ -501,10 +495,6 @@ def add_options(parser: argparse.ArgumentParser, *configs: type[Knobs]) -> None:
     commas or spaces, and "none" stands for None. A nested class gives an option for each of its
     knobs, and its ``name`` or ``kind`` is spelt as the class. Mappings are for files only. What
     is not given is absent from the namespace, which ``from_options`` reads.
-
-    Args:
-        parser: A command's.
-        configs: Their options' names must differ.
     """
     headings: dict[str, argparse._ActionsContainer] = {"": parser}
     for config in configs:
@@ -521,8 +511,6 @@ def from_options(config: type[C], options: argparse.Namespace, **usual: Any) -> 
     """The class with the options that were given.
 
     Args:
-        config: One that was given to ``add_options``.
-        options: What the parser made of the command line.
         usual: Knobs that have no option, or another default than the class has.
 
     Raises:
@@ -579,7 +567,6 @@ def _single_knobs(config: type[Knobs], prefix: str = "", usual: object = None) -
     """All knobs by dotted name, those of nested classes in place of the class.
 
     Args:
-        config: The class.
         prefix: In front of its knobs' names.
         usual: An instance of it whose values are the defaults.
     """

@@ -32,11 +32,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._builtin = dict(builtin)
 
     def __getitem__(self, name: str) -> T:
-        """The member of that name.
-
-        Raises:
-            InputError: There is none, or its package cannot be imported.
-        """
+        """The member of that name."""
         if name in self._builtin:
             module, _, attribute = self._builtin[name].partition(":")
             return cast(T, getattr(importlib.import_module(module), attribute))

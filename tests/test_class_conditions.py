@@ -10,7 +10,6 @@ from bdense.diffusion.conditions import (
     Prompts,
     TensorCondition,
     Unconditional,
-    conditions_for,
 )
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.guidance import calls, guided, null_for
@@ -114,14 +113,14 @@ def test_every_class_is_as_likely():
 
 
 def test_one_class_may_be_asked_for():
-    same = conditions_for(4, 2)
+    same = tiny_denoiser(label_dim=4).conditions_of(2)
     assert same == OneClass(4, 2)
     for condition in (same.drawn(0, 0, 2), same.evaluation(0, range(2))):
         assert condition.values.tolist() == [[0.0, 0.0, 1.0, 0.0]] * 2
     with pytest.raises(InputError, match=r"class 4 is not one of the network's 4; .* 0\.\.3"):
-        conditions_for(4, 4)
+        OneClass(4, 4)
     with pytest.raises(InputError, match="class 0 was asked of an unconditional network"):
-        conditions_for(0, 0)
+        tiny_denoiser().conditions_of(0)
 
 
 # ---- guidance ----

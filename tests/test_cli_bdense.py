@@ -234,7 +234,6 @@ def test_a_teacher_that_cannot_be_trained_is_refused(tmp_path, options, message)
         (("--a", 1e3), r"branch weights must be finite numbers .* got \[inf, inf, inf, inf\]"),
         (("--plain", "--a", 1), "--plain leaves one branch, .* got --a 1; drop one"),
         (("--method", "sfdd"), "no method is called 'sfdd'; .* did you mean sfd"),
-        (("--method", "pd"), "--method pd is now written --method progressive --plain"),
         (
             ("--steps", 8),
             "--method sfd has no option --steps; --method progressive or consistency or epd",

@@ -220,9 +220,7 @@ def test_what_cannot_be_distilled_is_refused(teacher, tmp_path, monkeypatch, opt
         (("--second-stage", "--solver", "heun"), "--solver must be euler with --second-stage"),
         (
             ("--second-stage", "--nfe", 3),
-            r"4 x 3 = 12 intervals, and it was distilled for 3 or 4 or 5 or 6; take nfe=1 with "
-            r"substeps=2 or nfe=2 with substeps=2 or nfe=1 with substeps=3, or give a student "
-            r"distilled with nfe=11",
+            "distilled for 3 or 4 or 5 or 6 intervals, .* is 12 here",
         ),
     ],
 )

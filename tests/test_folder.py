@@ -258,7 +258,7 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
         (tmp_path / "student").mkdir()
         (tmp_path / "student" / "mine").write_text("mine")
 
-    with pytest.raises(InputError, match="already, a folder with one entry, mine;"):
+    with pytest.raises(InputError, match="exists already"):
         export_folder(tmp_path / "student", small_teacher(), STUDENT, pictures={"p.png": quicker})
     assert names(tmp_path) == ["student"]
     assert names(tmp_path / "student") == ["mine"]

@@ -252,9 +252,9 @@ def test_a_finite_loss_whose_gradient_overflows_stops_the_run():
     ("first", "last", "substeps", "message"),
     [
         (64, 6, 3, r"steps 64 do not become `until` 6 by dividing by `substeps` 3 .*at 54"),
-        (64, 6, 2, "end at `until` 32 or 16 or 8 or 4, or start at 48"),
-        (6, 4, 2, "end at `until` 3, or start at 8"),
-        (96, 1, 2, "; end at `until` 48 or 24 or 12 or 6 or 3, or start at 128"),
+        (64, 6, 2, "start at 48"),
+        (6, 4, 2, "start at 8"),
+        (96, 1, 2, "start at 128"),
         (8, 8, 2, "until must be below `steps` 8, the teacher's, got 8"),
     ],
 )

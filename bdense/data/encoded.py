@@ -65,11 +65,7 @@ def encode_dataset(
     They are computed once and kept: a worker maps the file, and reads the rows that it needs.
 
     Args:
-        dataset: Of images as the autoencoder takes them.
         source: Folder or hub id of the pipeline in diffusers' format.
-        cache: Folder of cached results.
-        device: Where to encode.
-        on_image: Called with the number of images encoded so far.
 
     Raises:
         CheckpointError: The pipeline has no autoencoder, or one that is not read.
@@ -126,9 +122,7 @@ def embed_prompts(
     They are embedded once and kept: a worker maps the file, and reads the rows that it needs.
 
     Args:
-        texts: One or more.
         source: Folder or hub id of the pipeline in diffusers' format.
-        cache: Folder of cached results.
         negative: What guidance leads away from.
         encoder: Of the pipeline; None loads it where it is needed.
         on_prompt: Called with the number of prompts embedded so far, the negative one among them,

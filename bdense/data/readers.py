@@ -85,9 +85,6 @@ def read_idx_images(
 
     ``train-images-idx3-ubyte.gz`` belongs to ``train-labels-idx1-ubyte.gz``. Arguments as of
     ``read_folder``.
-
-    Raises:
-        InputError: As ``read_idx``, or the arrays are not images with one label each.
     """
     images = read_idx(path)
     if images.dim() != 3 or not images.numel():
@@ -160,10 +157,6 @@ def read_zip(
     """An EDM data set archive: images, and labels in ``dataset.json`` (NVlabs/edm dataset_tool).
 
     The set may lie below a top folder. For the arguments see ``read_folder``.
-
-    Raises:
-        InputError: As ``read_folder``, or the file is not a zip archive, has two entries of one
-            name, or a dataset.json that is not at the top of the set.
     """
     try:
         archive = zipfile.ZipFile(path)
@@ -240,11 +233,7 @@ def _read_images(
     open_file: Callable[[str], BinaryIO],
     crop: int | None,
 ) -> Tensor:
-    """[n, C, H, W] uint8, decoded one by one into one array.
-
-    Raises:
-        InputError: There is none, or some cannot be used: all problems in one summary.
-    """
+    """[n, C, H, W] uint8, decoded one by one into one array."""
     if not names:
         raise InputError(f"{source} holds no images; accepted are {', '.join(SUFFIXES)} files")
     images: NDArray[np.uint8] | None = None
@@ -301,15 +290,7 @@ def _summary(source: str, count: int, problems: Mapping[str, Sequence[str]]) -> 
 
 
 def _pixels(image: Image.Image, crop: int | None) -> NDArray[np.uint8]:
-    """[C, H, W]: grey stays grey, everything else (palettes, CMYK) becomes RGB.
-
-    Args:
-        image: Opened, and not decoded yet.
-        crop: See ``read_folder``.
-
-    Raises:
-        ValueError: The file is not one opaque, upright still image of 8 bits a channel.
-    """
+    """[C, H, W]: grey stays grey, everything else (palettes, CMYK) becomes RGB."""
     # A camera's JPEG may carry a preview behind the picture (MPO), which is not an animation.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:

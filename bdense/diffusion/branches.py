@@ -17,10 +17,6 @@ _SUM_ERROR = 1e-6
 def widen_head(teacher: NetworkDenoiser, num_branches: int) -> NetworkDenoiser:
     """A copy of the teacher with K branches, each of which equals it.
 
-    Args:
-        teacher: A denoiser with one branch.
-        num_branches: K; 1 gives a plain copy.
-
     Raises:
         InputError: K is below 1, or the teacher has branches already.
         ShapeError: The network's last layer cannot be widened.
@@ -32,7 +28,6 @@ def export_branch(student: NetworkDenoiser, branch: int | None = None) -> Networ
     """One branch as a denoiser of the teacher's own architecture and size.
 
     Args:
-        student: A branched denoiser; it is not changed.
         branch: k, counted from 1; None is K, the interval's end point.
 
     Raises:
@@ -47,10 +42,6 @@ def recombine_branches(student: NetworkDenoiser, coefficients: Sequence[float]) 
 
     The head is affine, so that this is exact and costs no further network evaluation. c = (0, ..,
     0, 1) is ``export_branch``.
-
-    Args:
-        student: A branched denoiser; it is not changed.
-        coefficients: c_1..c_K, of any sign.
 
     Raises:
         InputError: There is another number of them, one is not finite, or their sum is not 1, so

@@ -288,25 +288,3 @@ def captions(count: int, dataset: LabelledImages) -> Tensor:
         f"{', or for each class' if classes else ''}, or take a method that learns from noise, "
         "such as sfd"
     )
-
-
-def conditions_for(
-    label_dim: int, class_index: int | None = None, *, has_null: bool = False
-) -> Conditions:
-    """The kind of condition of a network with that many classes, 0 for none.
-
-    Args:
-        label_dim: Classes that the network knows.
-        class_index: The class of all images; None draws one for each.
-        has_null: Whether the network knows a row of zeros as no class in particular.
-
-    Raises:
-        InputError: A class is asked for that the network does not know.
-    """
-    if class_index is None:
-        return Classes(label_dim, has_null=has_null) if label_dim else Unconditional()
-    if not label_dim:
-        raise InputError(
-            f"class {class_index} was asked of an unconditional network; leave the class out"
-        )
-    return OneClass(label_dim, class_index, has_null=has_null)

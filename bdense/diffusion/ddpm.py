@@ -36,7 +36,6 @@ class DDPMSchedule(VPSchedule):
         num_train_timesteps: T.
         beta_schedule: ``linear``: betas at equal distances (DDPM); ``scaled_linear``: their
             square roots; ``squaredcos_cap_v2``: from a cosine, without beta_start and beta_end.
-        beta_start, beta_end: First and last beta.
         trained_betas: All T betas themselves, in place of a schedule.
     """
 
@@ -70,16 +69,6 @@ class DDPMSchedule(VPSchedule):
                 f"{float(betas.max()):g} (beta_schedule={self.beta_schedule!r}, "
                 f"beta_start={self.beta_start}, beta_end={self.beta_end})"
             )
-
-    def options(self) -> dict[str, Any]:
-        betas = None if self.trained_betas is None else list(self.trained_betas)
-        return {
-            _T: self.num_train_timesteps,
-            "beta_schedule": self.beta_schedule,
-            "beta_start": self.beta_start,
-            "beta_end": self.beta_end,
-            "trained_betas": betas,
-        }
 
     def log_alpha_bar(self, time: Tensor) -> Tensor:
         """log alpha_bar at fractional times in -1..T - 1, float64 of the shape of ``time``."""
@@ -152,11 +141,7 @@ class DiscreteSchedule(Schedule):
     process: DDPMSchedule | None = None
 
     def of(self, process: VPSchedule | None) -> "DiscreteSchedule":
-        """These levels of the process that a network was trained on.
-
-        Raises:
-            InputError: It was trained on no DDPM.
-        """
+        """These levels of the process that a network was trained on."""
         if not isinstance(process, DDPMSchedule):
             raise InputError(
                 "schedule discrete needs a network of a DDPM (precond ddpm), whose times it "

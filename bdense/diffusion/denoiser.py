@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from bdense.diffusion.conditions import Condition, Conditions, NeedsText, conditions_for
+from bdense.diffusion.conditions import (
+    Classes,
+    Condition,
+    Conditions,
+    NeedsText,
+    OneClass,
+    Unconditional,
+)
 from bdense.diffusion.guidance import guided
 from bdense.diffusion.preconditioning import (
     EDM,
@@ -165,12 +172,16 @@ class NetworkDenoiser(nn.Module):
         Raises:
             InputError: The network does not know the class.
         """
-        if class_index is None:
-            own: Conditions | None = self.model.conditions
-            if own is not None or self.model.text_dim:
-                return own or NeedsText()
-        has_null = self.model.has_null_class
-        return conditions_for(self.label_dim, class_index, has_null=has_null)
+        network, has_null = self.model, self.model.has_null_class
+        if class_index is not None:
+            if not self.label_dim:
+                raise InputError(
+                    f"class {class_index} was asked of an unconditional network; leave it out"
+                )
+            return OneClass(self.label_dim, class_index, has_null=has_null)
+        if network.conditions is not None or network.text_dim:
+            return network.conditions or NeedsText()
+        return Classes(self.label_dim, has_null=has_null) if self.label_dim else Unconditional()
 
     def given(
         self,

@@ -203,8 +203,6 @@ def write_table(path: Path, sampler: Sampler, about: Mapping[str, Any]) -> None:
     """Write an EPD sampler, its grid and its table, as JSON that ``read_table`` reads.
 
     Args:
-        path: File to write.
-        sampler: Its solver is an ``EPD``.
         about: JSON values of where it comes from, such as ``teacher_sha256``.
     """
     with atomic_write(path) as scratch:
@@ -224,7 +222,6 @@ def read_table(path: Path | str, guidance: float | None = None) -> Sampler:
     """The sampler of a table's file: ``write_table``'s, or a student's ``config.json``.
 
     Args:
-        path: The file.
         guidance: Scale that it will be used at; a warning if it was learned at another. None is
             the one that it was learned at.
 
@@ -257,13 +254,7 @@ def read_table(path: Path | str, guidance: float | None = None) -> Sampler:
 
 
 def at_guidance(sampler: Sampler, scale: float, what: str) -> Sampler:
-    """A sampler at a guidance scale; a warning where its table was learned at another.
-
-    Args:
-        sampler: At the scale that it was made for.
-        scale: To draw at.
-        what: Whose it is, for the warning.
-    """
+    """A sampler at a guidance scale; a warning where its table was learned at another."""
     if isinstance(sampler.solver, EPD) and scale != sampler.guidance:
         learned = f"{what} was learned at guidance {sampler.guidance:g}, and is used at {scale:g}"
         _log.warning(learned)

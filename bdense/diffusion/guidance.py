@@ -25,7 +25,6 @@ def guided(denoiser: Conditional, scale: float, null: Condition | None) -> Condi
 
     Args:
         denoiser: ``NetworkDenoiser.forward`` or ``branches``, with the condition as arguments.
-        scale: s.
         null: One row or B, that stands for no condition; needed where the scale is not 1.
 
     Raises:
@@ -73,12 +72,7 @@ def null_for(scale: float, conditions: Conditions, like: Tensor | None = None) -
     """The null that a scale needs; None where it needs none.
 
     Args:
-        scale: s.
-        conditions: Whose null it is.
         like: A tensor, on whose device and in whose type it is wanted.
-
-    Raises:
-        InputError: The network has learned none.
     """
     if scale == 1:
         return None
@@ -88,12 +82,7 @@ def null_for(scale: float, conditions: Conditions, like: Tensor | None = None) -
 
 
 def no_null(scale: float, knob: str = "guidance") -> KnobError:
-    """Of a network without a null condition.
-
-    Args:
-        scale: s.
-        knob: Its name.
-    """
+    """Of a network without a null condition."""
     return KnobError(
         knob,
         f"{scale:g} needs a network that was trained without its condition too (a null class, an "

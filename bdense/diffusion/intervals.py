@@ -18,8 +18,6 @@ class IntervalGrid:
     """The student's N intervals, each cut into K teacher sub-steps.
 
     Attributes:
-        num_intervals: N; network evaluations are N, or N - 1 with ``afs``.
-        substeps: K.
         afs: The first interval is taken without the network and never trained.
     """
 
@@ -78,8 +76,6 @@ class VariableGrid:
 
     Attributes:
         num_intervals: The N to draw from, each as likely.
-        substeps: K.
-        afs: As in ``IntervalGrid``.
     """
 
     num_intervals: tuple[int, ...]

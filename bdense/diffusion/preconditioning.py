@@ -8,8 +8,8 @@ coordinates that the network was trained in.
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from bdense.diffusion.vp import CosineSchedule, VPSchedule
 from bdense.errors import CheckpointError, InputError
 from bdense.knobs import Knobs, knob
 
+P = TypeVar("P", CosineSchedule, DDPMSchedule)
 _MOST_LEVELS = 100_000  # a file's number, which is taken as memory and time
 
 
@@ -265,12 +266,13 @@ class DDPM(DDPMSchedule):
 
     @property
     def process(self) -> DDPMSchedule:
-        return DDPMSchedule(**super().options())
+        return _process(DDPMSchedule, self)
 
     def options(self) -> dict[str, Any]:
-        # Left out where it is off, as the options are part of a denoiser's digest.
-        learned = {"learned_variance": True} if self.learned_variance else {}
-        return super().options() | {"prediction_type": self.prediction_type} | learned
+        options = super().options()
+        if not self.learned_variance:  # the options are part of a denoiser's digest
+            del options["learned_variance"]
+        return options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,9 +280,6 @@ class Cosine(CosineSchedule):
     """A network trained in the continuous time of the cosine process (Salimans & Ho 2022).
 
     It sees z = x / sqrt(1 + sigma^2) and 1000 arctan(sigma) / (pi / 2), their ``inv_cos`` input.
-
-    Attributes:
-        prediction_type: What F predicts, one of ``PREDICTIONS``.
     """
 
     name: ClassVar[str] = "cosine"
@@ -300,10 +299,12 @@ class Cosine(CosineSchedule):
 
     @property
     def process(self) -> CosineSchedule:
-        return CosineSchedule(**super().options())
+        return _process(CosineSchedule, self)
 
-    def options(self) -> dict[str, Any]:
-        return super().options() | {"prediction_type": self.prediction_type}
+
+def _process(kind: type[P], precond: P) -> P:
+    """The process alone, without what the network predicts."""
+    return kind(**{each.name: getattr(precond, each.name) for each in fields(kind)})
 
 
 def native_schedule(precond: Preconditioning) -> VPSchedule:
@@ -321,11 +322,7 @@ def native_schedule(precond: Preconditioning) -> VPSchedule:
 
 
 def levels_on(levels: Levels | None, precond: Preconditioning) -> Levels:
-    """Levels as a network has them: None is native, and discrete ones divide its own times.
-
-    Raises:
-        InputError: The network has no process, or not one of discrete times.
-    """
+    """Levels as a network has them: None is native, and discrete ones divide its own times."""
     if levels is None:
         return native_schedule(precond)
     if isinstance(levels, DiscreteSchedule):

@@ -44,7 +44,6 @@ class Sampler:
     Attributes:
         num_intervals: N steps.
         afs: Analytical first step: NFE is one less.
-        schedule: How the levels are spaced.
         solver: Of the steps; a student needs the one that it was distilled for.
         guidance: Scale of classifier-free guidance; NFE is doubled where it is not 1 or 0.
 
@@ -118,11 +117,7 @@ class Sampler:
 
 
 def sampler_from(description: Mapping[str, Any]) -> Sampler:
-    """The sampler that ``Sampler.describe`` wrote down.
-
-    Raises:
-        InputError: The solver is not known, or its options are others.
-    """
+    """The sampler that ``Sampler.describe`` wrote down."""
     solver = dict(description)
     return Sampler(
         num_intervals=solver.pop("num_intervals"),
@@ -226,9 +221,6 @@ def draw_images(
     Args:
         denoiser: In eval mode.
         sampler: Grid, solver and AFS; None is a student's own, the one of the lowest NFE.
-        count: Images to draw.
-        seed: Of the latents.
-        batch: Images at a time.
         class_index: The class of all images; None draws the network's condition for each.
         conditions: Override the network's own, for example with prompts.
         codec: What makes images of latents, on the denoiser's device; None keeps what is drawn.

@@ -379,8 +379,6 @@ def trajectory(solver: Solver, denoise: Denoiser, x: Tensor, sigmas: Tensor) -> 
     """Every state of the walk, the start included.
 
     Args:
-        solver: A deterministic one.
-        denoise: D(x; sigma).
         x: [B, C, H, W] state at ``sigmas[0]``.
         sigmas: [n + 1] float64 on the CPU.
 
@@ -448,10 +446,6 @@ def _with_option(name: str) -> str:
 
 
 def solver_from(description: Mapping[str, Any]) -> Solver:
-    """The solver that ``Solver.describe`` wrote down.
-
-    Raises:
-        InputError: No solver is registered under its name, or its options are others.
-    """
+    """The solver that ``Solver.describe`` wrote down."""
     options = dict(description)
     return _solver_class(options.pop("solver")).read(options, "solver")

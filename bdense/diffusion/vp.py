@@ -6,17 +6,18 @@ Euler step, and the last level, at u = 0, is sigma = 0: there the last predictio
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from bdense.diffusion.schedules import require_grid
+from bdense.diffusion.schedules import Levels, require_grid
 from bdense.errors import InputError
+from bdense.files import plain_json
 
 
-class VPSchedule:
+class VPSchedule(Levels):
     """A process by its noise level at each time; grids of n steps are even in u.
 
     The grid of N K steps holds that of N, bit for bit.
@@ -30,22 +31,12 @@ class VPSchedule:
 
     def options(self) -> dict[str, Any]:
         """The fields as plain values."""
-        raise NotImplementedError
+        return plain_json(asdict(self))  # type: ignore[call-overload]
 
     def draw(self, u: Tensor) -> Tensor:
         """Levels to train at, for u uniform in [0, 1): float64 of the same shape."""
         # 1 - u lies in (0, 1]: the clean end has no noise to learn from.
         return self.level(1 - u)
-
-    @property
-    def sigma_min(self) -> float:
-        """The lowest level that a network knows."""
-        raise NotImplementedError
-
-    @property
-    def sigma_max(self) -> float:
-        """The level at u = 1."""
-        raise NotImplementedError
 
     def grid(self, num_intervals: int) -> Tensor:
         """[num_intervals + 1] float64: u = 1, .., 1 / n, and 0 at the end."""
@@ -59,11 +50,9 @@ class VPSchedule:
         return (1 + highest**2).sqrt() * noise
 
     def describe(self) -> dict[str, Any]:
-        """Plain values, which ``bdense.diffusion.sampling.schedule_from`` reads back."""
         return {"kind": self.kind, **self.options()}
 
     def text(self) -> str:
-        """For people."""
         return f"{self.kind} levels, even in time"
 
 
@@ -86,9 +75,6 @@ class CosineSchedule(VPSchedule):
                 f"a cosine schedule needs logsnr_min < logsnr_max, got {self.logsnr_min} and "
                 f"{self.logsnr_max}"
             )
-
-    def options(self) -> dict[str, Any]:
-        return {"logsnr_min": self.logsnr_min, "logsnr_max": self.logsnr_max}
 
     def level(self, u: Tensor) -> Tensor:
         b = math.atan(math.exp(-self.logsnr_max / 2))

@@ -146,15 +146,7 @@ def towards(denoised: Tensor, x: Tensor, ratio: Tensor) -> Tensor:
 
 @dataclass(eq=False, kw_only=True)
 class ConsistencyStage(ImageStage):
-    """The one stage: a student, and the average of it that makes its targets.
-
-    Attributes:
-        config: Of the method.
-        teacher: One branch, on the device to train on; the student starts as it.
-        dataset: Images, drawn with replacement.
-        seed: Of images, noise, intervals, flips and dropout.
-        conditions: Of the images.
-    """
+    """The one stage: a student, and the average of it that makes its targets."""
 
     kind: ClassVar[str] = "consistency"
 

@@ -31,11 +31,8 @@ class TrainedStage:
     """A stage that is done.
 
     Attributes:
-        plan: Which one.
         student: One branch, the teacher's size, in eval mode.
-        sampler: How it draws.
         weighting: The branch weights as they ended; None where the student was read from its file.
-        metadata: Of the student's file.
         path: Its file; None where none is kept.
         branched: The student with all its branches, where these are kept and it was trained now.
     """
@@ -227,9 +224,7 @@ def distill(
     Args:
         method: An instance of one of ``bdense.methods.METHODS``.
         teacher: One branch, on the device to train on.
-        config: Of the method.
         weighting: Makes the branch weights of a stage, new ones for each.
-        inputs: What is learned from besides the teacher.
         folder: Where each student is kept with its model card as soon as it is done, and the
             checkpoint of the stage that is under way; None keeps no students.
         name: What the file of a method of one stage is called, without its ending.

@@ -180,11 +180,7 @@ class TabledNetwork(Network):
         self.network.checkpoint_blocks(on)
 
     def widen(self, num_branches: int) -> Self:
-        """A copy whose network is frozen.
-
-        Raises:
-            InputError: K is not 1.
-        """
+        """A copy whose network is frozen."""
         if num_branches != 1:
             raise InputError(f"epd trains no network, so that it has 1 branch, not {num_branches}")
         copied = copy.deepcopy(self)
@@ -201,7 +197,6 @@ class EPDStage(MethodStage):
     """The one stage, which trains a table.
 
     Attributes:
-        config: Of the method.
         trajectories: The teacher's, of every step of the student: without AFS.
         table: What is trained; until ``begin``, what it starts as.
         seed: Of dropout.
@@ -279,11 +274,9 @@ class EPDUpdate:
     """Some steps of the student's walk, from the state ``x`` [B, C, H, W] on.
 
     Attributes:
-        steps: Which.
         older: Slopes at the starts of the steps before, the newest first.
         levels: [N + 1] of the whole walk.
         target: [B, C, H, W] the teacher's state at the end.
-        given: Conditions.
         null: What guidance leads away from; None without guidance.
         end: Where the student ended.
         older_then: As ``older``, for the step after.

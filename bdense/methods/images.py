@@ -44,8 +44,6 @@ class ImageStage(MethodStage):
 
     Attributes:
         teacher: Its device and type are the batch's.
-        dataset: Where images come from.
-        conditions: Of the images.
         seed: Of images, noise, intervals and flips.
     """
 

@@ -82,7 +82,6 @@ class MethodConfig(OptimisationConfig):
 
         Args:
             metadata: Of its file; a student's names its own levels.
-            teacher: The first teacher.
         """
         return {}
 
@@ -123,12 +122,7 @@ class GuidanceKnobs(Knobs):
             null_for(scale, conditions)
 
     def require_guidable(self, teacher: NetworkDenoiser, metadata: Mapping[str, Any]) -> None:
-        """Refuse guidance of a teacher that was not trained for it.
-
-        Args:
-            teacher: The first teacher.
-            metadata: Of its file.
-        """
+        """Refuse guidance of a teacher that was not trained for it."""
         network = teacher.model
         if metadata.get("guidance", bool(network.text_dim) or network.has_null_class):
             return
@@ -186,7 +180,6 @@ class Recordings:
 
     Attributes:
         root: Folder; each recording has a folder of its own in it.
-        dtype: Of the stored states.
     """
 
     root: Path
@@ -201,7 +194,6 @@ class Inputs:
     """What stages learn from besides the teacher.
 
     Attributes:
-        dataset: For methods that need data.
         seed: Seed of batches, noise and dropout.
         recordings: Where a method that can record its teacher's trajectories keeps them; None
             computes them anew for each student.
@@ -219,11 +211,7 @@ class Inputs:
         require_types(self)
 
     def require_dataset(self, method: str) -> Dataset:
-        """The data set.
-
-        Raises:
-            InputError: There is none.
-        """
+        """The data set."""
         if self.dataset is None:
             raise InputError(f"method {method} learns from images; give a data set (data)")
         return self.dataset
@@ -242,10 +230,7 @@ def require_pixels(
     """Refuse settings that only make sense for pixels with a teacher of latents.
 
     Args:
-        config: Of a method.
         of_pixels: Values of its knobs.
-        teacher: The first teacher.
-        metadata: Of its file.
     """
     if not draws_latents(teacher, metadata):
         return
@@ -334,11 +319,6 @@ class Method(abc.ABC):
     ) -> None:
         """Refuse a teacher that cannot be distilled so, before anything is spent.
 
-        Args:
-            config: Of the method.
-            teacher: The first teacher.
-            metadata: Of its file.
-
         Raises:
             InputError: Levels, steps or the prediction type do not fit, or the teacher is itself
                 a student where the method takes none.
@@ -351,11 +331,8 @@ class Method(abc.ABC):
         """One stage.
 
         Args:
-            plan: Which one.
             teacher: The student of the stage before, or the first teacher; on the device to train
                 on.
-            config: Of the method.
-            inputs: What is learned from besides.
         """
 
     def teacher_sampler(self, config: AnyConfig, teacher: NetworkDenoiser) -> Sampler | None:

@@ -34,8 +34,6 @@ class Coordinates:
     """The coordinates of a weight space, as a student is told them.
 
     Attributes:
-        space: One with coordinates.
-        num_branches: K.
         box: [d] the range of each coordinate.
     """
 
@@ -79,9 +77,6 @@ class Coordinates:
 
         Returns:
             [K, B] float64, or [S, K, B] of each of an iteration's S updates.
-
-        Raises:
-            InputError: The space has no weights there.
         """
         found = [self._weights(tuple(point)) for point in points.tolist()]
         return torch.stack(found, dim=-1)
@@ -157,7 +152,6 @@ class OneShotUpdate:
     """An update in which the student is called with each image's point.
 
     Attributes:
-        update: The method's own.
         embedded: [B, d] the points.
         weights: [K, B] branch weights there.
     """
@@ -184,12 +178,10 @@ class OneShotStage:
     """A method's stage whose student is told its weights; what is not here is that stage's own.
 
     Attributes:
-        coordinates: Of the space.
         make: Makes the method's own stage for a teacher.
         teacher: Of the stage; a ``OneShotDenoiser`` where it is told the images' points, too.
         start: What the student starts as, with a step condition.
         index: Keeps the draws of several stages of one seed apart.
-        stage: The method's own.
     """
 
     coordinates: Coordinates

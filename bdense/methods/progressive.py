@@ -134,29 +134,23 @@ class PDConfig(MethodConfig, NativeGridKnobs, GuidanceKnobs):
         return tuple(steps)
 
     def levels(self, teacher: NetworkDenoiser) -> Levels:
-        """The noise levels of all grids.
-
-        Raises:
-            InputError: The schedule is native, and the network has no process of its own.
-        """
+        """The noise levels of all grids."""
         return levels_on(self.chosen_levels, teacher.precond)
 
 
 def _require_dividing(first: int, last: int, substeps: int) -> None:
-    """Refuse numbers of steps that do not lead from one to the other, and name some that do."""
+    """Refuse numbers of steps that do not lead from one to the other, and name one that does."""
     if last >= first:
         raise KnobError("until", f"must be below `steps` {first}, the teacher's, got {last}")
-    reached = [first]
-    while reached[-1] > last and reached[-1] % substeps == 0:
-        reached.append(reached[-1] // substeps)
-    if reached[-1] != last:
-        usable = [n for n in reached[1:] if n >= 1]
-        ways = f"end at `until` {' or '.join(map(str, usable))}, or " if usable else ""
+    reached = first
+    while reached > last and reached % substeps == 0:
+        reached //= substeps
+    if reached != last:
         power = max(1, round(math.log(first / last, substeps)))
         raise KnobError(
             "steps",
             f"{first} do not become `until` {last} by dividing by `substeps` {substeps} again and "
-            f"again; {ways}start at {last * substeps**power}",
+            f"again; start at {last * substeps**power}",
         )
 
 
@@ -165,16 +159,12 @@ class PDStage(ImageStage):
     """A round: a student whose N steps follow the teacher's K N, or one that is converted.
 
     Attributes:
-        config: Of the method.
         teacher: One branch, on the device to train on.
         start: What the student starts as.
         levels: Noise levels of both grids.
         steps: N of the student.
-        dataset: Images, drawn with replacement.
-        seed: Of images, noise, times, flips and dropout.
         substeps: K; 1 in a round that converts the teacher and keeps its steps.
         guidance: Of the teacher in this round.
-        conditions: Of the images.
     """
 
     kind: ClassVar[str] = "pd"
@@ -386,9 +376,7 @@ def branch_errors(
         branches: The student's ``branches``; its K branches stand for D*^1..D*^K, a single one
             for D*^K.
         x: [B, C, H, W] states at ``sigma``.
-        sigma: [B].
         targets: [K', B, C, H, W], K' >= K; the last K are meant.
-        given: Conditions of a conditional student.
 
     Returns:
         [K, B].
@@ -427,9 +415,6 @@ def reparameterised(denoiser: NetworkDenoiser, prediction_type: str) -> NetworkD
     Args:
         denoiser: With the preconditioning of a VP process.
         prediction_type: One of ``bdense.diffusion.preconditioning.PREDICTIONS``.
-
-    Raises:
-        InputError: The network's preconditioning has no prediction type.
     """
     precond = denoiser.precond
     if prediction_of(denoiser) is None:

@@ -108,11 +108,7 @@ class TrajectoryStore:
         return {path.name for path in self.folder.glob("shard-*.npy")}
 
     def require_room(self, max_bytes: int | None = None) -> None:
-        """Refuse before anything is computed if the rest would not fit.
-
-        Raises:
-            InputError: The store is larger than ``max_bytes``, or than the free disk space.
-        """
+        """Refuse before anything is computed if the rest would not fit."""
         gib = self.nbytes / 2**30
         if max_bytes is not None and self.nbytes > max_bytes:
             raise InputError(

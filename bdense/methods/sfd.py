@@ -202,21 +202,13 @@ class SFDConfig(GridConfig, GuidanceKnobs):
         return replace(self, kimg=length * self.kimg)
 
     def make_solver(self) -> Solver:
-        """What the teacher walks with.
-
-        Raises:
-            InputError: Knobs of the solver do not fit, see also ``teacher_table``.
-        """
+        """What the teacher walks with."""
         own = make_solver(self.solver, order=self.order, thresholding=self.thresholding)
         table = self.teacher_table()
         return own if table is None else table.solver
 
     def teacher_table(self) -> Sampler | None:
-        """What ``epd_table`` holds.
-
-        Raises:
-            InputError: It cannot be read, or is for another number of steps than the teacher's.
-        """
+        """What ``epd_table`` holds."""
         if self.epd_table is None:
             return None
         if self.solver != "epd":
@@ -234,11 +226,7 @@ class SFDConfig(GridConfig, GuidanceKnobs):
         return table
 
     def require_table(self, levels: Schedule) -> None:
-        """Refuse a table for other noise levels; warn of one learned at another guidance.
-
-        Args:
-            levels: The teacher's.
-        """
+        """Refuse a table for other noise levels; warn of one learned at another guidance."""
         if (table := self.teacher_table()) is None:
             return
         if table.schedule != levels:
@@ -255,7 +243,6 @@ class SFDStage(MethodStage):
     """A student that follows its teacher's trajectories.
 
     Attributes:
-        config: Length, step size.
         trajectories: As many as the config asks for, on the training device.
         seed: Of dropout; the noise is the trajectories' own.
         start: What the student starts as.
@@ -553,25 +540,9 @@ def _check_second_stage(
             f"got {levels.describe()}; give the teacher's (schedule, rho, sigma_min, "
             "sigma_max)"
         )
-    wanted = _walked(config)
-    if wanted not in served:
+    if (wanted := _walked(config)) not in served:
         own = " or ".join(map(str, served))
-        intervals = config.several_nfe[0] + config.afs
         raise InputError(
-            f"nfe={config.nfe} with substeps={config.substeps} makes the teacher walk "
-            f"{intervals} x {config.substeps} = {wanted} intervals, and it was distilled for "
-            f"{own}; {_way_out(served, config, wanted)}"
+            f"the teacher was distilled for {own} intervals, and (nfe + afs) x substeps is "
+            f"{wanted} here; choose nfe and substeps so that it is {own}, or give another student"
         )
-
-
-def _way_out(served: Mapping[int, Sampler], config: SFDConfig, wanted: int) -> str:
-    """What would fit: other numbers for this teacher, or another teacher."""
-    free = int(config.afs)
-    fitting = [
-        f"nfe={intervals // substeps - free} with substeps={substeps}"
-        for intervals in served
-        for substeps in range(2, intervals + 1)
-        if intervals % substeps == 0 and intervals // substeps > free
-    ]
-    other = f"give a student distilled with nfe={wanted - any(s.afs for s in served.values())}"
-    return f"take {' or '.join(fitting)}, or {other}" if fitting else other

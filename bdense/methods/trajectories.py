@@ -28,7 +28,6 @@ class TrajectoryBatch:
         grid: The intervals that were walked.
         start: [B, C, H, W] x_T = t_0 * noise, where teacher and student begin.
         states: [R, B, C, H, W] the teacher's states at the trained sub-levels, in walking order.
-        condition: Of the images, such as their classes.
     """
 
     grid: IntervalGrid
@@ -46,7 +45,6 @@ class Trajectories:
         seed: Training seed; noise and classes of iteration i follow from (seed, i).
         teacher_afs: The teacher's first sub-step is analytical too: for a teacher that is itself
             a student distilled with AFS (SFD's second stage).
-        conditions: Of the images of each batch.
         guidance: Of the teacher's walk.
     """
 

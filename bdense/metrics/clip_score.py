@@ -36,8 +36,6 @@ class CLIPScorer:
     Attributes:
         name: Its folder's name or hub id, without folders of this machine.
         sha256: Hex digest of its weights and configurations.
-        model: transformers' ``CLIPModel``, in eval mode.
-        tokenizer, processor: ``CLIPTokenizer``, ``CLIPImageProcessor``.
         prompts: Image i has prompt i, from the start again after the last.
     """
 
@@ -82,12 +80,6 @@ class CLIPScorer:
         on_image: Callable[[int], None] | None = None,
     ) -> CLIPScore:
         """The mean score of images [n, C, H, W] uint8.
-
-        Args:
-            images: n >= 2.
-            nfe: Network evaluations per image.
-            seeds: The images' seeds by name.
-            on_image: Called with the number of images done.
 
         Raises:
             NonFiniteError: An embedding is not finite.
@@ -135,8 +127,6 @@ def load_clip_scorer(
 
     Args:
         source: Such as ``openai/clip-vit-base-patch16``; only safetensors are read.
-        prompts: One or more.
-        device: Where to compute.
 
     Raises:
         CheckpointError: It is not a CLIP model, or lacks weights, tokenizer or image processor.

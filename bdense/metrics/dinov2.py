@@ -28,8 +28,6 @@ class Size:
 
     Attributes:
         width: d, also the number of features.
-        depth: Number of blocks.
-        heads: Attention heads.
         gated: SwiGLU in place of the two-layer perceptron.
         file: Name of the published weights, without folder and ending.
     """

@@ -22,13 +22,6 @@ from bdense.models.torch_weights import (
     reading_checkpoint,
 )
 
-SPECS = ", ".join(
-    [
-        *("inception[:WEIGHTS.pth], dinov2[:WEIGHTS.pth], torchscript:FILE.pt", *SIZES),
-        *(f"{name}[:FILE.safetensors]" for name in RECIPES),
-    ]
-)
-
 # The size that Stein et al. 2023 (arXiv 2306.04675) use to compare generative models.
 _DINOV2_DEFAULT = "dinov2-vit-l-14"
 _INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -42,10 +35,8 @@ class Extractor:
 
     Attributes:
         name: Kind and file name, without folders of this machine.
-        sha256: Hex digest of the weights file.
         dim: d, number of features.
         network: [B, 3, H, W] uint8 -> [B, d].
-        device: Device of ``network``.
     """
 
     name: str
@@ -83,16 +74,15 @@ class Extractor:
 
 
 def require_known(spec: str) -> None:
-    """Refuse an extractor that ``load_extractor`` does not know.
-
-    Raises:
-        InputError: Names those that it knows.
-    """
+    """Refuse an extractor that ``load_extractor`` does not know."""
     kind, _, file = spec.partition(":")
     known = ("inception", "dinov2", *SIZES, *RECIPES)
     if kind not in known and not (kind == "torchscript" and file):
         hint = did_you_mean(spec, known)
-        raise InputError(f"unknown feature extractor {spec!r}; known are {SPECS}{hint}")
+        raise InputError(
+            f"unknown feature extractor {spec!r}; known are {', '.join(known)}, each with :FILE "
+            f"for weights of your own, and torchscript:FILE{hint}"
+        )
 
 
 def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor:
@@ -230,11 +220,7 @@ def _features(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _probe(network: nn.Module, path: Path, device: torch.device) -> int:
-    """d, from two black images of the first size that the network accepts.
-
-    Raises:
-        InputError: It accepts none, or its output is not [B, d] floats.
-    """
+    """d, from two black images of the first size that the network accepts."""
     for side in _PROBE_SIDES:
         images = torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device)
         try:

@@ -54,7 +54,6 @@ def measure_images(
     Args:
         images: [n, C, H, W] uint8, C = 1 or 3, n >= 2.
         extractor: Feature network, which the reference was made with too.
-        reference: What to compare with.
         metrics: Metrics to measure beside the FID.
         settings: Of KID and precision/recall; None for the defaults.
         nfe: Network evaluations per image.
@@ -128,17 +127,8 @@ def require_measurable(
 
     Args:
         metrics: Metrics to measure beside the FID.
-        settings: Of KID and precision/recall.
-        images: Number of images.
-        reference: What they are compared with.
         image_shape: (C, H, W) of them.
         extractor: Tried on two black images; None is not tried.
-
-    Raises:
-        InputError: A metric is unknown, the reference has no features for it, or a set is too
-            small.
-        ShapeError: The images have another shape than the reference's, or one that the extractor
-            does not take.
     """
     require_enough(metrics, settings, images)
     single = _single(metrics)
@@ -166,11 +156,7 @@ def require_measurable(
 def require_enough(
     metrics: Collection[str], settings: MetricSettings, images: int, whose: str = ""
 ) -> None:
-    """Check that there are enough images for the metrics; ``whose``, for people.
-
-    Raises:
-        InputError: A metric is unknown, or there are too few.
-    """
+    """Check that there are enough images for the metrics; ``whose``, for people."""
     unknown = sorted(set(metrics) - set(METRICS))
     if unknown:
         raise InputError(f"unknown metric {unknown[0]!r}; known are {', '.join(METRICS)}")
@@ -239,8 +225,6 @@ def image_effects(
 
     Args:
         features: [n, d].
-        own: Their statistics.
-        reference: What they are compared with.
         device: Where to compute, see ``statistics_of``.
 
     Returns:

@@ -21,10 +21,6 @@ class PromptFile:
     Attributes:
         file: Name of their file, with the column of a table, or their public name.
         sha256: Hex digest of the prompts, a line each: that of a plain file without blank lines.
-        count: Number of prompts.
-
-    Raises:
-        InputError: A value has another type.
     """
 
     file: str
@@ -171,9 +167,6 @@ class KID(Measurement):
     Attributes:
         mean: Over the subsets.
         std: Over the subsets; not the standard error of the mean.
-        subsets: Number of subsets.
-        subset_size: Images in each.
-        subset_seed: Seed of their draw.
     """
 
     VALUES = ("mean", "std")
@@ -209,7 +202,6 @@ class CLIPScore(Measurement):
     Attributes:
         value: Mean over the images.
         noise: Standard error of ``value``.
-        prompts: Number of prompts.
     """
 
     VALUES = ("value", "noise")

@@ -116,8 +116,6 @@ def features_of(
     """Features of images [n, C, H, W] uint8, C = 1 or 3, n >= 2: [n, d] float32 on the CPU.
 
     Args:
-        images: The images.
-        extractor: Feature network.
         batch: Images at a time; affects the result only by rounding.
         on_image: Called with the number of images done.
 
@@ -266,16 +264,8 @@ def no_statistics(path: Path, data: str | None = None, extractor: Extractor | No
         found = _read_arrays(path)
     except InputError:
         return "holds no reference statistics"
-    made = {key: str(found.get(key, "")) for key in (_DATA, _EXTRACTOR_SHA256)}
-    if (
-        data is None
-        or extractor is None
-        or made
-        == {
-            _DATA: data,
-            _EXTRACTOR_SHA256: extractor.sha256,
-        }
-    ):
+    made = [str(found.get(key, "")) for key in (_DATA, _EXTRACTOR_SHA256)]
+    if data is None or extractor is None or made == [data, extractor.sha256]:
         return ""
     return "holds the statistics of another data set or extractor"
 

@@ -22,16 +22,9 @@ class Setup:
         weights_sha256: ``denoiser_sha256`` of the model.
         data_sha256: Digest of the reference set's pixels; None for a file of statistics, whose
             name has its digest.
-        numerics: ``bdense.NUMERICS``.
         batch: Images drawn at a time.
-        execution: How the network was computed.
         device: Name of the GPU, or kind of the CPU.
-        threads: Of the CPU.
         guidance: When sampling, of a student that was distilled without; None is its own.
-        torch: Its version.
-
-    Raises:
-        InputError: A value has another type.
     """
 
     weights_sha256: str | None = None

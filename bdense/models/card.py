@@ -94,11 +94,8 @@ def folder_card(
     """The card, in Markdown, of the folder ``name`` with a student and its own sampler.
 
     Args:
-        name: Name of the folder.
-        denoiser: The student.
         metadata: Its metadata; ``fid_table``, a list of rows, becomes a table.
         pictures: Names of picture files in the folder.
-        extra: Markdown for the end.
         prompts: Examples, for a student of text.
         has_pipeline: Whether the student's diffusers pipeline is in the folder.
     """
@@ -143,9 +140,6 @@ def pipeline_card(
     """The card, in Markdown, of the folder ``name`` that diffusers loads without bdense.
 
     Args:
-        name: Name of the folder.
-        denoiser: The student.
-        metadata: Its metadata.
         call: Arguments of the pipeline that draw as the student was measured.
         pipeline: diffusers' class of it.
         example: Arguments of a call that draws images.
@@ -183,8 +177,6 @@ def lora_card(
     """The card, in Markdown, of the folder ``name`` with a student as adapters of its teacher.
 
     Args:
-        name: Name of the folder.
-        denoiser: The student.
         metadata: Its metadata, ``teacher`` among them.
         call, example: See ``pipeline_card``.
     """

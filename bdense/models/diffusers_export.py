@@ -49,7 +49,6 @@ def export_pipeline(
     ``trust_remote_code=True``; it has no safety checker.
 
     Args:
-        folder: Folder to write; its parent is created.
         denoiser: A student of one branch, with the preconditioning ``DDPM``; of pixels an
             unconditional ``DiffusersUNet``.
         metadata: JSON values with its ``sampler``; of pixels that is DDIM on the network's own

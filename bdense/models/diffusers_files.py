@@ -28,17 +28,17 @@ LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 MODEL_FILE, EXTRACTOR = "model.safetensors", "extractor.safetensors"
 # There too: the folder of the student's diffusers pipeline.
 PIPELINE = "diffusers"
-# The parts of a pipeline that are read, and what is fetched of each.
-_PARTS = {
-    ".": (CONFIG, "scheduler_config.json", f"{WEIGHTS}*"),
-    "unet": (CONFIG, f"{WEIGHTS}*"),
-    "transformer": (CONFIG, f"{WEIGHTS}*"),
-    "scheduler": ("scheduler_config.json",),
-    "vae": (CONFIG, f"{WEIGHTS}*"),
-    "vqvae": (CONFIG, f"{WEIGHTS}*"),
-    "text_encoder": (CONFIG, "model*"),
-    "tokenizer": ("*.json", "merges.txt"),
-}
+# What is fetched of a pipeline: configurations, and weights without the copies in another
+# precision that some repositories have beside them.
+_MODELS = ("unet/", "transformer/", "vae/", "vqvae/")
+_SAFETENSORS = (".safetensors", "-*.safetensors", ".safetensors.index.json")
+_PATTERNS = (
+    *(INDEX, METADATA, "README.md", "tokenizer/*.json", "tokenizer/merges.txt"),
+    *(f"{part}scheduler_config.json" for part in ("", "scheduler/")),
+    *(f"{part}{CONFIG}" for part in ("", "text_encoder/", *_MODELS)),
+    *(f"{part}{WEIGHTS}{ending}" for part in ("", *_MODELS) for ending in _SAFETENSORS),
+    *(f"text_encoder/model{ending}" for ending in _SAFETENSORS),
+)
 _MOST_BYTES = 2**22  # of a configuration
 _WEIGHTS_FILE = re.compile(r"\w+(?:-\d+-of-\d+)?(?:\.(\w+)(?:-\d+-of-\d+)?)?\.safetensors")
 
@@ -71,7 +71,7 @@ def folder_of(source: str | Path, files: Sequence[str] = ()) -> Path:
         from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(source, allow_patterns=[*(files or _patterns())]))
+        folder = Path(snapshot_download(source, allow_patterns=[*(files or _PATTERNS)]))
         if not files and _is_pushed(folder):
             snapshot_download(source, allow_patterns=[MODEL_FILE, EXTRACTOR])
         return folder
@@ -95,20 +95,6 @@ def pipeline_folder(source: str | Path) -> Path:
     """The folder of ``folder_of``, or the pipeline in it if ``export_folder`` wrote it."""
     folder = folder_of(source)
     return folder / PIPELINE if (folder / PIPELINE / INDEX).is_file() else folder
-
-
-def _patterns() -> list[str]:
-    """What is fetched of a pipeline."""
-    patterns = [INDEX, METADATA, "README.md"]
-    for part, names in _PARTS.items():
-        place = "" if part == "." else f"{part}/"
-        for name in names:
-            # Not the copies in another precision that some repositories have beside the weights.
-            stem = name.removesuffix("*")
-            endings = (".safetensors", "-*.safetensors", ".safetensors.index.json")
-            ends = endings if name != stem and stem else [""]
-            patterns += [f"{place}{stem if ends is endings else name}{end}" for end in ends]
-    return patterns
 
 
 def _is_pushed(folder: Path) -> bool:
@@ -161,8 +147,6 @@ def load_part(model_class: Any, folder: Path, **options: Any) -> Any:  # noqa: A
 
     Args:
         model_class: With ``from_pretrained``, which knows the weights' names of older versions.
-        folder: Of the part.
-        options: Of ``from_pretrained``.
 
     Raises:
         CheckpointError: There are no safetensors, or weights are missing, not expected or of
@@ -197,8 +181,6 @@ def load_transformers(kind: str, folder: Path, what: str) -> Any:  # noqa: ANN40
     """A model of transformers, as ``load_part``, without gradients.
 
     Args:
-        kind: Its class.
-        folder: Where it is.
         what: What needs it, for errors.
 
     Raises:
@@ -217,11 +199,7 @@ def load_transformers(kind: str, folder: Path, what: str) -> Any:  # noqa: ANN40
 
 
 def load_processor(kind: str, folder: Path) -> Any:  # noqa: ANN401
-    """A tokenizer or image processor of transformers.
-
-    Raises:
-        CheckpointError: It cannot be read.
-    """
+    """A tokenizer or image processor of transformers."""
     import transformers
 
     try:

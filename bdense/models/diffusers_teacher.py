@@ -176,11 +176,7 @@ def _require_pipeline(folder: Path) -> list[str]:
 
 
 def codec_config(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Folder and configuration of a pipeline's autoencoder, if it has one.
-
-    Raises:
-        CheckpointError: Its class is not read.
-    """
+    """Folder and configuration of a pipeline's autoencoder, if it has one."""
     for name in CODEC_PARTS:
         if (folder / name / CONFIG).is_file():
             config = read_json(folder / name / CONFIG)

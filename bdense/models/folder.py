@@ -45,7 +45,6 @@ def export_folder(
     given pictures.
 
     Args:
-        folder: Folder to write; its parent is created.
         denoiser: A student of one branch.
         metadata: JSON values, ``sampler`` among them.
         extra_card: Markdown for the end of the card.
@@ -108,12 +107,8 @@ def export_for_diffusers(
     """Write a student as a folder that diffusers loads; it appears whole or not at all.
 
     Args:
-        folder: Folder to write; its parent is created.
-        denoiser: The student.
-        metadata: JSON values.
         weights: Name of the file of weights in the folder.
         call: Arguments of the pipeline that draw as the student was measured.
-        card: The card.
         write: Writes everything but metadata and card into an empty folder.
 
     Returns:
@@ -130,11 +125,7 @@ def export_for_diffusers(
 
 
 def measured_sampler(metadata: Mapping[str, Any]) -> Sampler:
-    """The sampler that draws a student as measured; of several, the one with the lowest NFE.
-
-    Raises:
-        InputError: The metadata have none.
-    """
+    """The sampler that draws a student as measured; of several, the one with the lowest NFE."""
     if not (samplers := measured_samplers(metadata)):
         raise InputError(
             "the metadata of an exported student have no sampler; add 'sampler': "

@@ -52,11 +52,7 @@ class HubRepository:
         self.url = f"{self._api.endpoint}/{repo_id}"
 
     def require_new(self) -> None:
-        """Refuse a repository with files, before anything is spent.
-
-        Raises:
-            InputError: It has some, or the Hub does not answer or refuses the token.
-        """
+        """Refuse a repository with files, before anything is spent."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
         try:

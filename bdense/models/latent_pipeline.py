@@ -43,10 +43,7 @@ class _Kind:
     """A pipeline of diffusers.
 
     Attributes:
-        name: Its class.
         codec_part: What it calls its autoencoder.
-        example: Arguments of a call.
-        takes_classes: Whether a call names classes.
         guides: Whether a call has a guidance scale.
         scales_noise: Whether it multiplies its noise by the scheduler's first level.
     """
@@ -83,13 +80,10 @@ class LatentPipeline:
     """A student with what its pipeline has beside it, all of it checked.
 
     Attributes:
-        denoiser: Of one branch.
         teacher: Folder of the teacher's pipeline.
-        kind: diffusers' pipeline.
         call: Arguments of the pipeline that draw as the student was measured.
         codec: Facts of the autoencoder, as in a teacher's metadata.
         steps: As it was measured with.
-        text: Where the network takes text.
     """
 
     denoiser: NetworkDenoiser

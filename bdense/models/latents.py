@@ -50,11 +50,7 @@ def known_shape(
 
 
 def drawn_shape(model: NetworkDenoiser, metadata: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of a model's images, decoded where it draws latents.
-
-    Raises:
-        InputError: It draws latents, and its autoencoder is not known.
-    """
+    """(C, H, W) of a model's images, decoded where it draws latents."""
     if (shape := known_shape(model, metadata)) is None:
         raise InputError(
             "the model draws latents, and its autoencoder is not known; give the folder of its "
@@ -100,12 +96,7 @@ def load_codec(source: str | Path) -> Codec:
 
 @dataclass(frozen=True, eq=False)
 class TextEncoder:
-    """Prompts to what a text-conditional network sees: L tokens of E channels.
-
-    Attributes:
-        tokenizer: ``CLIPTokenizer``.
-        model: ``CLIPTextModel``, in eval mode.
-    """
+    """Prompts to what a text-conditional network sees: L tokens of E channels."""
 
     tokenizer: Any
     model: Any
@@ -144,11 +135,7 @@ class TextEncoder:
         return torch.cat([self.model(part).last_hidden_state for part in torch.split(ids, 64)])
 
     def prompts(self, prompts: Sequence[str], negative: str = "") -> Prompts:
-        """The condition, which guidance leads away from ``negative``.
-
-        Raises:
-            InputError: There are no prompts.
-        """
+        """The condition, which guidance leads away from ``negative``."""
         if not prompts:
             raise InputError("there are no prompts; give one or more")
         return Prompts(self.embed(prompts).cpu(), self.embed([negative]).cpu())

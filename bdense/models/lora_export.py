@@ -33,9 +33,7 @@ def export_lora(
     scheduler in the folder takes its steps, as in the card.
 
     Args:
-        folder: Folder to write; its parent is created.
         denoiser: A student of one branch, trained with ``lora_rank``.
-        metadata: See ``export_pipeline``.
         teacher: Folder or hub id of the pipeline that it is a student of.
 
     Returns:

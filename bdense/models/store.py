@@ -118,7 +118,6 @@ def other_run(path: Path, identity: Mapping[str, Any]) -> str:
     """Why a file is not the model of the run with this identity; "" if it is.
 
     Args:
-        path: An existing file.
         identity: What the file's metadata have as ``identity``: flat JSON values.
     """
     try:

@@ -29,10 +29,7 @@ class PublicFile:
     """A published file.
 
     Attributes:
-        name: Name for users.
-        url: Address at its publisher.
         licence: SPDX identifier.
-        citation: Paper to cite.
         sha256: Hex digest, if known from a third party; the publisher states none.
         size: Bytes, if known likewise.
         image_bytes: About as many, of the images that lie in it beside statistics.
@@ -84,8 +81,6 @@ class HubCheckpoint:
 
     Attributes:
         name: OWNER/NAME on the hub.
-        licence: SPDX identifier.
-        citation: Paper to cite.
         architecture: Description for ``build_denoiser``.
         part: Folder of its network.
         known: What ``read_diffusers`` finds of the rest, for a model of latents.
@@ -105,11 +100,7 @@ class HubCheckpoint:
 
     @property
     def path(self) -> Path:
-        """Its folder in huggingface_hub's cache, below $HF_HOME.
-
-        Raises:
-            InputError: huggingface_hub is not installed.
-        """
+        """Its folder in huggingface_hub's cache, below $HF_HOME."""
         with extra("diffusers", f"{self.name} of the Hugging Face hub"):
             from huggingface_hub import constants, file_download
         folder: str = file_download.repo_folder_name(repo_id=self.name, repo_type="model")
@@ -123,12 +114,7 @@ class HubCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedCheckpoint(HubCheckpoint):
-    """A published network that a user first converts to a folder in diffusers' format.
-
-    Attributes:
-        address: At its publisher.
-        how: What converts it.
-    """
+    """A published network that a user first converts to a folder in diffusers' format."""
 
     address: str
     how: str
@@ -151,11 +137,7 @@ class ConvertedCheckpoint(HubCheckpoint):
         return f"the folder {self.path}, made from {self.address}: {self.how}"
 
     def fetch(self) -> Path:
-        """Its folder.
-
-        Raises:
-            InputError: It is not there.
-        """
+        """Its folder."""
         if not self.is_here:
             raise InputError(f"{self.name} needs {self.text()}")
         return self.path

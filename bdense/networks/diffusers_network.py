@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bdense.errors import CheckpointError, extra
 from bdense.files import plain_json
 from bdense.networks.layers import PositionalEmbedding
-from bdense.networks.network import Network, checkpointed
+from bdense.networks.network import Network, check_inputs, check_labels, checkpointed
 from bdense.networks.step_embedding import StepShift, TakesSteps
 
 # What diffusers writes about a file rather than about a network, or what we choose ourselves.
@@ -21,11 +21,7 @@ _MOST_PIXELS = 4096  # a side; some networks keep values for each place
 
 
 def require_diffusers() -> None:
-    """Say how to install diffusers where it is missing.
-
-    Raises:
-        InputError: It is missing.
-    """
+    """Say how to install diffusers where it is missing."""
     with extra("diffusers", "this model"):
         import diffusers  # noqa: F401
 
@@ -88,13 +84,35 @@ class DiffusersNetwork(TakesSteps, Network):
         """diffusers' own model."""
         return getattr(self, self.part)
 
-    def tell_step(self, num_points: int | Tensor | None, x: Tensor) -> None:
-        """Set what the next call adds to its time embeddings."""
-        if self.step_condition:
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        num_points: int | Tensor | None = None,
+        **given: Tensor | None,
+    ) -> Tensor:
+        """``noise_labels`` are times in 0..T - 1, or between them."""
+        check_inputs(self, x, class_labels, num_points)
+        check_labels("augment_labels", augment_labels, 0, len(x))
+        if self.label_dim and class_labels is None:
+            class_labels = x.new_zeros(1, self.label_dim)
+        labels = None if class_labels is None else class_labels.to(x)
+        conditions = self._conditions(x, labels, **given)
+        if self.step_condition:  # what this call adds to its time embeddings
             emb = self._embed_step(num_points, x)
             for shift in self.affine_step:
                 assert isinstance(shift, StepShift)
                 shift.emb = emb
+        # One time for each image, in a floating type: diffusers takes whole numbers for indices.
+        times = noise_labels.to(x).expand(len(x))
+        sample: Tensor = self.inner(x, timestep=times, return_dict=False, **conditions)[0]
+        return sample
+
+    def _conditions(self, x: Tensor, labels: Tensor | None) -> dict[str, Tensor | None]:
+        """Arguments of diffusers' model; ``labels`` are None where there are no classes."""
+        return {"class_labels": labels}
 
     @classmethod
     def accepted(cls, config: Mapping[str, Any], *, outputs: int = 1) -> dict[str, Any]:
@@ -180,8 +198,3 @@ def halved(options: Mapping[str, Any]) -> dict[str, bool]:
     halvings = max(0, levels - 1)
     reason = f"sample_size={side} cannot be halved {halvings} times, as its {levels} blocks do"
     return {reason: isinstance(side, int) and side % 2**halvings != 0}
-
-
-def times_of(noise_labels: Tensor, x: Tensor) -> Tensor:
-    """One time for each image, in a floating type: diffusers takes whole numbers for indices."""
-    return noise_labels.to(x).expand(len(x))

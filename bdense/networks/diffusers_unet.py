@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bdense.errors import InputError, ShapeError
-from bdense.networks.diffusers_network import DiffusersNetwork, halved, times_of
-from bdense.networks.network import check_inputs, check_labels
+from bdense.networks.diffusers_network import DiffusersNetwork, halved
 
 
 class DiffusersUNet(DiffusersNetwork):
@@ -42,25 +41,6 @@ class DiffusersUNet(DiffusersNetwork):
             ),
             **halved(options),
         }
-
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        num_points: int | Tensor | None = None,
-    ) -> Tensor:
-        """``noise_labels`` are times in 0..T - 1, or between them."""
-        check_inputs(self, x, class_labels, num_points)
-        check_labels("augment_labels", augment_labels, 0, len(x))
-        if class_labels is None and self.label_dim:
-            class_labels = x.new_zeros(1, self.label_dim)
-        labels = None if class_labels is None else class_labels.to(x)
-        times = times_of(noise_labels, x)
-        self.tell_step(num_points, x)
-        sample: Tensor = self.unet(x, times, class_labels=labels, return_dict=False)[0]
-        return sample
 
 
 def _other_times(options: Mapping[str, Any]) -> dict[str, bool]:
@@ -115,23 +95,10 @@ class DiffusersTextUNet(DiffusersNetwork):
             **halved(options),
         }
 
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        num_points: int | Tensor | None = None,
-        text: Tensor | None = None,
-    ) -> Tensor:
-        """``text`` is [B, L, E] or [1, L, E], embeddings of the prompts.
-
-        Raises:
-            InputError: There is no text.
-            ShapeError: Images or embeddings do not fit the network.
-        """
-        check_inputs(self, x, class_labels, num_points)
-        check_labels("augment_labels", augment_labels, 0, len(x))
+    def _conditions(
+        self, x: Tensor, labels: Tensor | None, *, text: Tensor | None = None
+    ) -> dict[str, Tensor | None]:
+        """``text`` is [B, L, E] or [1, L, E], embeddings of the prompts."""
         if text is None:
             raise InputError(
                 "the network is conditioned on text and none is given; give prompts, or the "
@@ -142,11 +109,7 @@ class DiffusersTextUNet(DiffusersNetwork):
             raise ShapeError(
                 f"text must be [{len(x)}, L, {width}] for {len(x)} images, got {list(text.shape)}"
             )
-        text_rows = text.to(x).expand(len(x), -1, -1)
-        times = times_of(noise_labels, x)
-        self.tell_step(num_points, x)
-        sample: Tensor = self.unet(x, times, text_rows, return_dict=False)[0]
-        return sample
+        return {"encoder_hidden_states": text.to(x).expand(len(x), -1, -1)}
 
     def example(self) -> dict[str, Any]:
         draw = torch.Generator().manual_seed(1)

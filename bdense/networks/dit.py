@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from bdense.errors import CheckpointError
-from bdense.networks.diffusers_network import DiffusersNetwork, times_of
-from bdense.networks.network import check_inputs, check_labels
+from bdense.networks.diffusers_network import DiffusersNetwork
 
 
 class DiT(DiffusersNetwork):
@@ -54,24 +53,9 @@ class DiT(DiffusersNetwork):
             ),
         }
 
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        num_points: int | Tensor | None = None,
-    ) -> Tensor:
-        """``noise_labels`` are times in 0..T - 1, or between them."""
-        check_inputs(self, x, class_labels, num_points)
-        check_labels("augment_labels", augment_labels, 0, len(x))
-        if class_labels is None:
-            class_labels = x.new_zeros(1, self.label_dim)
-        labels = class_labels.to(x).expand(len(x), -1)
-        times = times_of(noise_labels, x)
-        self.tell_step(num_points, x)
-        sample: Tensor = self.transformer(x, times, labels, return_dict=False)[0]
-        return sample
+    def _conditions(self, x: Tensor, labels: Tensor | None) -> dict[str, Tensor | None]:
+        assert labels is not None
+        return {"class_labels": labels.expand(len(x), -1)}
 
 
 class _OneHotOrNull(nn.Module):

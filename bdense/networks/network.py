@@ -160,11 +160,7 @@ class Network(nn.Module, abc.ABC):
         return self._with_branches(1, lambda rows: rows[:, branch - 1 : branch])
 
     def combine(self, coefficients: Sequence[float]) -> Self:
-        """A copy whose one branch is sum_k c_k F^k; exact, because the head is affine.
-
-        Args:
-            coefficients: c_1..c_K.
-        """
+        """A copy whose one branch is sum_k c_k F^k; exact, because the head is affine."""
 
         def combined(rows: Tensor) -> Tensor:
             c = rows.new_tensor(coefficients, dtype=torch.float64)
@@ -176,7 +172,6 @@ class Network(nn.Module, abc.ABC):
         """A copy with that many branches and other rows of the head.
 
         Args:
-            num_branches: K'.
             change: Of a weight or bias from [outer, K, P inner, ...] to [outer, K', P inner, ...].
         """
         # Weights follow from a checkpoint or an explicit seed, never from the global generator.
@@ -243,12 +238,7 @@ class Network(nn.Module, abc.ABC):
 def check_inputs(
     network: Network, x: Tensor, class_labels: Tensor | None, num_points: int | Tensor | None
 ) -> None:
-    """Refuse what the network cannot take.
-
-    Raises:
-        ShapeError: Images or labels are of another size.
-        InputError: ``num_points`` is given or missing against the network's step condition.
-    """
+    """Refuse what the network cannot take."""
     side, channels = network.img_resolution, network.img_channels
     if tuple(x.shape[1:]) != (channels, side, side):
         raise ShapeError(

@@ -27,7 +27,6 @@ class TrainingCheckpoint:
 
     Attributes:
         path: The file; None keeps nothing.
-        average: The average of the student's weights; None without one.
         identity: What must agree for it to be the same run, as JSON values, flat.
         seconds: A save is due this long after the last.
         writes: Whether this process writes; every process reads.

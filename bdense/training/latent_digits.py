@@ -86,7 +86,6 @@ def latent_digits(cache: Path, config: TeacherConfig | None = None) -> Path:
     """The pipeline's folder in ``cache``, trained if missing (a few minutes on one core).
 
     Args:
-        cache: Folder.
         config: Of the U-Net's training, whose number of updates bounds the autoencoder's too;
             the recipe's by default.
 

@@ -39,7 +39,6 @@ class IterationReport:
 
     Attributes:
         iteration: 0-based.
-        iterations: Of the whole run.
         lr: Step size used.
         branch_losses: [S, K] float64 on the CPU: mean over the batch, unweighted.
         weights: [S, K] float64 branch weights used.
@@ -70,11 +69,7 @@ class Evaluations:
     evaluate: Callable[[int, NetworkDenoiser], None] | None = None
 
     def within(self, num_updates: int) -> frozenset[int]:
-        """``after``, checked against the length of the run.
-
-        Raises:
-            InputError: A number lies outside the run.
-        """
+        """``after``, checked against the length of the run."""
         if outside := sorted(number for number in self.after if not 0 < number < num_updates):
             raise InputError(
                 f"evaluations after {outside} iterations lie outside 1..{num_updates - 1}, the "

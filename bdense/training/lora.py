@@ -23,11 +23,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def require_adaptable(network: nn.Module, config: OptimisationConfig) -> None:
-    """Refuse adapters that a network cannot have.
-
-    Raises:
-        InputError: It is not one of diffusers, has no such layers, or peft is not installed.
-    """
+    """Refuse adapters that a network cannot have."""
     if not config.lora_rank:
         return
     if not isinstance(network, DiffusersNetwork):

@@ -98,13 +98,7 @@ class OptimisationConfig(Knobs):
             raise KnobError("tail", f"{self.tail:g} and `ema` are two averages; drop one of them")
 
     def lr_at(self, iteration: int, num_updates: int, batch: int) -> float:
-        """The step size of that iteration, counted from 0.
-
-        Args:
-            iteration: Of ``num_updates``.
-            num_updates: Iterations of the run.
-            batch: Images an iteration.
-        """
+        """The step size of that iteration, counted from 0."""
         lr = self.lr
         if self.lr_schedule == "linear":
             lr *= 1 - iteration / num_updates
@@ -145,9 +139,6 @@ class OptimisationConfig(Knobs):
         """The share of the newest weights in the average, after that iteration.
 
         Until the tail begins the average is the student itself.
-
-        Args:
-            iteration: As of ``lr_at``, with the rest.
         """
         if self.ema is not None:
             return 1 - math.pow(0.5, batch / self.ema)

@@ -45,7 +45,6 @@ class Team:
 
     Attributes:
         rank: Of this process, from 0; rank 0 leads.
-        size: Number of processes.
         store: torch's key-value store, in the leader's process; None for a team of one.
         raise_peer_error: Re-raises a follower's error in the leader; an all-reduce without it is
             invalid.
@@ -67,11 +66,7 @@ class Team:
         return () if self.size == 1 else (self.rank,)
 
     def parts_of(self, batch: int, count: int = 1) -> list[slice]:
-        """This process' images of a batch, in so many parts.
-
-        Raises:
-            InputError: The batch cannot be shared equally.
-        """
+        """This process' images of a batch, in so many parts."""
         if batch % (self.size * count):
             each = f", each in accumulate={count} parts" if count > 1 else ""
             raise InputError(
@@ -99,12 +94,7 @@ class Team:
         return total / self.size
 
     def while_others_wait(self, name: str, work: Callable[[], object]) -> None:
-        """Work of the leader; the others poll, as ``PATIENCE`` would end an all-reduce.
-
-        Args:
-            name: Unique name of this work.
-            work: Called by the leader; its exceptions are raised there.
-        """
+        """Work of the leader; the others poll, as ``PATIENCE`` would end an all-reduce."""
         if self.leads:
             work()
             if self.size > 1:

@@ -9,7 +9,7 @@ B batch, C channels, H x W pixels.
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -27,7 +27,7 @@ from bdense.diffusion.preconditioning import (
     native_schedule,
 )
 from bdense.diffusion.snr_weights import snr_weight
-from bdense.errors import CheckpointError, InputError, did_you_mean
+from bdense.errors import CheckpointError, InputError
 from bdense.execution import Execution, moved
 from bdense.knobs import KnobError, Knobs, knob, knob_of
 from bdense.networks.song_unet import SongUNet, SongUNetConfig
@@ -68,11 +68,7 @@ class TeacherConfig(TeacherKnobs):
 
     @property
     def preconditioning(self) -> Preconditioning:
-        """What turns the network into a denoiser.
-
-        Raises:
-            InputError: No teacher is trained with ``precond``.
-        """
+        """What turns the network into a denoiser."""
         if self.precond is None:
             return EDM()
         options = dict(self.precond)
@@ -141,7 +137,6 @@ class TeacherStage(Stateless):
     """Denoising score matching.
 
     Attributes:
-        config: Length, step size, seed.
         dataset: uint8 images; with labels, if the network has a ``label_dim``.
         start: Initial weights, on the device to train on.
     """
@@ -221,7 +216,6 @@ class NoisyBatch:
         clean: [B, C, H, W] y in [-1, 1].
         noise: [B, C, H, W], unit.
         sigma: [B] noise levels.
-        condition: Of the images, such as their classes.
     """
 
     clean: Tensor
@@ -270,11 +264,9 @@ def squared_error(
     """|D(y + n; sigma) - y|^2 of branch K, mean over pixels.
 
     Args:
-        branches: Of a denoiser.
         clean: [B, C, H, W] y in [-1, 1].
         noise: [B, C, H, W], unit.
         sigma: [B].
-        given: Conditions of a conditional network.
 
     Returns:
         [B].
@@ -334,11 +326,7 @@ def train_teacher(
 
 
 def new_denoiser(config: TeacherConfig, image_shape: torch.Size) -> NetworkDenoiser:
-    """A denoiser for images (C, H, W) with initial weights from ``config.seed``.
-
-    Raises:
-        InputError: The network's options do not fit together, or not these images.
-    """
+    """A denoiser for images (C, H, W) with initial weights from ``config.seed``."""
     channels, height, width = image_shape
     # The next power of two is a side that any number of levels can halve.
     padded = 1 << (max(height, width) - 1).bit_length()
@@ -371,19 +359,10 @@ def teacher_data(config: TeacherConfig, dataset: Dataset) -> dict[str, str]:
 
 
 def _network_config(config: TeacherConfig, channels: int, side: int) -> SongUNetConfig:
-    known = [each.name for each in fields(SongUNetConfig)]
-    others = f"; known: {', '.join(known)}"
-    for name in config.network:
-        if name not in known:
-            raise KnobError(f"network.{name}", f"is unknown{did_you_mean(name, known) or others}")
-    try:
-        return SongUNetConfig(img_resolution=side, img_channels=channels, **config.network)
-    except KnobError as error:
-        raise KnobError(f"network.{error.name}", error.problem) from error
-    except TypeError as error:  # given although it follows from the data set
-        raise InputError(
-            f"the teacher's network options do not fit a SongUNet: {error}"
-        ) from error
+    images = {"img_resolution": side, "img_channels": channels}
+    for name in images.keys() & config.network.keys():
+        raise KnobError(f"network.{name}", "follows from the data set; leave it out")
+    return SongUNetConfig.read(images | config.network, "network")
 
 
 def _fits(config: TeacherConfig, channels: int, side: int) -> bool:

@@ -25,21 +25,18 @@ class TensorBoard:
         self._folder = Path(place)
 
     def start(self, run: str, settings: Mapping[str, Any]) -> None:
-        """Open a file."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(self._folder / run))
         self._writer.add_text("settings", f"```json\n{json.dumps(settings, indent=2)}\n```")
 
     def update(self, stage: str, iteration: int, values: Mapping[str, float]) -> None:
-        """Add a point to each curve."""
         for name, value in _named(stage, values).items():
             self._writer.add_scalar(name, value, iteration)
 
     evaluation = update
 
     def end(self, *, failed: bool) -> None:
-        """Write what is left."""
         self._writer.close()
 
 
@@ -56,7 +53,6 @@ class WandB:
         self._project = place or None
 
     def start(self, run: str, settings: Mapping[str, Any]) -> None:
-        """Open a run."""
         import wandb
 
         self._run: Any = wandb.init(project=self._project, name=run, config=dict(settings))
@@ -69,7 +65,6 @@ class WandB:
     evaluation = update
 
     def end(self, *, failed: bool) -> None:
-        """Close the run."""
         self._run.finish(exit_code=int(failed))
 
 
@@ -109,7 +104,6 @@ class MLflow:
     evaluation = update
 
     def end(self, *, failed: bool) -> None:
-        """Close the run."""
         self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
 
 

@@ -24,11 +24,7 @@ WEIGHTS = ".safetensors"
 
 
 def chosen_device(hardware: Hardware) -> torch.device:
-    """Set the process's threads; returns the device to compute on.
-
-    Raises:
-        InputError: A GPU was asked for, and torch sees none of that kind.
-    """
+    """Set the process's threads; returns the device to compute on."""
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -43,11 +39,7 @@ def chosen_device(hardware: Hardware) -> torch.device:
 
 
 def chosen_hardware(execution: Execution, hardware: Hardware) -> torch.device:
-    """``chosen_device``, if it can compute a network as asked.
-
-    Raises:
-        InputError: It cannot.
-    """
+    """``chosen_device``, if it can compute a network as asked."""
     device = chosen_device(hardware)
     execution.require(device)
     return device
@@ -60,11 +52,7 @@ def require_model_out(
     problem: Callable[[Path], str] = lambda _: "",
     inputs: Iterable[str | Path] = (),
 ) -> None:
-    """Check an --out of weights, and the card beside it; arguments as in ``require_output``.
-
-    Raises:
-        InputError: As ``require_output``, or the file has another ending than .safetensors.
-    """
+    """Check an --out of weights, and the card beside it; arguments as in ``require_output``."""
     if out.suffix != WEIGHTS and not out.is_dir():
         raise InputError(f"--out {out} must end in {WEIGHTS}, the format that is written")
     require_output(out, problem=problem, inputs=inputs, force=force)
@@ -117,11 +105,7 @@ class Progress:
         self._first: tuple[int, float] | None = None
 
     def __call__(self, done: int, total: int, remark: str) -> None:
-        """Report progress, if two seconds have passed or this is the end.
-
-        Raises:
-            StoppedError: An interrupt was requested.
-        """
+        """Report progress every two seconds, or raise a ``StoppedError`` if asked to stop."""
         if self._interrupt is not None and self._interrupt.requested:
             raise StoppedError(f"interrupted at {done}/{total}; {self._kept}")
         now = time.monotonic()

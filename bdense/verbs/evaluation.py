@@ -30,12 +30,7 @@ class FIDEvaluation:
     Attributes:
         extractor, reference: See ``measure_images``.
         image_shape: (C, H, W) of the models' images.
-        images: Images drawn for each FID.
         batch, conditions, codec: See ``draw_images``.
-        prompts: The prompts of the conditions.
-
-    Raises:
-        InputError: See ``require_measurable``.
     """
 
     extractor: Extractor

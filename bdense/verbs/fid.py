@@ -81,11 +81,7 @@ def fid(
 
 
 def _own_data(model: str, known: Mapping[str, Any]) -> str:
-    """The data set that a model was trained on, by its metadata.
-
-    Raises:
-        KnobError: They do not name one that can be found again.
-    """
+    """The data set that a model was trained on, by its metadata."""
     data = known.get("data")
     if isinstance(data, str) and split_format(data) is None:
         return data

@@ -11,7 +11,6 @@ from bdense.data.names import DATA_SETS
 from bdense.data.prompts import PROMPTS
 from bdense.diffusion import BATCH, SOLVERS, STOCHASTIC_SOLVERS
 from bdense.diffusion.grid_knobs import NativeGridKnobs
-from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import Knobs, knob, knob_of, knobs_of, option_names
 from bdense.methods import METHODS
@@ -31,12 +30,6 @@ _EXTRACTORS = (
 )
 # Images of a FID, as papers count them.
 IMAGES = 50_000
-
-_FORMER_METHODS = {
-    "sfd-bdense": "--method sfd",
-    "pd-bdense": "--method progressive",
-    "pd": "--method progressive --plain",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -414,28 +407,17 @@ def teacher_configs(arguments: Sequence[str]) -> Configs:
 
 
 def distill_configs(arguments: Sequence[str]) -> Configs:
-    """The classes of ``bdense distill`` with the method in the arguments; imports torch.
-
-    Raises:
-        InputError: There is no such method.
-    """
+    """The classes of ``bdense distill`` with the method in the arguments; imports torch."""
     method = METHODS[chosen_method(arguments)].Config
     own = (DistillOptions, Force, Logging, WeightOptions, parameter_options())
     return (*own, ReadLater(method), Evaluation, Execution, Hardware)
 
 
 def chosen_method(arguments: Sequence[str]) -> str:
-    """The name after --method, else the default.
-
-    Raises:
-        InputError: It is a former name of a method.
-    """
+    """The name after --method, else the default."""
     parser = argparse.ArgumentParser(prog="bdense distill", add_help=False, allow_abbrev=False)
     parser.add_argument("--method", default=knobs_of(DistillOptions)["method"].default)
-    name: str = parser.parse_known_args(arguments)[0].method
-    if name in _FORMER_METHODS:
-        raise InputError(f"--method {name} is now written {_FORMER_METHODS[name]}")
-    return name
+    return str(parser.parse_known_args(arguments)[0].method)
 
 
 def methods_with(arguments: Sequence[str], option: str) -> str:

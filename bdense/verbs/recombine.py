@@ -1,8 +1,7 @@
 """``bdense recombine``: a student of all branches of another, by coefficients c of sum 1."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from bdense.command import Force
 from bdense.data.datasets import load_dataset
 from bdense.diffusion.branches import recombine_branches
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.sampling import SETUP, Sampler, samplers_from
+from bdense.diffusion.sampling import SETUP, samplers_from
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import KnobError
@@ -26,6 +25,8 @@ from bdense.verbs.common import Progress, chosen_hardware, require_model_out
 from bdense.verbs.evaluation import FIDEvaluation
 from bdense.verbs.options import IMAGES, Evaluation, Hardware, RecombineOptions
 
+# The FID of the branches combined by c, on the latents of a seed.
+Judge = Callable[[Sequence[float], int], FID]
 # Metadata of the branched student that is not true of another.
 _OF_THE_BRANCHED = ("identity", "fid", SETUP)
 
@@ -57,87 +58,68 @@ def recombine(
     require_model_out(own.out, force=replacing.force, inputs=[own.branched])
     student.to(device).execute(execution)
     metadata = {key: value for key, value in metadata.items() if key not in _OF_THE_BRANCHED}
-    judge = None
     if evaluation.extractor is not None:
-        judge = _judge(evaluation, own, student, samplers_from(metadata)[0], device)
-        c, metadata["fid"] = _measured(judge, own)
+        fids, sampler = _fids(evaluation, own, student, device), samplers_from(metadata)[0]
+
+        def fid(c: Sequence[float], seed: int) -> FID:
+            return fids.fid(recombine_branches(student, c), sampler, seed=seed)
+
+        c, metadata["fid"] = _measured(fid, own, student.num_branches)
+        metadata[SETUP] = fids.setup(recombine_branches(student, c)).as_dict()
     assert c is not None
     metadata["coefficients"] = list(c)
-    combined = recombine_branches(student, c)
-    if judge is not None:
-        metadata[SETUP] = judge.evaluation.setup(combined).as_dict()
-    keep_student(own.out, combined, None, metadata)
+    keep_student(own.out, recombine_branches(student, c), None, metadata)
     print(own.out)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Judge:
+def _fids(
+    evaluation: Evaluation, own: RecombineOptions, student: NetworkDenoiser, device: torch.device
+) -> FIDEvaluation:
     """What FIDs of recombined branches are measured with."""
-
-    student: NetworkDenoiser
-    sampler: Sampler
-    evaluation: FIDEvaluation
-
-    @property
-    def last(self) -> list[float]:
-        """The coefficients of branch K without the others."""
-        return [0.0] * (self.student.num_branches - 1) + [1.0]
-
-    def fid(self, c: Sequence[float], seed: int) -> FID:
-        """The FID of the branches combined by c, on the latents of that seed."""
-        combined = recombine_branches(self.student, c)
-        return self.evaluation.fid(combined, self.sampler, seed=seed)
-
-
-def _judge(
-    evaluation: Evaluation,
-    own: RecombineOptions,
-    student: NetworkDenoiser,
-    sampler: Sampler,
-    device: torch.device,
-) -> _Judge:
     assert evaluation.extractor is not None
     extractor = load_extractor(evaluation.extractor, cache=evaluation.cache, device=device)
-    measured_by = FIDEvaluation(
+    return FIDEvaluation(
         extractor=extractor,
         reference=dataset_reference(load_dataset(own.data), extractor, cache=evaluation.cache),
         image_shape=student.image_shape,
         images=evaluation.images or IMAGES,
     )
-    return _Judge(student=student, sampler=sampler, evaluation=measured_by)
 
 
-def _measured(judge: _Judge, own: RecombineOptions) -> tuple[Sequence[float], dict[str, Any]]:
+def _measured(
+    fid: Judge, own: RecombineOptions, num_branches: int
+) -> tuple[Sequence[float], dict[str, Any]]:
     """The coefficients to write, given or searched, and their FID; both are printed.
 
     Searched coefficients that are not better than branch K on fresh latents are dropped.
     """
-    c = own.c or _searched(judge, own)
-    last, combined = judge.fid(judge.last, own.seed), judge.fid(c, own.seed)
+    c = own.c or _searched(fid, own, num_branches)
+    only_last = [0.0] * (num_branches - 1) + [1.0]
+    last, combined = fid(only_last, own.seed), fid(c, own.seed)
     difference = combined.value - last.value
     noise = combined.noise_of_difference(last)
     assert noise is not None
     records = {"last_branch": last.as_dict(), "combined": combined.as_dict()}
     print(json.dumps({"c": list(c), **records, "difference": difference, "noise": noise}))
-    name = f"branch {judge.student.num_branches} alone"
+    name = f"branch {num_branches} alone"
     comparison = f"FID {combined.value:.4g} - {last.value:.4g} = {difference:+.2g} +- {noise:.2g}"
     if difference < -2 * noise:
         print(f"better than {name} by more than two standard errors: {comparison}")
     elif own.c is None:
         print(f"no better than {name}, which is written, by two standard errors: {comparison}")
-        return judge.last, last.as_dict()
+        return only_last, last.as_dict()
     else:
         print(f"no better than {name} by two standard errors: {comparison}")
     return c, combined.as_dict()
 
 
-def _searched(judge: _Judge, own: RecombineOptions) -> list[float]:
+def _searched(fid: Judge, own: RecombineOptions, num_branches: int) -> list[float]:
     """The best coefficients on latents that the final FIDs do not use."""
     show, values = Progress(), []
 
     def measure(c: Sequence[float]) -> float:
-        values.append(judge.fid(c, own.seed + 1).value)
+        values.append(fid(c, own.seed + 1).value)
         show(len(values), own.evaluations, f"lowest FID {min(values):.4g}")
         return values[-1]
 
-    return search_coefficients(measure, judge.student.num_branches, own.evaluations)
+    return search_coefficients(measure, num_branches, own.evaluations)

@@ -70,11 +70,7 @@ def verify(own: VerifyOptions, hardware: RecordedHardware) -> None:
 
 
 def _tell(own: VerifyOptions, recorded: float, fid: float, setup: Setup, here: Setup) -> None:
-    """Print the verdict.
-
-    Raises:
-        BdenseError: The FIDs are further apart than rounding brings them.
-    """
+    """Print the verdict."""
     exact = setup.execution.precision == "float32"
     tolerance = recorded * (TOLERANCE if exact else LOW_PRECISION_TOLERANCE)
     apart = abs(fid - recorded)
@@ -97,11 +93,7 @@ def _tell(own: VerifyOptions, recorded: float, fid: float, setup: Setup, here: S
 
 
 def _recorded(source: str, metadata: Mapping[str, Any]) -> tuple[FID, Setup]:
-    """What a model's metadata say of its FID.
-
-    Raises:
-        InputError: They say nothing, or too little.
-    """
+    """What a model's metadata say of its FID."""
     try:
         fid = FID.read(metadata["fid"])
         require_types(fid)

@@ -47,17 +47,7 @@ def parameter_options() -> type[Knobs]:
 def chosen_weighting(
     own: WeightOptions, parameters: Knobs, num_branches: int, num_intervals: int
 ) -> Callable[[], "BranchWeighting"]:
-    """A function that makes the branch weights that were asked for, new ones at each call.
-
-    Args:
-        own: Whether there are any, and of which space.
-        parameters: Of ``parameter_options``.
-        num_branches: K of the method with branches.
-        num_intervals: S of the method.
-
-    Raises:
-        InputError: No space has all these parameters, or one is missing.
-    """
+    """A function that makes the branch weights that were asked for, new ones at each call."""
     given = _given(parameters, own.set or ())
     if own.plain:
         asked = given | ({"weights": own.weights} if own.weights else {})
@@ -95,9 +85,8 @@ def _space(
     name: str | None, given: Mapping[str, Any], num_branches: int, num_intervals: int
 ) -> WeightSpace:
     """The space that was named, or the first that has these parameters."""
-    spaces: list[WeightSpace] = [each() for each in WEIGHT_SPACES.values()]
-    asked = spaces if name is None else [WEIGHT_SPACES[name]()]
-    for space in asked:
+    asked = WEIGHT_SPACES if name is None else [name]
+    for space in [WEIGHT_SPACES[each]() for each in asked]:
         if name is not None or not space.by_method:
             fitted: WeightSpace = space.of_method(num_branches, num_intervals)
             if given.keys() <= fitted.distributions().keys():
@@ -105,16 +94,10 @@ def _space(
     if name is not None:
         own = ", ".join(fitted.distributions())
         raise InputError(f"the weights {name} do not have {_spelt(given)}; here they have {own}")
-    known = "; ".join(f"{each.name}: {' '.join(map(_option, _names(each)))}" for each in spaces)
-    raise InputError(f"no weight space has {_spelt(given)}; there are {known}")
-
-
-def _names(space: WeightSpace) -> list[str]:
-    return ["set"] if space.by_method else [*space.distributions()]
-
-
-def _option(parameter: str) -> str:
-    return f"--{_OPTIONS.get(parameter, parameter)}".replace("_", "-")
+    raise InputError(
+        f"no weight space has {_spelt(given)}; there are {', '.join(WEIGHT_SPACES)}, and --help "
+        "has the options of each"
+    )
 
 
 def _spelt(given: Mapping[str, Any]) -> str:

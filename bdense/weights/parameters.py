@@ -25,7 +25,6 @@ def parameter_knobs(
     cannot be an option's or is ``taken``; --set gives them.
 
     Args:
-        heading: Of the group in help.
         usual: What a parameter is where it is left out, for help.
         names: Of knobs that are not called as their parameter.
         taken: Names of the command's other knobs.
@@ -61,11 +60,7 @@ def given_parameters(parameters: Knobs, assigned: Iterable[str] = ()) -> dict[st
     """The parameters on the command line, by the names of their knobs.
 
     Args:
-        parameters: Of the class that ``parameter_knobs`` makes.
         assigned: Each NAME=VALUE of --set; a value that is a number becomes one.
-
-    Raises:
-        InputError: One is given twice, or is not NAME=VALUE.
     """
     named = {name: getattr(parameters, name) for name in knobs_of(type(parameters))}
     given = {name: value for name, value in named.items() if value is not None}

@@ -156,10 +156,6 @@ class WeightSpace(SearchSpace):
     def weighting(self, params: Mapping[str, Any], num_branches: int) -> "BranchWeighting":
         """The weights that a student is trained with; loads torch.
 
-        Args:
-            params: See the class.
-            num_branches: K of the method with branches.
-
         Returns:
             One branch for plain distillation, else K.
 
@@ -218,15 +214,7 @@ class WeightSpace(SearchSpace):
         return SearchSpace.label(self, params)
 
     def of_method(self, num_branches: int, num_intervals: int) -> Self:
-        """The space for K branches and S intervals, where its parameters depend on them.
-
-        Args:
-            num_branches: K of the method with branches.
-            num_intervals: S, see ``MethodConfig.num_intervals``.
-
-        Raises:
-            InputError: The space was declared for another K or S.
-        """
+        """The space for K branches and S intervals, where its parameters depend on them."""
         return self
 
     def check(self, num_branches: int) -> None:

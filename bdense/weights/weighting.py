@@ -12,6 +12,7 @@ K branches.
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
+from operator import attrgetter
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -136,8 +137,6 @@ class LearnedWeights:
     ``anneal``: u_k falls linearly from 1 to 0 over the stage for all branches but K.
 
     Attributes:
-        num_branches: K.
-        rule: One of ``RULES``.
         strength: Exponent of u_k.
         memory: Updates over which an old one's share in a mean falls to 1 / e; not of ``anneal``.
     """
@@ -192,20 +191,6 @@ class LearnedWeights:
         return {"rule": self.rule, "strength": self.strength, "memory": self.memory}
 
 
-def _losses(seen: Observed) -> Tensor:
-    return seen.losses
-
-
-def _norms(seen: Observed) -> Tensor:
-    assert seen.gradient_norms is not None
-    return seen.gradient_norms
-
-
-def _cosines(seen: Observed) -> Tensor:
-    assert seen.cosines is not None
-    return seen.cosines
-
-
 def _rest(seen: Observed) -> Tensor:
     return torch.full_like(seen.losses, 1 - seen.progress, dtype=torch.float64)
 
@@ -227,14 +212,14 @@ def _beside_the_last(usefulness: Tensor, strength: float) -> Tensor:
 class _Rule:
     """What is seen of the branches, [K], and the shares that follow from its mean or its last."""
 
-    signal: Callable[[Observed], Tensor]
+    signal: Callable[[Observed], Any]
     shares: Callable[[Tensor, float], Tensor]
     averages: bool = True
 
 
 _RULES = {
-    "uncertainty": _Rule(_losses, _by_scale),
-    "gradient-norm": _Rule(_norms, _by_scale),
-    "alignment": _Rule(_cosines, _beside_the_last),
+    "uncertainty": _Rule(attrgetter("losses"), _by_scale),
+    "gradient-norm": _Rule(attrgetter("gradient_norms"), _by_scale),
+    "alignment": _Rule(attrgetter("cosines"), _beside_the_last),
     "anneal": _Rule(_rest, _beside_the_last, averages=False),
 }

@@ -47,7 +47,7 @@ def snapshot_of(study: Study) -> Snapshot:
     main, base = counts[0], counts[-1]
     text = f"{study.noun}s {main.ended}/{main.planned}"
     if base is not main and base.complete + base.failed < base.planned:
-        text += f", {_given(study)} {base.complete}/{base.planned}"
+        text += f", {study.given_noun} {base.complete}/{base.planned}"
     if main.failed:
         text += f", {main.failed} failed"
     if study.is_search:
@@ -63,11 +63,6 @@ def snapshot_of(study: Study) -> Snapshot:
         total=sum(each.planned for each in counts),
         running=[row for ledger in reversed(study.ledgers) for row in ledger.running()],
     )
-
-
-def _given(study: Study) -> str:
-    """The name of a search's given arms."""
-    return "baselines and replicates" if study.spec.search.race else "baselines"
 
 
 class Display:

@@ -186,8 +186,15 @@ class Study:
         return "trial" if self.is_search else "row"
 
     @property
+    def given_noun(self) -> str:
+        """What the rows of a search's given arms are called."""
+        plan = self.spec.search
+        kinds = {"replicates": plan.race > 0, "short trainings": plan.short is not None}
+        return " and ".join(["baselines", *(name for name, is_there in kinds.items() if is_there)])
+
+    @property
     def baselines(self) -> Ledger | None:
-        """A search's baselines and replicates; None for given arms, or if none were planned."""
+        """A search's baselines, replicates and short trainings; None if none were planned."""
         return self.given if self.is_search else None
 
     @property

@@ -66,7 +66,7 @@ def status(asked: StatusOptions) -> None:
     print(headline(study))
     ledgers = {study.noun: study.main}
     if study.baselines is not None:
-        print(counts_line(study.baselines.counts(), "baselines"))
+        print(counts_line(study.baselines.counts(), study.given_noun))
         ledgers["baseline"] = study.baselines
     for row, ledger in ledgers.items():
         for running in ledger.running():

@@ -120,7 +120,7 @@ OF_ANY = [
         "resources.log",
         r"mlflow:https://***@host/x .* MLFLOW_TRACKING_PASSWORD",
     ),
-    ({"precision": "float8"}, "precision", "bfloat16, float16, got 'float8'"),
+    ({"precision": "float8"}, "precision", "float16, fast, got 'float8'"),
     ({"precision": "tf32", "resources": {"gpus": 0}}, "precision", "tf32 needs a CUDA device"),
     ({"data": REMOVED}, "data", "missing"),
     ({"name": "Digits NFE 2"}, "name", "'Digits NFE 2'"),

@@ -88,7 +88,7 @@ VERBS = {
     ),
     "export": Verb(
         help="write a student of a diffusers teacher as a folder that diffusers loads "
-        "without bdense, or any as a model folder that goes to the Hugging Face Hub",
+        "without bdense; with --push, upload any student as a model folder",
         example="bdense export student.safetensors --pipeline stable-diffusion --out pipeline",
         function="bdense.verbs.export:export",
         configs=(ExportOptions, Cache, Hardware),

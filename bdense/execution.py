@@ -33,7 +33,8 @@ class Execution(Knobs):
         "float32",
         "number format of the network's calls: tf32 is float32 whose products a GPU rounds to 10 "
         "bits; with bfloat16 and float16 the weights and their updates stay float32; tf32 and "
-        "float16 need a GPU; fast is bfloat16 with compile and channels_last, for a GPU",
+        "float16 need a GPU; fast is bfloat16 with compile and channels_last, which pay off on "
+        "a GPU",
     )
     compile: bool = knob(
         False,
@@ -62,9 +63,10 @@ class Execution(Knobs):
         """Refuse settings that the device does not support, or that exclude each other."""
         self.require_compatible()
         if self.is_compiled and not any(map(shutil.which, _compilers(device))):
+            own, needed = self._compiling, " or ".join(_compilers(device))
             raise InputError(
-                f"compile needs the compiler {' or '.join(_compilers(device))}, which is missing "
-                "here; install it, or leave compile out"
+                f"{own} needs the compiler {needed}, which is missing here; install it, or leave "
+                f"{own} out"
             )
         if self.precision in ("tf32", "float16") and device.type != "cuda":
             raise InputError(
@@ -80,7 +82,7 @@ class Execution(Knobs):
             )
         if self.is_compiled and self.gradient_checkpointing:
             raise KnobError(
-                "compile",
+                self._compiling,
                 "decides itself what is kept for going backwards, and `gradient_checkpointing` "
                 "decides it too; drop one of them",
             )
@@ -96,6 +98,11 @@ class Execution(Knobs):
     def is_compiled(self) -> bool:
         """Whether the network is compiled."""
         return self.compile or self.precision == "fast"
+
+    @property
+    def _compiling(self) -> str:
+        """The knob that compiles."""
+        return "compile" if self.compile else "precision"
 
     @property
     def is_channels_last(self) -> bool:

@@ -213,7 +213,8 @@ def ours(
         seen.append(each)
         spent += cost
         yield chosen(world, {PLAIN: own, 0.0: own}, lambda _: 0), spent
-    order = candidates(seen, CANDIDATES, taken=[0])
+    full = [i for i, each in enumerate(seen) if each.log_length == 0]
+    order = candidates(seen, CANDIDATES, among=full, taken=[0])
     points = [seen[i].point["a"] for i in order]
     judged = dict.fromkeys([PLAIN, 0.0, *points], fresh)
     spent += len(fresh) * (costs.trajectories + len(judged) * costs.student)
@@ -242,7 +243,7 @@ def chosen_by_surrogate(
         seen.append(_observed(short.world, a, short.length) if is_short else _observed(world, a))
         yield seen[-1], recording + (short.student if is_short else costs.student)
         recording = 0.0
-        place, is_short = next_training(
+        found = next_training(
             seen,
             points,
             length=short.length,
@@ -250,7 +251,8 @@ def chosen_by_surrogate(
             short=[each.point for each in seen if each.log_length < 0],
             pending=[],
         )
-        a = points[place]["a"]
+        assert found is not None
+        a, is_short = points[found[0]]["a"], found[1]
 
 
 def by_surrogate(world: Replay, costs: Costs, short: Short) -> Choices:

@@ -329,9 +329,9 @@ def test_chosen_gpus_are_all_that_ray_sees(gpus_seen, monkeypatch):
 @pytest.mark.parametrize(
     ("chosen", "there", "given", "message"),
     [
-        ([0, 2], 1, "", "--gpus 0,2: .* has 1 GPUs.* 2 cannot"),
-        ([0], 0, "", "--gpus 0: .* has 0 GPUs.* leave --gpus out"),
-        ([4, 5], 4, "", "4 GPUs.* 4, 5 cannot"),
+        ([0, 2], 1, "", "--gpus 0,2: .* has GPU 0 alone, and 2 cannot"),
+        ([0], 0, "", "--gpus 0: .* has no GPU.* leave --gpus out"),
+        ([4, 5], 4, "", "has GPUs 0 to 3, and 4, 5 cannot"),
         ([-1], 4, "", "-1 cannot"),
         ([1, 1], 4, "", "--gpus 1,1 names a GPU twice"),
         ([0], 4, "RAY_ADDRESS=head:6379", "cluster at RAY_ADDRESS=head:6379"),

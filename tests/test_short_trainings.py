@@ -12,6 +12,7 @@ from search.analysis.observations import observed
 from search.analysis.short_trainings import most_telling, plan_short
 from search.analysis.stop_rule import stop_or_plan
 from search.analysis.surrogate import Posterior
+from search.report.log_lines import logged_row
 from search.spec.space import make_sampler, search_space
 from search.storage.ledger import Claim
 from search.study.arms import Arm, ArmRow
@@ -20,7 +21,7 @@ from search.study.summary import baselines_of
 from search.worker.worker import Worker
 from tests.measured import complete, finish, normalised
 from tests.rows import PD, SFD
-from tests.studies import spec
+from tests.studies import NORMALISED, spec
 
 VALLEY = 1.2
 
@@ -109,7 +110,7 @@ def test_the_first_short_ones_are_uniform_weights_and_spread_points(url):
     assert plan_short(study)
     assert plan_short(study)
     slopes = [study.arms[row.arm].params.get("a") for row in short_rows(study)]
-    assert slopes == [None, 1.25, 2.125]
+    assert slopes == [None, -0.5, 1.25]
 
 
 def test_a_search_looks_around_by_short_trainings_and_tries_what_they_promise(url):
@@ -208,3 +209,42 @@ def test_a_method_without_a_length_in_images_is_refused():
     plan = PD["plan"] | {"short": {}}
     with pytest.raises(InputError, match=r"plan\.short .*progressive"):
         spec(PD, plan=plan)
+
+
+def test_a_trial_that_failed_is_no_choice_again(url):
+    """It is not observed, so the surrogate would choose it for ever."""
+    simulated = Simulated(url, trials=8, short=12)
+    study = simulated.study
+    finish(study, simulated.of_arm)
+    failed = 0
+    while stop_or_plan(study) or study.left():
+        if finish(study, simulated.of_arm):
+            continue
+        if failed == 0 and study.counts().waiting:
+            claim = study.search.claim(search_space(study.spec), None)
+            study.search.fail(claim, "diverged", "the loss is not finite", {})
+            failed = 1
+        elif not simulated.trial():
+            break
+    short = len(short_rows(study))
+    # The surrogate goes on choosing: all trials while short ones are left are its own.
+    spread = {round(-0.5 + 3.5 * i / 128, 9) for i in range(128)}
+    slopes = [trial.params["a"] for trial in study.search.study.trials]
+    assert failed == 1
+    assert short < 12
+    assert {round(a, 9) for a in slopes} <= spread
+    assert len(set(slopes)) == len(slopes)
+
+
+def test_short_rows_are_no_baselines(url):
+    """Of uniform weights there are two under the first seed: the logs are the full one's."""
+    simulated = Simulated(url)
+    finish(simulated.study, simulated.of_arm)
+    study = simulated.study
+    ledger, number = logged_row(study, trial=None, baseline="uniform")
+    assert ArmRow(**ledger.asked()[number]).variant == 0
+
+
+def test_a_one_shot_training_beside_them_is_refused():
+    with pytest.raises(InputError, match=r"plan\.short .* one_shot"):
+        spec(plan__short={}, plan__one_shot={}, weights=NORMALISED)

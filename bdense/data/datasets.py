@@ -80,7 +80,7 @@ class Dataset:
         return tuple(self.images.shape[1:])
 
     def pixels(self, index: Tensor) -> Tensor:
-        """[B, C, H, W] uint8 of the images [B], where these are."""
+        """[B, C, H, W] uint8, the images of these indices [B]; on the device that has them."""
         return taken(self.images, index)
 
     def clean(self, index: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class Dataset:
         return to_float(self.pixels(index))
 
     def on(self, device: torch.device) -> Self:
-        """With what a network learns from on that device, see ``kept_on``."""
+        """The set with its images on that device, see ``kept_on``."""
         return replace(self, images=kept_on(self.images, device))
 
     @property
@@ -168,7 +168,9 @@ def image_shape(spec: str) -> tuple[int, int, int]:
 
 def to_float(images: Tensor) -> Tensor:
     """float32 in [-1, 1] of uint8 images of any shape: byte 0 is -1, byte 255 is 1."""
-    return images.float().div_(127.5).sub_(1)
+    # By a plain number a GPU would multiply by its inverse, which rounds otherwise.
+    half = torch.full((), 127.5, device=images.device)
+    return images.float().div_(half).sub_(1)
 
 
 def data_folder() -> Path:

@@ -140,11 +140,11 @@ def read_folder(
             raise ValueError("it is not a file")  # a pipe would wait for ever
         return (folder / name).open("rb")
 
-    if only_first:
-        return _read_images(str(folder), names[:1], opened, crop), None
     if (found := _labels_member(folder, members, names)) not in (None, LABELS_FILE):
         below = folder / str(found)
         raise InputError(f"the labels of {folder} are in {below}; give folder:{below.parent}")
+    if only_first:
+        return _read_images(str(folder), names[:1], opened, crop), None
     images = _read_images(str(folder), names, opened, crop)
     if text is not None:
         return images, _edm_labels(str(labels_file), text, names)
@@ -169,9 +169,9 @@ def read_zip(
             raise InputError(f"{path} has {times} entries {twice}; make the archive again")
         names = sorted(filter(is_image, members))
         opened = typing.cast(Callable[[str], BinaryIO], archive.open)
+        member = _labels_member(path, members, names)
         if only_first:
             return _read_images(str(path), names[:1], opened, crop), None
-        member = _labels_member(path, members, names)
         images = _read_images(str(path), names, opened, crop)
         if member is None:
             return images, None

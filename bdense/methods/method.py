@@ -18,7 +18,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.grid_knobs import GridKnobs
 from bdense.diffusion.guidance import no_null, null_for
 from bdense.diffusion.preconditioning import levels_on
-from bdense.diffusion.sampling import Sampler, levels_of, served_metadata
+from bdense.diffusion.sampling import Sampler, levels_of, samplers_from, served_metadata
 from bdense.diffusion.schedules import Schedule
 from bdense.errors import InputError
 from bdense.files import plain_json
@@ -169,9 +169,10 @@ class GridConfig(MethodConfig, GridKnobs):
         The analytical slope is that of data of mean 0 and variance 1, which latents need not be.
         """
         levels = levels_of(metadata, teacher.precond)
-        if "afs" in knobs_of(cls) and draws_latents(teacher, metadata):
-            return {**levels, "afs": False}
-        return levels
+        # A student's steps are known from its sampler.
+        if "afs" not in knobs_of(cls) or samplers_from(metadata):
+            return levels
+        return {**levels, "afs": False} if draws_latents(teacher, metadata) else levels
 
 
 @dataclass(frozen=True, slots=True)

@@ -372,8 +372,8 @@ class ExportOptions(Knobs):
     """``bdense export``."""
 
     student: str = knob(
-        help="a student of one branch, without --push of a teacher in diffusers' format: a "
-        "safetensors file, a folder or hub id (OWNER/NAME)",
+        help="a student of one branch: a safetensors file, a folder or hub id (OWNER/NAME); "
+        "without --push its teacher must be in diffusers' format",
         metavar="STUDENT",
         form="positional",
     )

@@ -47,7 +47,7 @@ def point_of(spec: StudySpec, params: dict[str, Any]) -> Point | None:
 def spread_points(spec: StudySpec, count: int) -> list[tuple[dict[str, Any], Point]]:
     """``count`` points, evenly spread over the space, and their coordinates.
 
-    Fewer where some lie beyond its bound or have no coordinates.
+    Fewer where some lie beyond its bound, have no coordinates or come twice.
     """
     from scipy.stats.qmc import Sobol
 
@@ -61,7 +61,8 @@ def spread_points(spec: StudySpec, count: int) -> list[tuple[dict[str, Any], Poi
             for share, (name, each) in zip(place, drawn.items(), strict=True)
         }
         point = point_of(spec, params)
-        if point is not None and space.excess(params, spec.resolved.num_branches) <= 0:
+        is_within = space.excess(params, spec.resolved.num_branches) <= 0
+        if point is not None and is_within and (params, point) not in found:
             found.append((params, point))
     return found
 

@@ -42,7 +42,7 @@ def logged_row(study: Study, trial: int | None, baseline: str | None) -> tuple[L
         if params[number].keys() != ROW_SPACE.keys():
             continue  # foreign
         row = ArmRow(**params[number])
-        if arms[row.arm].baseline == baseline and row.seed == seed:
+        if (arms[row.arm].baseline, row.seed, row.variant) == (baseline, seed, 0):
             return baselines, number
     raise InputError(
         f"study {study.name} has no baseline {baseline} yet: its launch was killed before it was "

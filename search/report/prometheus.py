@@ -98,7 +98,8 @@ class Studies(Collector):
                 with self._engine.connect() as connection:
                     rows = read_trials(connection, complete, ())
                 for row in rows:
-                    first.setdefault(ArmRow(**row.params).arm, row.value or 0.0)
+                    if not (own := ArmRow(**row.params)).variant:  # short trainings have one
+                        first.setdefault(own.arm, row.value or 0.0)
                 for arm, value in first.items():
                     if (baseline := arms[arm]) is not None:
                         labels = [name.removesuffix(BASELINES_SUFFIX), baseline]

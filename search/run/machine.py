@@ -52,9 +52,10 @@ def use_gpus(chosen: Sequence[int] | None) -> None:
         raise InputError(f"{asked} names a GPU twice; name each once")
     there = count_gpus()
     if missing := [str(number) for number in chosen if not 0 <= number < there]:
+        known = {0: "no GPU", 1: "GPU 0 alone"}.get(there, f"GPUs 0 to {there - 1}")
         raise InputError(
-            f"{asked}: this machine has {there} GPUs, numbered from 0, so {', '.join(missing)} "
-            "cannot be used; choose others, or leave --gpus out"
+            f"{asked}: this machine has {known}, and {', '.join(missing)} cannot be used; choose "
+            "others, or leave --gpus out"
         )
     given = os.environ.get(VISIBLE)
     allowed = None if given is None else {part.strip() for part in given.split(",")}

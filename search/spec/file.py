@@ -186,7 +186,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def _no_value(node: yaml.Node) -> yaml.constructor.ConstructorError:
-    problem = f"{str(node.value)[:_SHOWN]!r} is not a value of its type"
+    kind = node.tag.rpartition(":")[2]  # int, float, bool, timestamp
+    problem = f"{str(node.value)[:_SHOWN]!r} is not a valid {kind}"
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 

@@ -33,11 +33,9 @@ class OneShotSpec(Knobs):
 class ShortSpec(Knobs):
     """Short trainings inform a search at a part of a trial's cost; its surrogate chooses them."""
 
-    length: float = knob(
-        0.25, "length of one, in those of a trial: that share of method.kimg", above=0, below=1
-    )
+    length: float = knob(0.25, "share of method.kimg that one is trained for", above=0, below=1)
     trainings: int = knob(
-        12, "how many there are at most, beside the trials; under the trials' seed", low=1
+        12, "most of them, on top of the trials; they have the trials' seed", low=1
     )
 
 
@@ -102,7 +100,7 @@ class SearchPlan(Plan):
     )
     short: ShortSpec | None = knob(
         None,
-        "short trainings too, {} for the usual ones: while some are left, the surrogate chooses "
+        "short trainings too, {} for the defaults: while some are left, the surrogate chooses "
         "what is trained next, a short one or a trial, and at which point; then the sampler does",
     )
     replicates: int = knob(
@@ -174,6 +172,11 @@ class SearchPlan(Plan):
                     f"needs the noise of several seeds, and replicates is {self.replicates}; "
                     f"raise replicates to {fewest} or more, or drop {name}",
                 )
+        if self.short is not None and self.one_shot is not None:
+            raise KnobError(
+                "short",
+                "chooses the first trials, and so does one_shot; leave out one of the two",
+            )
         if self.race >= self.trials:
             raise KnobError(
                 "race",

@@ -92,6 +92,7 @@ def upgrade(url: str) -> list[str]:
         with exclusive(storage.engine, "schema"):
             require_own(storage.engine, url)
             _OURS.create_all(storage.engine)
+            _refuse_newer(storage.engine, url)
             if held := _held(storage.engine):
                 raise InputError(
                     f"{held} trials of {redact(url)} are running, perhaps on workers of another "
@@ -202,8 +203,6 @@ def _upgrade_ours(engine: sa.Engine, url: str) -> list[str]:
         version = _stored_version(connection)
         if version == SCHEMA:
             return []
-        if version is not None and version > SCHEMA:
-            raise _other_version(url, version)
         _mark_leased(connection)
     # Otherwise their rows only matter to running workers, and there are none.
     _OURS.drop_all(engine)
@@ -211,6 +210,13 @@ def _upgrade_ours(engine: sa.Engine, url: str) -> list[str]:
     with engine.begin() as connection:
         connection.execute(sa.insert(_VERSION).values(version=SCHEMA))
     return [f"bdense's tables: from {'before 1' if version is None else version} to {SCHEMA}"]
+
+
+def _refuse_newer(engine: sa.Engine, url: str) -> None:
+    with engine.connect() as connection:
+        version = _stored_version(connection)
+    if version is not None and version > SCHEMA:
+        raise _other_version(url, version)
 
 
 def _mark_leased(connection: sa.Connection) -> None:

@@ -190,7 +190,7 @@ class Study:
         """What the rows of a search's given arms are called."""
         plan = self.spec.search
         kinds = {"replicates": plan.race > 0, "short trainings": plan.short is not None}
-        return " and ".join(["baselines", *(name for name, is_there in kinds.items() if is_there)])
+        return ", ".join(["baselines", *(name for name, is_there in kinds.items() if is_there)])
 
     @property
     def baselines(self) -> Ledger | None:
@@ -316,11 +316,11 @@ class Study:
             arm=arm.name,
         )
 
-    def pending(self) -> list[dict[str, Any]]:
-        """Parameters of the trials of a search that are planned or running."""
-        record, states = self.search.study, (TrialState.WAITING, TrialState.RUNNING)
-        trials = retrying(lambda: record.get_trials(deepcopy=False, states=states))
-        return [asked_of(trial) for trial in trials]
+    def proposed(self) -> list[tuple[dict[str, Any], bool]]:
+        """Parameters of each trial of a search, and whether it has ended."""
+        record = self.search.study
+        trials = retrying(lambda: record.get_trials(deepcopy=False))
+        return [(asked_of(trial), trial.state.is_finished()) for trial in trials]
 
     def rows(self) -> list[tuple[ArmRow, bool]]:
         """Each planned row of a given arm, and whether it has ended."""

@@ -270,6 +270,7 @@ def _failed(study: Study, ledger: Ledger) -> Sequence[str]:
     lines = []
     is_baselines = ledger is study.baselines
     done = [each.params for _, _, each in study.complete_arms()] if is_baselines else []
+    variants = study.variants
     for trial in ledger.rows(TrialState.FAIL):
         if SURPLUS in trial.user_attrs:
             continue
@@ -279,7 +280,9 @@ def _failed(study: Study, ledger: Ledger) -> Sequence[str]:
             continue
         title = f"{study.noun} {trial.number}"
         if arm:
-            of = f"{arm}, seed {trial.params['seed']}"
+            changed = variants[trial.params["variant"]].items()
+            settings = "".join(f", {name} {value}" for name, value in changed)
+            of = f"{arm}, seed {trial.params['seed']}{settings}"
             title = of if is_baselines else f"{title} ({of})"
         reason, error = (trial.user_attrs.get(key, "") for key in ("reason", "error"))
         lines.append(f"{title} failed, {reason or 'unknown'}: {error}")

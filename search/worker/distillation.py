@@ -144,8 +144,6 @@ def record(
         for _ in store.record_shards(in_time):
             done = store.num_shards - len(store.missing())
             yield Preparation(Step.TRAJECTORIES, done, store.num_shards, remark)
-        if time.monotonic() > deadline:
-            return
 
 
 def _require_same_teacher(of: Ledger, teacher: NetworkDenoiser) -> None:

@@ -53,7 +53,10 @@ def test_a_script_is_interrupted_and_goes_on(tmp_path):
     step = place.runs / "losses.baselines" / "00000" / "work" / "step"
     with start(tmp_path) as script:
         try:
-            wait_until(lambda: step.exists() and step.read_text() == "2")
+            wait_until(
+                lambda: script.poll() is not None or (step.exists() and step.read_text() == "2")
+            )
+            assert script.poll() is None, script.communicate()[1]
             os.killpg(script.pid, signal.SIGINT)  # Ray's processes get it, too
             _, err = script.communicate(timeout=300)
         finally:

@@ -4,12 +4,14 @@ import re
 import shlex
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 
 from search.cli import make_parser
 
 ROOT = Path(__file__).parents[1]
+KUBERNETES = "1.37"
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +24,17 @@ def pods(job):
     cluster = job["spec"]["rayClusterSpec"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     return [group["template"]["spec"] for group in groups]
+
+
+def test_its_parts_fit_the_schemas_of_kubernetes(manifest):
+    """Unknown keys are errors; KubeRay's own part has no schema in a package."""
+    kubernetes_validate.validate(manifest["PersistentVolumeClaim"], KUBERNETES, strict=True)
+    for spec in pods(manifest["RayJob"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, "spec": spec}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+        misspelt = {**pod, "spec": {**spec, "securityContexts": {}}}
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(misspelt, KUBERNETES, strict=True)
 
 
 def test_the_job_runs_a_study_that_is_mounted(manifest):

@@ -53,6 +53,9 @@ class Cluster:
             "BDENSE_STORAGE": self.storage,
             "BDENSE_RUNS": str(self.shared / "runs"),
             "BDENSE_CACHE": str(self.shared / "cache"),
+            # On a loaded machine Ray gives up its own parts too early, and the host's Ray ends.
+            "RAY_agent_register_timeout_ms": "300000",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "300",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(host.folder / "token"),
             **changed,

@@ -124,6 +124,10 @@ def _kept(out: Path) -> str:
 
 
 def make_parser(arguments: Sequence[str]) -> command.Parser:
-    """The command's parser, with the options of the verb that these arguments name."""
+    """The command's parser, with the options of the verb that these arguments name.
+
+    Raises:
+        InputError: They ask for a method that does not exist.
+    """
     description = "Few-step students of diffusion teachers, plain or with B-DENSE."
     return command.make_parser("bdense", description, VERBS, arguments)

@@ -33,6 +33,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never half of one. On an error the scratch file
     is removed and ``path`` is left as it was.
+
+    Raises:
+        InputError: As ``require_plain``.
     """
     path = Path(path)
     require_plain(path)

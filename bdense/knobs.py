@@ -283,7 +283,11 @@ class Knobs:
 
     @classmethod
     def read_all(cls, tree: Mapping[str, Any], where: str = "") -> Self:
-        """As ``read``, but the error is a ``KnobsError`` of every knob that is wrong."""
+        """As ``read``, but the error names every single knob that is wrong.
+
+        Raises:
+            KnobsError: See there.
+        """
         known = knobs_of(cls)
         found = list(cls._problems(tree))
         try:

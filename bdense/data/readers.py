@@ -85,6 +85,9 @@ def read_idx_images(
 
     ``train-images-idx3-ubyte.gz`` belongs to ``train-labels-idx1-ubyte.gz``. Arguments as of
     ``read_folder``.
+
+    Raises:
+        InputError: As ``read_idx``, or the arrays are not images with one label each.
     """
     images = read_idx(path)
     if images.dim() != 3 or not images.numel():
@@ -157,6 +160,10 @@ def read_zip(
     """An EDM data set archive: images, and labels in ``dataset.json`` (NVlabs/edm dataset_tool).
 
     The set may lie below a top folder. For the arguments see ``read_folder``.
+
+    Raises:
+        InputError: As ``read_folder``, or the file is not a zip archive, has two entries of one
+            name, or a dataset.json that is not at the top of the set.
     """
     try:
         archive = zipfile.ZipFile(path)
@@ -233,7 +240,11 @@ def _read_images(
     open_file: Callable[[str], BinaryIO],
     crop: int | None,
 ) -> Tensor:
-    """[n, C, H, W] uint8, decoded one by one into one array."""
+    """[n, C, H, W] uint8, decoded one by one into one array.
+
+    Raises:
+        InputError: There is none, or some cannot be used: all problems in one summary.
+    """
     if not names:
         raise InputError(f"{source} holds no images; accepted are {', '.join(SUFFIXES)} files")
     images: NDArray[np.uint8] | None = None

@@ -141,7 +141,11 @@ class DiscreteSchedule(Schedule):
     process: DDPMSchedule | None = None
 
     def of(self, process: VPSchedule | None) -> "DiscreteSchedule":
-        """These levels of the process that a network was trained on."""
+        """These levels of the process that a network was trained on.
+
+        Raises:
+            InputError: It was trained on no DDPM.
+        """
         if not isinstance(process, DDPMSchedule):
             raise InputError(
                 "schedule discrete needs a network of a DDPM (precond ddpm), whose times it "

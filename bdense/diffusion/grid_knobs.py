@@ -38,7 +38,11 @@ class GridKnobs(Knobs):
 
     @property
     def levels(self) -> "Schedule":
-        """The schedule; discrete is without its network's process (``levels_on``)."""
+        """The schedule; discrete is without its network's process (``levels_on``).
+
+        Raises:
+            InputError: The knobs do not fit together.
+        """
         from bdense.diffusion.ddpm import DiscreteSchedule
         from bdense.diffusion.schedules import Schedule
 
@@ -74,7 +78,11 @@ class NativeGridKnobs(Knobs):
 
     @property
     def chosen_levels(self) -> "Schedule | None":
-        """The schedule; None is native."""
+        """The schedule; None is native.
+
+        Raises:
+            InputError: The knobs do not fit together.
+        """
         values = {name: getattr(self, name) for name in knobs_of(GridKnobs)}
         given = {name: value for name, value in values.items() if value is not None}
         if given.get("schedule") != "native":

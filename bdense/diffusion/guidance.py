@@ -73,6 +73,9 @@ def null_for(scale: float, conditions: Conditions, like: Tensor | None = None) -
 
     Args:
         like: A tensor, on whose device and in whose type it is wanted.
+
+    Raises:
+        InputError: The network has learned none.
     """
     if scale == 1:
         return None

@@ -322,7 +322,11 @@ def native_schedule(precond: Preconditioning) -> VPSchedule:
 
 
 def levels_on(levels: Levels | None, precond: Preconditioning) -> Levels:
-    """Levels as a network has them: None is native, and discrete ones divide its own times."""
+    """Levels as a network has them: None is native, and discrete ones divide its own times.
+
+    Raises:
+        InputError: The network has no process, or not one of discrete times.
+    """
     if levels is None:
         return native_schedule(precond)
     if isinstance(levels, DiscreteSchedule):

@@ -117,7 +117,11 @@ class Sampler:
 
 
 def sampler_from(description: Mapping[str, Any]) -> Sampler:
-    """The sampler that ``Sampler.describe`` wrote down."""
+    """The sampler that ``Sampler.describe`` wrote down.
+
+    Raises:
+        InputError: The solver is not known, or its options are others.
+    """
     solver = dict(description)
     return Sampler(
         num_intervals=solver.pop("num_intervals"),

@@ -446,6 +446,10 @@ def _with_option(name: str) -> str:
 
 
 def solver_from(description: Mapping[str, Any]) -> Solver:
-    """The solver that ``Solver.describe`` wrote down."""
+    """The solver that ``Solver.describe`` wrote down.
+
+    Raises:
+        InputError: No solver is registered under its name, or its options are others.
+    """
     options = dict(description)
     return _solver_class(options.pop("solver")).read(options, "solver")

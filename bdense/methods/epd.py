@@ -180,7 +180,11 @@ class TabledNetwork(Network):
         self.network.checkpoint_blocks(on)
 
     def widen(self, num_branches: int) -> Self:
-        """A copy whose network is frozen."""
+        """A copy whose network is frozen.
+
+        Raises:
+            InputError: K is not 1.
+        """
         if num_branches != 1:
             raise InputError(f"epd trains no network, so that it has 1 branch, not {num_branches}")
         copied = copy.deepcopy(self)

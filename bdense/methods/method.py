@@ -212,7 +212,11 @@ class Inputs:
         require_types(self)
 
     def require_dataset(self, method: str) -> Dataset:
-        """The data set."""
+        """The data set.
+
+        Raises:
+            InputError: There is none.
+        """
         if self.dataset is None:
             raise InputError(f"method {method} learns from images; give a data set (data)")
         return self.dataset

@@ -77,6 +77,9 @@ class Coordinates:
 
         Returns:
             [K, B] float64, or [S, K, B] of each of an iteration's S updates.
+
+        Raises:
+            InputError: The space has no weights there.
         """
         found = [self._weights(tuple(point)) for point in points.tolist()]
         return torch.stack(found, dim=-1)

@@ -202,13 +202,21 @@ class SFDConfig(GridConfig, GuidanceKnobs):
         return replace(self, kimg=length * self.kimg)
 
     def make_solver(self) -> Solver:
-        """What the teacher walks with."""
+        """What the teacher walks with.
+
+        Raises:
+            InputError: Knobs of the solver do not fit, see also ``teacher_table``.
+        """
         own = make_solver(self.solver, order=self.order, thresholding=self.thresholding)
         table = self.teacher_table()
         return own if table is None else table.solver
 
     def teacher_table(self) -> Sampler | None:
-        """What ``epd_table`` holds."""
+        """What ``epd_table`` holds.
+
+        Raises:
+            InputError: It cannot be read, or is for another number of steps than the teacher's.
+        """
         if self.epd_table is None:
             return None
         if self.solver != "epd":

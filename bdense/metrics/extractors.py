@@ -220,7 +220,11 @@ def _features(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _probe(network: nn.Module, path: Path, device: torch.device) -> int:
-    """d, from two black images of the first size that the network accepts."""
+    """d, from two black images of the first size that the network accepts.
+
+    Raises:
+        InputError: It accepts none, or its output is not [B, d] floats.
+    """
     for side in _PROBE_SIDES:
         images = torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device)
         try:

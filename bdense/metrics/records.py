@@ -21,6 +21,9 @@ class PromptFile:
     Attributes:
         file: Name of their file, with the column of a table, or their public name.
         sha256: Hex digest of the prompts, a line each: that of a plain file without blank lines.
+
+    Raises:
+        InputError: A value has another type.
     """
 
     file: str

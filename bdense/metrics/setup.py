@@ -25,6 +25,9 @@ class Setup:
         batch: Images drawn at a time.
         device: Name of the GPU, or kind of the CPU.
         guidance: When sampling, of a student that was distilled without; None is its own.
+
+    Raises:
+        InputError: A value has another type.
     """
 
     weights_sha256: str | None = None

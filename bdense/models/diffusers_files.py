@@ -199,7 +199,11 @@ def load_transformers(kind: str, folder: Path, what: str) -> Any:  # noqa: ANN40
 
 
 def load_processor(kind: str, folder: Path) -> Any:  # noqa: ANN401
-    """A tokenizer or image processor of transformers."""
+    """A tokenizer or image processor of transformers.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
     import transformers
 
     try:

@@ -176,7 +176,11 @@ def _require_pipeline(folder: Path) -> list[str]:
 
 
 def codec_config(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Folder and configuration of a pipeline's autoencoder, if it has one."""
+    """Folder and configuration of a pipeline's autoencoder, if it has one.
+
+    Raises:
+        CheckpointError: Its class is not read.
+    """
     for name in CODEC_PARTS:
         if (folder / name / CONFIG).is_file():
             config = read_json(folder / name / CONFIG)

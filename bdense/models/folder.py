@@ -125,7 +125,11 @@ def export_for_diffusers(
 
 
 def measured_sampler(metadata: Mapping[str, Any]) -> Sampler:
-    """The sampler that draws a student as measured; of several, the one with the lowest NFE."""
+    """The sampler that draws a student as measured; of several, the one with the lowest NFE.
+
+    Raises:
+        InputError: The metadata have none.
+    """
     if not (samplers := measured_samplers(metadata)):
         raise InputError(
             "the metadata of an exported student have no sampler; add 'sampler': "

@@ -50,7 +50,11 @@ def known_shape(
 
 
 def drawn_shape(model: NetworkDenoiser, metadata: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of a model's images, decoded where it draws latents."""
+    """(C, H, W) of a model's images, decoded where it draws latents.
+
+    Raises:
+        InputError: It draws latents, and its autoencoder is not known.
+    """
     if (shape := known_shape(model, metadata)) is None:
         raise InputError(
             "the model draws latents, and its autoencoder is not known; give the folder of its "
@@ -135,7 +139,11 @@ class TextEncoder:
         return torch.cat([self.model(part).last_hidden_state for part in torch.split(ids, 64)])
 
     def prompts(self, prompts: Sequence[str], negative: str = "") -> Prompts:
-        """The condition, which guidance leads away from ``negative``."""
+        """The condition, which guidance leads away from ``negative``.
+
+        Raises:
+            InputError: There are no prompts.
+        """
         if not prompts:
             raise InputError("there are no prompts; give one or more")
         return Prompts(self.embed(prompts).cpu(), self.embed([negative]).cpu())

@@ -13,7 +13,11 @@ _LONGEST_REASON = 300
 
 
 def downloaded_checkpoint(url: str, what: str, sha256: str | None = None) -> Path:
-    """A weights file in torch's cache, downloaded if missing."""
+    """A weights file in torch's cache, downloaded if missing.
+
+    Raises:
+        InputError: See ``fetch``.
+    """
     try:
         return fetch(url, checkpoint_path(url), what=f"the {what} weights", sha256=sha256)
     except InputError as error:

@@ -100,7 +100,11 @@ class HubCheckpoint:
 
     @property
     def path(self) -> Path:
-        """Its folder in huggingface_hub's cache, below $HF_HOME."""
+        """Its folder in huggingface_hub's cache, below $HF_HOME.
+
+        Raises:
+            InputError: huggingface_hub is not installed.
+        """
         with extra("diffusers", f"{self.name} of the Hugging Face hub"):
             from huggingface_hub import constants, file_download
         folder: str = file_download.repo_folder_name(repo_id=self.name, repo_type="model")
@@ -137,7 +141,11 @@ class ConvertedCheckpoint(HubCheckpoint):
         return f"the folder {self.path}, made from {self.address}: {self.how}"
 
     def fetch(self) -> Path:
-        """Its folder."""
+        """Its folder.
+
+        Raises:
+            InputError: It is not there.
+        """
         if not self.is_here:
             raise InputError(f"{self.name} needs {self.text()}")
         return self.path

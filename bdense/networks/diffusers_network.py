@@ -21,7 +21,11 @@ _MOST_PIXELS = 4096  # a side; some networks keep values for each place
 
 
 def require_diffusers() -> None:
-    """Say how to install diffusers where it is missing."""
+    """Say how to install diffusers where it is missing.
+
+    Raises:
+        InputError: It is missing.
+    """
     with extra("diffusers", "this model"):
         import diffusers  # noqa: F401
 

@@ -69,7 +69,11 @@ class Evaluations:
     evaluate: Callable[[int, NetworkDenoiser], None] | None = None
 
     def within(self, num_updates: int) -> frozenset[int]:
-        """``after``, checked against the length of the run."""
+        """``after``, checked against the length of the run.
+
+        Raises:
+            InputError: A number lies outside the run.
+        """
         if outside := sorted(number for number in self.after if not 0 < number < num_updates):
             raise InputError(
                 f"evaluations after {outside} iterations lie outside 1..{num_updates - 1}, the "

@@ -66,7 +66,11 @@ class Team:
         return () if self.size == 1 else (self.rank,)
 
     def parts_of(self, batch: int, count: int = 1) -> list[slice]:
-        """This process' images of a batch, in so many parts."""
+        """This process' images of a batch, in so many parts.
+
+        Raises:
+            InputError: The batch cannot be shared equally.
+        """
         if batch % (self.size * count):
             each = f", each in accumulate={count} parts" if count > 1 else ""
             raise InputError(

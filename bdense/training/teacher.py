@@ -68,7 +68,11 @@ class TeacherConfig(TeacherKnobs):
 
     @property
     def preconditioning(self) -> Preconditioning:
-        """What turns the network into a denoiser."""
+        """What turns the network into a denoiser.
+
+        Raises:
+            InputError: No teacher is trained with ``precond``.
+        """
         if self.precond is None:
             return EDM()
         options = dict(self.precond)
@@ -326,7 +330,11 @@ def train_teacher(
 
 
 def new_denoiser(config: TeacherConfig, image_shape: torch.Size) -> NetworkDenoiser:
-    """A denoiser for images (C, H, W) with initial weights from ``config.seed``."""
+    """A denoiser for images (C, H, W) with initial weights from ``config.seed``.
+
+    Raises:
+        InputError: The network's options do not fit together, or not these images.
+    """
     channels, height, width = image_shape
     # The next power of two is a side that any number of levels can halve.
     padded = 1 << (max(height, width) - 1).bit_length()

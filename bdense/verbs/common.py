@@ -24,7 +24,11 @@ WEIGHTS = ".safetensors"
 
 
 def chosen_device(hardware: Hardware) -> torch.device:
-    """Set the process's threads; returns the device to compute on."""
+    """Set the process's threads; returns the device to compute on.
+
+    Raises:
+        InputError: A GPU was asked for, and torch sees none of that kind.
+    """
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -39,7 +43,11 @@ def chosen_device(hardware: Hardware) -> torch.device:
 
 
 def chosen_hardware(execution: Execution, hardware: Hardware) -> torch.device:
-    """``chosen_device``, if it can compute a network as asked."""
+    """``chosen_device``, if it can compute a network as asked.
+
+    Raises:
+        InputError: It cannot.
+    """
     device = chosen_device(hardware)
     execution.require(device)
     return device
@@ -52,7 +60,11 @@ def require_model_out(
     problem: Callable[[Path], str] = lambda _: "",
     inputs: Iterable[str | Path] = (),
 ) -> None:
-    """Check an --out of weights, and the card beside it; arguments as in ``require_output``."""
+    """Check an --out of weights, and the card beside it; arguments as in ``require_output``.
+
+    Raises:
+        InputError: As ``require_output``, or the file has another ending than .safetensors.
+    """
     if out.suffix != WEIGHTS and not out.is_dir():
         raise InputError(f"--out {out} must end in {WEIGHTS}, the format that is written")
     require_output(out, problem=problem, inputs=inputs, force=force)
@@ -105,7 +117,11 @@ class Progress:
         self._first: tuple[int, float] | None = None
 
     def __call__(self, done: int, total: int, remark: str) -> None:
-        """Report progress every two seconds, or raise a ``StoppedError`` if asked to stop."""
+        """Report progress, if two seconds have passed or this is the end.
+
+        Raises:
+            StoppedError: An interrupt was requested.
+        """
         if self._interrupt is not None and self._interrupt.requested:
             raise StoppedError(f"interrupted at {done}/{total}; {self._kept}")
         now = time.monotonic()

@@ -31,6 +31,9 @@ class FIDEvaluation:
         extractor, reference: See ``measure_images``.
         image_shape: (C, H, W) of the models' images.
         batch, conditions, codec: See ``draw_images``.
+
+    Raises:
+        InputError: See ``require_measurable``.
     """
 
     extractor: Extractor

@@ -407,7 +407,11 @@ def teacher_configs(arguments: Sequence[str]) -> Configs:
 
 
 def distill_configs(arguments: Sequence[str]) -> Configs:
-    """The classes of ``bdense distill`` with the method in the arguments; imports torch."""
+    """The classes of ``bdense distill`` with the method in the arguments; imports torch.
+
+    Raises:
+        InputError: There is no such method.
+    """
     method = METHODS[chosen_method(arguments)].Config
     own = (DistillOptions, Force, Logging, WeightOptions, parameter_options())
     return (*own, ReadLater(method), Evaluation, Execution, Hardware)

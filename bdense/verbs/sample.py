@@ -68,7 +68,11 @@ def _no_picture(path: Path) -> str:
 
 
 def chosen_prompts(prompt: str | None, file: str | None) -> list[str]:
-    """The prompts of the options; none where there are none."""
+    """The prompts of the options; none where there are none.
+
+    Raises:
+        InputError: Both options are given, or the file holds no prompt.
+    """
     if prompt is not None and file is not None:
         raise KnobError("prompt", "and `prompts` are two sources of prompts; drop one of them")
     if file is None:
@@ -90,6 +94,9 @@ def conditions_of(
     """The prompts as a network's condition; None for one without text.
 
     Prompts that are too long are cut, and stderr says which. With a cache they are embedded once.
+
+    Raises:
+        InputError: There are no prompts for a network that needs them, or the other way round.
     """
     if not model.model.text_dim:
         if texts or negative:
@@ -120,7 +127,11 @@ def conditions_of(
 def codec_of(
     model: NetworkDenoiser, metadata: Mapping[str, Any], pipeline: str, device: torch.device
 ) -> Codec | None:
-    """What makes images of a model's latents; None for a model of pixels."""
+    """What makes images of a model's latents; None for a model of pixels.
+
+    Raises:
+        InputError: There is no autoencoder in the pipeline.
+    """
     if not draws_latents(model, metadata):
         return None
     require_pipeline(pipeline)
@@ -189,7 +200,12 @@ def chosen_drawer(
     *,
     cache: Path | None = None,
 ) -> Drawer:
-    """A model on its device, with its sampler and condition; prompts as of ``conditions_of``."""
+    """A model on its device, with its sampler and condition; prompts as of ``conditions_of``.
+
+    Raises:
+        InputError: There is no such model, it has another sampler than the one asked for, or
+            prompts or autoencoder are missing.
+    """
     model, metadata = load_model(source)
     for part in metadata.get("ignored", ()):
         sys.stderr.write(f"{source}: its {part} is not loaded\n")

@@ -81,7 +81,11 @@ def teacher(
 
 
 def process(model: ModelOptions) -> dict[str, Any] | None:
-    """Name and options of the preconditioning that was asked for; None is EDM's."""
+    """Name and options of the preconditioning that was asked for; None is EDM's.
+
+    Raises:
+        KnobError: An option is for another one.
+    """
     for name, those in {"prediction": ("cosine", "ddpm"), "timesteps": ("ddpm",)}.items():
         value = getattr(model, name)
         if value is not None and model.precond not in those:

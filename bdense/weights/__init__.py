@@ -26,6 +26,9 @@ def space_of(params: Mapping[str, Any], own: WeightSpace | None = None) -> Weigh
     Args:
         params: As in ``WeightSpace``.
         own: Preferred, where it reads them.
+
+    Raises:
+        InputError: No registered space reads them.
     """
     if own is not None and own.reads(params):
         return own

@@ -61,6 +61,9 @@ def given_parameters(parameters: Knobs, assigned: Iterable[str] = ()) -> dict[st
 
     Args:
         assigned: Each NAME=VALUE of --set; a value that is a number becomes one.
+
+    Raises:
+        InputError: One is given twice, or is not NAME=VALUE.
     """
     named = {name: getattr(parameters, name) for name in knobs_of(type(parameters))}
     given = {name: value for name, value in named.items() if value is not None}

@@ -214,7 +214,11 @@ class WeightSpace(SearchSpace):
         return SearchSpace.label(self, params)
 
     def of_method(self, num_branches: int, num_intervals: int) -> Self:
-        """The space for K branches and S intervals, where its parameters depend on them."""
+        """The space for K branches and S intervals, where its parameters depend on them.
+
+        Raises:
+            InputError: The space was declared for another K or S.
+        """
         return self
 
     def check(self, num_branches: int) -> None:

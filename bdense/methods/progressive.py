@@ -376,6 +376,7 @@ def branch_errors(
         branches: The student's ``branches``; its K branches stand for D*^1..D*^K, a single one
             for D*^K.
         x: [B, C, H, W] states at ``sigma``.
+        sigma: [B].
         targets: [K', B, C, H, W], K' >= K; the last K are meant.
 
     Returns:

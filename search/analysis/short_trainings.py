@@ -146,7 +146,7 @@ def plan_short(study: Study) -> bool:
 def _places(
     spec: StudySpec, planned: Iterable[tuple[dict[str, Any], bool]]
 ) -> list[tuple[Point, bool]]:
-    """The points of parameters, each with its remark; without those that are none."""
+    """The points of parameters, each with whether it has ended; others are left out."""
     found = []
     for params, ended in planned:
         # Another process may just draw them, or another program have added them.

@@ -139,7 +139,7 @@ def plan_short(study: Study) -> bool:
             arm = Arm(name=spec.space.label(params), params=stored)
             if study.plan_row(arm, spec.seeds.training, change, seen=seen):
                 return True
-        elif study.search.enqueue(params):
+        elif study.search.enqueue(params, if_room=True):
             return False
 
 

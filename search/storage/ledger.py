@@ -163,6 +163,7 @@ class Ledger(LedgerReader):
         attrs: Mapping[str, JSON] = _NOTHING,
         *,
         again: Sequence[FailureReason] = (),
+        if_room: bool = False,
     ) -> bool:
         """Plan a trial with these parameters before any other; equal parameters are planned once.
 
@@ -172,6 +173,7 @@ class Ledger(LedgerReader):
             params: Compared bit for bit; Optuna's own check takes nearly equal numbers for equal.
             attrs: Attributes of the trial.
             again: A trial that failed for one of these reasons is planned anew.
+            if_room: Only if fewer trials have started or wait than the budget allows.
 
         Returns:
             Whether this call planned it.
@@ -179,7 +181,11 @@ class Ledger(LedgerReader):
 
         over = (*again, NOT_COUNTED)
 
-        def add(_: sa.Connection) -> bool:
+        def add(connection: sa.Connection) -> bool:
+            if if_room:
+                counts = self.counts_in(connection, int(self.study.user_attrs["budget"]))
+                if counts.started + counts.waiting >= counts.planned:
+                    return False
             known = self._asked_and_why()
             if any(asked == params and reason not in over for asked, reason in known):
                 return False

@@ -1,6 +1,7 @@
 """Trials that were planned, before any that are suggested."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -31,6 +32,19 @@ class Planned:
         scene.open(budget=4)
         # Whoever brings a sampler goes on to the budget.
         assert scene.settle().complete == 4
+
+    def test_the_last_place_of_the_budget_is_planned_once(self, scene):
+        ledgers = [scene.open(budget=3), scene.open()]
+        complete(ledgers[0], take(ledgers[0]))
+        take(ledgers[0])  # runs
+        with ThreadPoolExecutor(2) as pool:
+            planned = pool.map(
+                lambda ledger, a: ledger.enqueue({"a": a, "b": -1.0}, if_room=True),
+                ledgers,
+                (1.0, 1.5),
+            )
+        assert sorted(planned) == [False, True]
+        assert ledgers[0].counts().waiting == 1
 
     def test_without_a_sampler_a_trial_is_taken_over_with_its_parameters(self, scene):
         ledger = scene.open(budget=1)

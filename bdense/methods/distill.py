@@ -246,19 +246,7 @@ def distill(
             run; names the differing keys.
         NonFiniteLossError: A stage diverged; those before it stay.
     """
-    if not isinstance(config, method.Config):
-        raise InputError(
-            f"config must be a {method.Config.__name__} of the method {method.name}, got "
-            f"{type(config).__name__}; {method.Config.__name__}.read takes a mapping"
-        )
-    method.check(config, teacher, inputs.metadata)
-    require_adaptable(teacher.model, config)
-    plans = method.plan(config, teacher)
-    if len({plan.nfe for plan in plans}) < len(plans):
-        raise InputError(
-            f"method {method.name} plans stages of {[plan.nfe for plan in plans]} NFE; give each "
-            "another number, as results are kept by NFE"
-        )
+    plans = _plans(method, teacher, config, inputs)
     if len(plans) > 1 and (folder is None or checkpoint is not None):
         raise InputError(
             f"{method.name} has {len(plans)} stages here, each with a student and a checkpoint of "
@@ -310,3 +298,23 @@ def distill(
             run.require_own(plan, path)
     first = None if run.is_kept(plans[0]) else method.stage(plans[0], teacher, config, inputs)
     return run.stages(plans, teacher, first)
+
+
+def _plans(
+    method: Method, teacher: NetworkDenoiser, config: MethodConfig, inputs: Inputs
+) -> Sequence[StagePlan]:
+    """The stages, after the refusal of a config, teacher or data that do not fit the method."""
+    if not isinstance(config, method.Config):
+        raise InputError(
+            f"config must be a {method.Config.__name__} of the method {method.name}, got "
+            f"{type(config).__name__}; {method.Config.__name__}.read takes a mapping"
+        )
+    method.check(config, teacher, inputs.metadata)
+    require_adaptable(teacher.model, config)
+    plans = method.plan(config, teacher)
+    if len({plan.nfe for plan in plans}) < len(plans):
+        raise InputError(
+            f"method {method.name} plans stages of {[plan.nfe for plan in plans]} NFE; give each "
+            "another number, as results are kept by NFE"
+        )
+    return plans

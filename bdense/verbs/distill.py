@@ -1,7 +1,7 @@
 """``bdense distill``: students of a teacher, by any method, plain or with B-DENSE."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,7 @@ def distill(
     if learned is not None and draws_latents(teacher, known):
         method.check(config, teacher, known)
         require_shape(learned, drawn_shape(teacher, known))
-        # Refuse what does not describe the images, before anything is encoded.
-        if texts:
-            captions(len(texts), learned)
-        else:
-            teacher.conditions.require(learned)
+        _require_describing(teacher, learned, texts)
         learned = _encoded(learned, own.teacher, evaluation.cache, device)
     conditions = conditions_of(teacher, own.teacher, texts, cache=evaluation.cache)
     teacher.to(device).execute(execution)
@@ -110,13 +106,7 @@ def distill(
     if several:  # after all refusals, as it makes the folder
         require_output(own.out, folder=True, force=replacing.force)
     stems = [name or own.out.stem for name in names]
-    beside: dict[str, Callable[[Path], str]] = {}
-    if own.method == EPD.name:
-        beside |= {f"{stem}{_TABLE}": no_table for stem in stems}
-    if evaluation.extractor is not None:
-        beside |= {f"{stem}{_FID}": no_kept_fid for stem in ("teacher", *stems)}
-    for file, problem in beside.items():
-        require_output(folder / file, problem=problem, force=replacing.force)
+    _require_places_beside(folder, stems, own, evaluation, replacing)
     fids = None
     if evaluation.extractor is not None and dataset is not None:
         extractor = load_extractor(evaluation.extractor, cache=evaluation.cache, device=device)
@@ -138,14 +128,16 @@ def distill(
         show = Progress(interrupt, "this FID was not measured; finished students are kept")
         counted = show.counting(fids.images, "images drawn")
         path = folder / f"{name}{_FID}"
-        return fids.kept(path, model, sampler, seed=own.seed, on_image=counted)
+        found = fids.kept(path, model, sampler, seed=own.seed, on_image=counted)
+        print(json.dumps(found["fid"]), flush=True)
+        return found
 
     settings = plain_json({"method": own.method, "seed": own.seed, **asdict(config)})
     with interrupt, Tracking(logging.log, own.out.stem, settings) as tracking:
         progress.tracking = tracking
         if fids is not None and sampler is not None:
             print(f"teacher: {own.teacher}", flush=True)
-            print(json.dumps(measured("teacher", teacher, sampler)["fid"]), flush=True)
+            measured("teacher", teacher, sampler)
         for done in stages:
             assert done.path is not None
             _write_table(done, done.path)
@@ -153,8 +145,34 @@ def distill(
             if fids is not None:
                 found = measured(done.path.stem, done.student, done.sampler)
                 _record(done, done.path, found)
-                print(json.dumps(found["fid"]), flush=True)
                 tracking.evaluation(done.plan.name, {"fid": found["fid"]["value"]})
+
+
+def _require_describing(
+    teacher: NetworkDenoiser, dataset: Dataset, prompts: Sequence[str]
+) -> None:
+    """Refuse conditions that do not describe the images, before anything is encoded."""
+    if prompts:
+        captions(len(prompts), dataset)
+    else:
+        teacher.conditions.require(dataset)
+
+
+def _require_places_beside(
+    folder: Path,
+    stems: Sequence[str],
+    own: DistillOptions,
+    evaluation: Evaluation,
+    replacing: Force,
+) -> None:
+    """Refuse to replace others' files by what is written beside students."""
+    beside: dict[str, Callable[[Path], str]] = {}
+    if own.method == EPD.name:
+        beside |= {f"{stem}{_TABLE}": no_table for stem in stems}
+    if evaluation.extractor is not None:
+        beside |= {f"{stem}{_FID}": no_kept_fid for stem in ("teacher", *stems)}
+    for file, problem in beside.items():
+        require_output(folder / file, problem=problem, force=replacing.force)
 
 
 def _encoded(dataset: Dataset, teacher: str, cache: Path, device: torch.device) -> Dataset:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from bdense.errors import BdenseError, InputError, StoppedError, did_you_mean, is_out_of_memory
-from bdense.knobs import KnobError, Knobs, add_options, from_options, knob, options_of
+from bdense.knob_options import add_options, from_options, options_of
+from bdense.knobs import KnobError, Knobs, knob
 
 DONE, FAILURE = 0, BdenseError.exit_status
 USER_ERROR, INTERRUPTED = InputError.exit_status, StoppedError.exit_status

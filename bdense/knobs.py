@@ -11,7 +11,6 @@ A knob holds an int, float, bool, str or Path, a ``Literal``, a tuple of these, 
 another ``Knobs`` class; or one of several of these, ``None`` among them.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -29,7 +28,6 @@ from typing import (
     Self,
     TypeAlias,
     TypedDict,
-    TypeVar,
     Union,
     Unpack,
     get_args,
@@ -41,11 +39,8 @@ from bdense.errors import InputError, did_you_mean
 # What stands for None on the command line and in documentation.
 NONE = "none"
 _KEY = "knob"
-# A nested knob of this name is spelt as the class around it: --schedule, not --kind.
-_CHOOSING = ("name", "kind")
 
 Form: TypeAlias = Literal["positional", "flag", "commas", "repeated"]
-C = TypeVar("C", bound="Knobs")
 
 
 class KnobError(InputError):
@@ -138,7 +133,7 @@ class Knob:
 
     def text(self, value: Any) -> str:  # noqa: ANN401  of the knob's type
         """A value, for people: as the command line has it, but for ``none``'s meaning."""
-        return self.none or NONE if value is None else _text(value)
+        return self.none or NONE if value is None else as_text(value)
 
     def accept(self, value: Any) -> Any:  # noqa: ANN401  whatever was given
         """The value as the knob's type; an int does for a float, and a list for a tuple.
@@ -160,7 +155,7 @@ class Knob:
 
     def nests(self, given: object) -> bool:
         """Whether a mapping is given for a class of knobs."""
-        return _is_knobs(self.type) and isinstance(given, Mapping)
+        return is_knobs(self.type) and isinstance(given, Mapping)
 
     def merged(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """A mapping with what it leaves out of a default instance."""
@@ -244,7 +239,7 @@ def knob_of(cls: type["Knobs"], name: str, default: Any, **about: Any) -> Any:  
     ``about`` replaces arguments of ``knob``.
     """
     (declared,) = (each for each in dataclasses.fields(cls) if each.name == name)
-    none = {"none": _text(declared.default)} if default is None is not declared.default else {}
+    none = {"none": as_text(declared.default)} if default is None is not declared.default else {}
     return field(default=default, metadata={_KEY: declared.metadata[_KEY] | none | about})
 
 
@@ -368,27 +363,29 @@ def _number(bound: float) -> str:
 # ---- types ----
 
 
-def _text(value: Any) -> str:  # noqa: ANN401
+def as_text(value: Any) -> str:  # noqa: ANN401
     """A value as the command line and YAML have it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return " ".join(map(_text, value)) or NONE
+        return " ".join(map(as_text, value)) or NONE
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:  # noqa: ANN401  an annotation
-    if not _is_union(hint):
+    if not is_union(hint):
         return hint, False
     others = tuple(each for each in get_args(hint) if each is not types.NoneType)
     return Union[others], len(others) < len(get_args(hint))  # noqa: UP007  of a tuple
 
 
-def _is_union(hint: Any) -> bool:  # noqa: ANN401
+def is_union(hint: Any) -> bool:  # noqa: ANN401
+    """Whether an annotation is of several types."""
     return get_origin(hint) in (Union, types.UnionType)
 
 
-def _is_knobs(kind: Any) -> bool:  # noqa: ANN401
+def is_knobs(kind: Any) -> bool:  # noqa: ANN401
+    """Whether a type is a class of knobs."""
     return isinstance(kind, type) and issubclass(kind, Knobs)
 
 
@@ -396,7 +393,7 @@ def _choices(kind: Any) -> tuple[Any, ...]:  # noqa: ANN401
     """All values of a ``Literal``, or of each part of a tuple of them."""
     if get_origin(kind) is tuple:
         return _choices(get_args(kind)[0])
-    if _is_union(kind):
+    if is_union(kind):
         each = list(map(_choices, get_args(kind)))
         return sum(each, ()) if all(each) else ()
     return get_args(kind) if get_origin(kind) is Literal else ()
@@ -414,7 +411,7 @@ def _parts(kind: Any, given: Sequence[Any]) -> Iterator[tuple[Any, Any]]:  # noq
 
 def _as_type(kind: Any, value: Any) -> Any:  # noqa: ANN401
     """The value itself, or what it stands for where the type has another form."""
-    if _is_union(kind):
+    if is_union(kind):
         return _first_that_takes(_as_type, kind, value)
     if get_origin(kind) is Literal:
         matches = value in get_args(kind)
@@ -429,7 +426,7 @@ def _as_type(kind: Any, value: Any) -> Any:  # noqa: ANN401
             raise _WrongTypeError from None
     elif kind is Path and isinstance(value, str):
         return Path(value)
-    elif _is_knobs(kind) and isinstance(value, Mapping):
+    elif is_knobs(kind) and isinstance(value, Mapping):
         return kind.read(value)
     elif kind in (int, float):
         matches = isinstance(value, kind) and not isinstance(value, bool)
@@ -441,7 +438,7 @@ def _as_type(kind: Any, value: Any) -> Any:  # noqa: ANN401
 
 
 def _from_text(kind: Any, text: str | Sequence[str]) -> Any:  # noqa: ANN401
-    if _is_union(kind):
+    if is_union(kind):
         return _first_that_takes(_from_text, kind, text)
     words = [text] if isinstance(text, str) else text
     if get_origin(kind) is tuple:
@@ -477,7 +474,7 @@ _NAMES: Mapping[Any, tuple[str, str]] = {
 
 def _type_text(kind: Any, *, several: bool = False) -> str:  # noqa: ANN401
     """A type, for people: of one value or of several."""
-    if _is_union(kind):
+    if is_union(kind):
         kinds = [each for each in get_args(kind) if each is not int or float not in get_args(kind)]
         return " or ".join(_type_text(each, several=several) for each in kinds)
     if get_origin(kind) is Literal:
@@ -487,159 +484,3 @@ def _type_text(kind: Any, *, several: bool = False) -> str:  # noqa: ANN401
         count = "" if last is Ellipsis else f"{len(get_args(kind))} "
         return f"a list of {count}{_type_text(first, several=True)}"
     return _NAMES.get(kind, ("a mapping", "mappings"))[several]
-
-
-# ---- the command line ----
-
-
-def add_options(parser: argparse.ArgumentParser, *configs: type[Knobs]) -> None:
-    """An option for each knob of these classes, under their headings.
-
-    ``num_steps`` becomes --num-steps, a bool --name and --no-name, a tuple takes words between
-    commas or spaces, and "none" stands for None. A nested class gives an option for each of its
-    knobs, and its ``name`` or ``kind`` is spelt as the class. Mappings are for files only. What
-    is not given is absent from the namespace, which ``from_options`` reads.
-    """
-    headings: dict[str, argparse._ActionsContainer] = {"": parser}
-    for config in configs:
-        for name, known in _single_knobs(config).items():
-            if not _has_option(known):
-                continue
-            if known.heading not in headings:
-                headings[known.heading] = parser.add_argument_group(known.heading)
-            names, about = _argument(name, known)
-            headings[known.heading].add_argument(*names, **about)
-
-
-def from_options(config: type[C], options: argparse.Namespace, **usual: Any) -> C:  # noqa: ANN401
-    """The class with the options that were given.
-
-    Args:
-        usual: Knobs that have no option, or another default than the class has.
-
-    Raises:
-        KnobError: A value is of another type or out of range.
-    """
-    tree = dict(usual)
-    for name, each in _single_knobs(config).items():
-        if name in options and _has_option(each):
-            _put(tree, name, each, getattr(options, name))
-    return config.read(tree)
-
-
-def options_of(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """The options that ``add_options`` has added, by the dotted names of their knobs."""
-    return {
-        each.dest: next((n for n in each.option_strings if n.startswith("--")), str(each.metavar))
-        for each in parser._actions
-        if each.option_strings or each.metavar
-    }
-
-
-def option_names(config: type[Knobs]) -> frozenset[str]:
-    """Every spelling of the options that ``add_options`` makes of a class."""
-    knobs = _single_knobs(config)
-    negated = (f"--no-{_option(name)[2:]}" for name, each in knobs.items() if each.type is bool)
-    return frozenset([*map(_option, knobs), *negated])
-
-
-def spelt_options(values: Mapping[str, Any]) -> str:
-    """Knobs and their values, as the command line has them: ``--rho 7 --no-afs``."""
-    return " ".join(
-        ("--" if value else "--no-") + _option(name)[2:]
-        if isinstance(value, bool)
-        else f"{_option(name)} {_text(value)}"
-        for name, value in values.items()
-    )
-
-
-def _put(tree: dict[str, Any], name: str, known: Knob, given: Any) -> None:  # noqa: ANN401
-    """Enter what was given for a knob under its dotted name."""
-    *outer, last = name.split(".")
-    for each in outer:
-        tree = tree.setdefault(each, {})
-    try:
-        words = given.split(",") if known.form == "commas" else given
-        if isinstance(given, list) and known.form is None:  # 2,3 or 2 3
-            words = [part for word in given for part in word.split(",") if part]
-        tree[last] = words if isinstance(words, bool) else known.parse(words)
-    except KnobError as error:
-        raise KnobError(name, error.problem) from error
-
-
-def _single_knobs(config: type[Knobs], prefix: str = "", usual: object = None) -> dict[str, Knob]:
-    """All knobs by dotted name, those of nested classes in place of the class.
-
-    Args:
-        prefix: In front of its knobs' names.
-        usual: An instance of it whose values are the defaults.
-    """
-    found = {}
-    for name, declared in knobs_of(config).items():
-        default = getattr(usual, name) if isinstance(usual, config) else declared.default
-        known = dataclasses.replace(declared, default=default)
-        if _is_knobs(known.type):
-            inner = _single_knobs(known.type, f"{prefix}{name}.", known.default)
-            for path, each in inner.items():
-                found[path] = dataclasses.replace(each, heading=each.heading or known.heading)
-        else:
-            found[prefix + name] = known
-    return found
-
-
-def _has_option(known: Knob) -> bool:
-    return (get_origin(known.type) or known.type) is not dict
-
-
-def _option(name: str) -> str:
-    """``num_steps`` as --num-steps, ``schedule.rho`` as --rho, ``schedule.kind`` as --schedule.
-
-    ``class_``, which Python would not have without the line, is --class.
-    """
-    *outer, last = name.split(".")
-    word = outer[-1] if outer and last in _CHOOSING else last
-    return "--" + word.rstrip("_").replace("_", "-")
-
-
-def _argument(name: str, known: Knob) -> tuple[list[str], dict[str, Any]]:
-    """Names and other arguments of ``add_argument`` for a knob."""
-    unsaid = known.required or known.default is False
-    unsaid = unsaid or (known.default is None and known.none is None)
-    default = "" if unsaid else known.text(known.default)
-    about: dict[str, Any] = {
-        "default": argparse.SUPPRESS,
-        "help": (known.help + (f" (default: {default})" if default else "")).replace("%", "%%"),
-    }
-    listed = "{" + ",".join(map(str, known.choices)) + "}" if known.choices else None
-    metavar = {"metavar": known.metavar or listed or _metavar(known.type)}
-    if known.form == "positional":
-        return [name], about | metavar | ({} if known.required else {"nargs": "?"})
-    about |= {"dest": name, "required": known.required}
-    names = [*filter(None, [known.short]), _option(name)]
-    if known.type is bool:
-        flag = known.form == "flag"
-        return names, about | {"action": "store_true" if flag else argparse.BooleanOptionalAction}
-    kinds = get_args(known.type) if _is_union(known.type) else (known.type,)
-    if known.form == "repeated":
-        about["action"] = "append"
-    elif known.form is None and any(get_origin(kind) is tuple for kind in kinds):
-        about["nargs"] = "+"  # a wrong number of them is refused as other values are
-    return names, about | metavar
-
-
-def _metavar(kind: Any) -> str:  # noqa: ANN401
-    inner = get_args(kind)[0] if get_args(kind) else kind
-    return {int: "N", float: "X", Path: "PATH"}.get(inner, "NAME")
-
-
-# ---- documentation ----
-
-
-def reference(config: type[Knobs]) -> str:
-    """A Markdown table of a class's knobs: name, values, default, what it does."""
-    rows = [("knob", "values", "default", "what it does"), ("---",) * 4]
-    for name, known in _single_knobs(config).items():
-        default = "must be given" if known.required else known.text(known.default)
-        rows.append((f"`{name}`", known.values, default, known.help))
-    cells = ([cell.replace("|", "\\|") for cell in row] for row in rows)
-    return "".join(f"| {' | '.join(row)} |\n" for row in cells)

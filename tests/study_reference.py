@@ -1,6 +1,7 @@
 """The tables of docs/study.md, made from the declarations; tests/test_knobs.py compares them."""
 
-from bdense.knobs import Knobs, knobs_of, reference
+from bdense.knob_options import reference
+from bdense.knobs import Knobs, knobs_of
 from bdense.methods import METHODS
 from bdense.weights import WEIGHT_SPACES
 from search.spec.command import CommandConfig, NamedWeight

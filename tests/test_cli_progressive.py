@@ -15,7 +15,7 @@ from bdense.diffusion.preconditioning import native_schedule
 from bdense.diffusion.sampling import draw_images, samplers_from
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.vp import CosineSchedule
-from bdense.knobs import from_options
+from bdense.knob_options import from_options
 from bdense.methods.progressive import PDConfig, pd_sampler
 from bdense.models.store import denoiser_sha256, load_denoiser
 from bdense.weights.weighting import FixedWeights

@@ -10,7 +10,7 @@ import torch
 
 from bdense.cli import make_parser
 from bdense.diffusion.sampling import draw_images, samplers_from
-from bdense.knobs import from_options
+from bdense.knob_options import from_options
 from bdense.methods.sfd import SFDConfig
 from bdense.models.store import load_denoiser, load_tensors
 from bdense.weights.weighting import FixedWeights

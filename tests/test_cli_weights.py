@@ -7,7 +7,7 @@ import torch
 
 from bdense.cli import make_parser
 from bdense.errors import InputError
-from bdense.knobs import from_options
+from bdense.knob_options import from_options
 from bdense.verbs.weight_options import WeightOptions, chosen_weighting, parameter_options
 from bdense.weights.learned import RULES
 from bdense.weights.log_linear import LogLinearWeights, normalised_weights

@@ -10,18 +10,9 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-from bdense import knobs
 from bdense.errors import InputError
-from bdense.knobs import (
-    KnobError,
-    Knobs,
-    KnobsError,
-    add_options,
-    from_options,
-    knob,
-    knobs_of,
-    reference,
-)
+from bdense.knob_options import add_options, from_options, options_of, reference
+from bdense.knobs import KnobError, Knobs, KnobsError, knob, knobs_of
 from bdense.registry import Registry
 from tests.goldens import ROOT
 from tests.study_reference import page
@@ -72,14 +63,14 @@ class Config(Training):
     network: dict[str, Any] = knob({}, "a network's own options")
 
 
-def options_of(*arguments: object) -> argparse.Namespace:
+def parsed(*arguments: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_options(parser, Config)
     return parser.parse_args([str(each) for each in arguments])
 
 
 def built(*arguments: object) -> Config:
-    return from_options(Config, options_of("--steps", 3, *arguments))
+    return from_options(Config, parsed("--steps", 3, *arguments))
 
 
 # ---- the class ----
@@ -236,7 +227,7 @@ def test_options_that_cannot_be_are_refused_by_their_own_name(arguments, line):
     add_options(parser, Config)
     with pytest.raises(KnobError) as caught:
         built(*arguments)
-    said = str(caught.value.spelt(knobs.options_of(parser)))
+    said = str(caught.value.spelt(options_of(parser)))
     assert line in said
     assert said.startswith(arguments[0] + " must be ")
 
@@ -260,7 +251,7 @@ def test_help_has_range_default_and_heading(monkeypatch):
 
 
 def test_a_knob_without_an_option_is_given_by_the_caller():
-    options, network = options_of("--steps", 4), {"depth": 2}
+    options, network = parsed("--steps", 4), {"depth": 2}
     assert from_options(Config, options, network=network) == Config(steps=4, network=network)
 
 

@@ -12,7 +12,8 @@ from bdense.data.prompts import PROMPTS
 from bdense.diffusion import BATCH, SOLVERS, STOCHASTIC_SOLVERS
 from bdense.diffusion.grid_knobs import NativeGridKnobs
 from bdense.execution import Execution
-from bdense.knobs import Knobs, knob, knob_of, knobs_of, option_names
+from bdense.knob_options import option_names
+from bdense.knobs import Knobs, knob, knob_of, knobs_of
 from bdense.methods import METHODS
 from bdense.metrics.settings import MetricName
 from bdense.models.zoo import CHECKPOINTS, REFERENCES

@@ -26,7 +26,8 @@ from bdense.diffusion.solvers import make_solver
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.files import require_output
-from bdense.knobs import KnobError, spelt_options
+from bdense.knob_options import spelt_options
+from bdense.knobs import KnobError
 from bdense.models.diffusers_files import is_hub_id
 from bdense.models.latents import (
     drawn_shape,

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bdense.errors import InputError
-from bdense.knobs import KnobError, Knobs, knob, knobs_of, spelt_options
+from bdense.knob_options import spelt_options
+from bdense.knobs import KnobError, Knobs, knob, knobs_of
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.parameters import SET_HELP, given_parameters, parameter_knobs
 from bdense.weights.space import BASELINE, PLAIN, Choice, WeightSpace

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import re
 import types
 import typing
@@ -451,7 +452,7 @@ def _from_text(kind: Any, text: str | Sequence[str]) -> Any:  # noqa: ANN401
             named = {str(choice): choice for choice in get_args(kind)}
             if words[0] in named:
                 return named[words[0]]
-        elif kind in (int, float, str, Path):
+        elif kind in (int, float, str) or (kind is Path and words[0]):
             with contextlib.suppress(ValueError):
                 return kind(words[0])
     raise _WrongTypeError
@@ -558,6 +559,8 @@ def _put(tree: dict[str, Any], name: str, known: Knob, given: Any) -> None:  # n
     *outer, last = name.split(".")
     for each in outer:
         tree = tree.setdefault(each, {})
+    if isinstance(given, str):
+        given = os.path.expanduser(given)  # noqa: PTH111  a shell leaves the ~ of --out=~/x
     try:
         words = given.split(",") if known.form == "commas" else given
         if isinstance(given, list) and known.form is None:  # 2,3 or 2 3

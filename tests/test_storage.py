@@ -42,12 +42,16 @@ def test_where_the_storage_is(tmp_path, monkeypatch):
     assert resolve_storage_url(None) == f"sqlite:///{tmp_path}/runs/bdense.db"
     monkeypatch.setenv("BDENSE_RUNS", "elsewhere")
     assert resolve_storage_url(None) == f"sqlite:///{tmp_path}/elsewhere/bdense.db"
+    monkeypatch.setenv("HOME", f"{tmp_path}/home")
+    monkeypatch.setenv("BDENSE_RUNS", "~/runs")
+    assert resolve_storage_url(None) == f"sqlite:///{tmp_path}/home/runs/bdense.db"
     monkeypatch.setenv("BDENSE_STORAGE", "postgresql://me@db/studies")
     assert resolve_storage_url(None) == "postgresql+psycopg2://me@db/studies"
     parts = f"me:{SECRET}@db:5433/studies?sslmode=require"
     for given, url, path in (
         ("sqlite:////data/x.db", "sqlite:////data/x.db", "/data/x.db"),
         ("sqlite:///a/b.db", f"sqlite:///{tmp_path}/a/b.db", f"{tmp_path}/a/b.db"),
+        ("sqlite:///~/b.db", f"sqlite:///{tmp_path}/home/b.db", f"{tmp_path}/home/b.db"),
         (f"postgresql://{parts}", f"postgresql+psycopg2://{parts}", None),
     ):
         assert resolve_storage_url(given) == resolve_storage_url(url) == url

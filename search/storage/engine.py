@@ -321,7 +321,9 @@ def _watch_file(engine: Engine, path: Path) -> None:
                 "nothing more can be stored; put it back, or launch the study again"
             )
 
-    sqlalchemy.event.listen(engine, "checkout", check)
+    # Before it connects, too: SQLite would make the file anew, and empty.
+    for event in ("do_connect", "checkout"):
+        sqlalchemy.event.listen(engine, event, check)
 
 
 def _switch_to_wal(path: Path) -> None:
@@ -400,7 +402,7 @@ def _sqlite_database(url: URL, given: str) -> Path:
             f"storage URL {redact(given)} does not name a SQLite file, which workers need because "
             f"they are separate processes; give {ACCEPTED_FORMS}"
         )
-    return Path(database)
+    return Path(database).expanduser()
 
 
 def _bad_url(given: str) -> StorageRefusedError:

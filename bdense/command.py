@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TextIO, TypeAlias, TypeVar
 
 from bdense.errors import BdenseError, InputError, StoppedError, did_you_mean, is_out_of_memory
 from bdense.knob_options import add_options, from_options, options_of
@@ -19,6 +19,7 @@ from bdense.knobs import KnobError, Knobs, knob
 DONE, FAILURE = 0, BdenseError.exit_status
 USER_ERROR, INTERRUPTED = InputError.exit_status, StoppedError.exit_status
 
+T = TypeVar("T")
 _LONGEST = 4000  # letters of a line: a message may quote a damaged file
 
 
@@ -187,12 +188,9 @@ def run_verb(
         if getattr(sys, name) is None:  # closed, as by >&-
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  until the end
     try:
-        call()
         with _naming_output():
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has gone (``| head``); the interpreter must not fail again when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            call()
+    except BrokenPipeError:  # the reader has gone (``| head``)
         return FAILURE
     except BdenseError as error:
         for line in str(error).splitlines():
@@ -220,15 +218,43 @@ def run_verb(
     return DONE
 
 
+class _Output:
+    """Standard output, which its errors name; those of other files without a name are theirs."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  whatever a stream has
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._named(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._named(self._stream.flush)
+
+    def _named(self, call: Callable[..., T], *arguments: str) -> T:
+        try:
+            return call(*arguments)
+        except OSError as error:
+            # The interpreter must not fail again when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise OSError(error.errno, error.strerror, "standard output") from error
+
+
 @contextlib.contextmanager
 def _naming_output() -> Iterator[None]:
-    """Name standard output in its errors, which Python does not do."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, "standard output") from error
+    """Name standard output in its errors, and write what is left of it at the end."""
+    output: Any = _Output(sys.stdout)
+    with contextlib.redirect_stdout(output):
+        try:
+            yield
+        except SystemExit:  # help or version
+            output.flush()
+            raise
+        output.flush()
 
 
 def kept_in(unfinished: Path) -> str:

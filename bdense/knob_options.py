@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -79,6 +80,8 @@ def _put(tree: dict[str, Any], name: str, known: Knob, given: Any) -> None:  # n
     *outer, last = name.split(".")
     for each in outer:
         tree = tree.setdefault(each, {})
+    if isinstance(given, str):
+        given = os.path.expanduser(given)  # noqa: PTH111  a shell leaves the ~ of --out=~/x
     try:
         words = given.split(",") if known.form == "commas" else given
         if isinstance(given, list) and known.form is None:  # 2,3 or 2 3

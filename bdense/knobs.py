@@ -448,7 +448,7 @@ def _from_text(kind: Any, text: str | Sequence[str]) -> Any:  # noqa: ANN401
             named = {str(choice): choice for choice in get_args(kind)}
             if words[0] in named:
                 return named[words[0]]
-        elif kind in (int, float, str, Path):
+        elif kind in (int, float, str) or (kind is Path and words[0]):
             with contextlib.suppress(ValueError):
                 return kind(words[0])
     raise _WrongTypeError

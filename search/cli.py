@@ -9,7 +9,7 @@ from bdense import command
 from bdense.command import Force, Verb, run_verb
 from search.errors import INTERRUPTED
 from search.log import say, start_logging
-from search.redaction import redact
+from search.redaction import redact, redact_url
 from search.storage.engine import DATABASE_ERRORS, as_storage_error, resolve_storage_url
 from search.storage.stop_flags import CONTINUE
 from search.verbs.options import (
@@ -194,7 +194,7 @@ def make_parser(arguments: Sequence[str]) -> command.Parser:
 
 def _hide_password(url: str, argv: list[str]) -> None:
     """Start over with a password moved to the environment, as ``ps`` shows arguments to all."""
-    if redact(url) == url:
+    if redact_url(url) == url:
         return
     kept = [a for a in argv if a not in ("--storage", url) and not a.startswith("--storage=")]
     os.environ["BDENSE_STORAGE"] = resolve_storage_url(url)

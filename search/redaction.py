@@ -2,7 +2,7 @@
 
 import re
 
-# A text that is one URL, well-formed or not, may have blanks in its password.
+# One URL, well-formed or not, may have blanks in its password; other text with an @ looks alike.
 _WHOLE_URL_PASSWORD = re.compile(
     r"^([a-z][\w+.-]*:/*[^:/@\s]*|[^:/@\s]+):(?![\s/]).*@", re.IGNORECASE
 )
@@ -15,7 +15,11 @@ _DSN_PASSWORD = re.compile(
 )
 
 
-def redact(text_or_url: str) -> str:
+def redact(text: str) -> str:
     """The text without passwords of URLs and connection strings."""
-    without = _WHOLE_URL_PASSWORD.sub(r"\1:***@", text_or_url)
-    return _DSN_PASSWORD.sub(r"\1***", _URL_PASSWORD.sub(r"\1:***@", without))
+    return _DSN_PASSWORD.sub(r"\1***", _URL_PASSWORD.sub(r"\1:***@", text))
+
+
+def redact_url(given: str) -> str:
+    """What was given for a URL, well-formed or not, without its password."""
+    return redact(_WHOLE_URL_PASSWORD.sub(r"\1:***@", given))

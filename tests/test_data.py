@@ -131,8 +131,9 @@ def test_padding_does_not_cut():
 @pytest.mark.parametrize("spec", ["digit", "digits@0", "digits@x", "folder:", "tar:x", "zip", ""])
 def test_an_unknown_name_lists_the_known_ones(spec):
     known = "cifar10, cifar10-test, digits, fashion-mnist, fashion-mnist-test, folder:PATH, zip:"
-    with pytest.raises(InputError, match=f"unknown data set '{spec}'; known are {known}"):
+    with pytest.raises(InputError, match=f"unknown data set '{spec}'; known are {known}") as error:
         load_dataset(spec)
+    assert "did you mean folder:" not in str(error.value)
     assert [len(image_shape(name)) for name in known.split(", ")[:5]] == [3] * 5
 
 

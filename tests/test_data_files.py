@@ -370,6 +370,9 @@ def test_archives_that_cannot_be_read_are_named(tmp_path):
         (tmp_path / "bad.zip").write_bytes(content)
         with pytest.raises(InputError, match=message):
             read_zip(tmp_path / "bad.zip")
+    (tmp_path / "bad.zip").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(InputError, match=r"bad\.zip is a Git LFS pointer"):
+        load_dataset(f"zip:{tmp_path / 'bad.zip'}")
     with pytest.raises(InputError, match=r"absent\.zip cannot be read: No such file"):
         read_zip(tmp_path / "absent.zip")
     with pytest.raises(InputError, match=r"empty\.zip holds no images"):

@@ -17,7 +17,7 @@ from search.storage.own_study import BASELINES_SUFFIX
 from search.study.arms import ROW_SPACE
 from search.study.study import Study
 from tests.contracts.scene import take
-from tests.measured import VALLEY, command, search
+from tests.measured import VALLEY, command, refused, search
 from tests.students import keep
 
 VERBS = (["best"], ["status"], ["trials"], ["export", "--trial", "3"], ["report"], ["doctor"])
@@ -74,6 +74,8 @@ def test_foreign_rows(study, tmp_path):
         if verb in ("status", "doctor", "trials"):
             said = answer.err if verb == "trials" else answer.out
             assert f"{own} (complete)" in said, verb
+    line = refused(command("logs", "digits", str(own), "--storage", url))
+    assert line.startswith(f"row {own} of digits is another program's")
     (listed,) = json.loads(command("list", "--json", "--storage", url).out)
     assert (listed["trials"]["complete"], listed["best_fid"]) == (own, min(v for _, v in VALLEY))
 

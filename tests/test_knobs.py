@@ -220,6 +220,7 @@ def test_options_give_what_the_class_gives():
         (("--rho", "0"), "--rho must be a number above 0, got 0"),
         (("--levels", "karras"), "--levels must be one of polynomial, logsnr, got karras"),
         (("--low", "99"), "--low must be below high 80, got 99"),
+        (("--folder", ""), "--folder must be a path, or none, got ''"),
     ],
 )
 def test_options_that_cannot_be_are_refused_by_their_own_name(arguments, line):
@@ -230,6 +231,13 @@ def test_options_that_cannot_be_are_refused_by_their_own_name(arguments, line):
     said = str(caught.value.spelt(options_of(parser)))
     assert line in said
     assert said.startswith(arguments[0] + " must be ")
+
+
+def test_a_home_is_found_behind_an_equals_sign(monkeypatch, tmp_path):
+    """Where a shell leaves the ~ as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert built("--folder=~/x").folder == tmp_path / "x"
+    assert built("--folder=~nobody-of-that-name/x").folder == Path("~nobody-of-that-name/x")
 
 
 def test_help_has_range_default_and_heading(monkeypatch):

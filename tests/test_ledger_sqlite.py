@@ -48,3 +48,9 @@ class TestLedgerOnSqlite(LedgerContract):
         for call in (lambda: ledger.complete(claim, 1.0, {}), ledger.counts):
             with pytest.raises(StorageRefusedError, match=str(path)):
                 call()
+        assert path.exists() == replaced
+        # A connection of another thread must not make it anew, and empty.
+        ledger.storage.engine.dispose()
+        with pytest.raises(StorageRefusedError, match=str(path)):
+            ledger.counts()
+        assert path.exists() == replaced

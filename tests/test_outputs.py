@@ -1,5 +1,6 @@
 """What --out names is never lost: by another kind of file, other settings, or an interrupt."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -139,6 +140,24 @@ def test_a_device_is_not_replaced(tmp_path):
             raise AssertionError("it was opened")
         with pytest.raises(InputError, match=f"{path} is a "):
             require_output(path, force=True)
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize("package", ["bdense", "search"])
+def test_a_full_standard_output_is_named(package, buffered):
+    """Also where Python keeps the text until its end."""
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", package, "--version"],
+            env=os.environ | {"PYTHONUNBUFFERED": buffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    name = {"search": "bdense-search"}.get(package, package)
+    assert ended.returncode == 2
+    assert ended.stderr == f"{name}: standard output: {os.strerror(errno.ENOSPC)}\n"
 
 
 def test_an_interrupted_training_is_saved(tmp_path):

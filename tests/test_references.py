@@ -58,6 +58,8 @@ def test_statistics_of_nonsense_are_refused():
         Statistics(np.zeros(1), np.array([[np.inf]]), None)
     with pytest.raises(ShapeError, match=r"\[2\] and \[1, 1\]"):
         Statistics(np.zeros(2), np.eye(1), 100)
+    with pytest.raises(ShapeError, match=r"\[0\] and \[0, 0\]"):
+        Statistics(np.zeros(0), np.eye(0), 100)
 
 
 def test_too_few_images(colours):

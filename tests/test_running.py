@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -275,6 +277,26 @@ def test_before_rows_run_a_stop_ends_the_launch_at_once():
 
     with pytest.raises(KeyboardInterrupt):
         preparing()
+
+
+def test_a_signal_hushes_what_rays_code_writes():
+    """It writes to the descriptor, and Python to the same."""
+    code = """
+import os, sys
+from search.run.ending import hushing
+with hushing() as hush:
+    os.write(2, b"before, ")
+    for _ in range(2):
+        hush()
+        os.write(2, b"ray, ")
+        sys.stderr.write("ours, ")
+        sys.stderr.flush()
+os.write(2, b"after, ")
+sys.stderr.write("ours")
+"""
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert ended.stderr == "before, ours, ours, after, ours"
 
 
 def running(study: Study, launch: Launch, signals: int, grace: float = 60.0) -> None:

@@ -131,6 +131,8 @@ def test_a_grid_is_filled_row_by_row():
         assert image_grid(image, columns).squeeze(-1).tolist() == [[0, 1, 2], [3, 4, 5]]
     with pytest.raises(InputError, match="columns must be at least 1, got 0"):
         image_grid(image, columns=0)
+    with pytest.raises(InputError, match="one image or more"):
+        image_grid(image[:0], columns=1)
     with pytest.raises(InputError, match=r"\[n, C, H, W\], got \[2, 3\]"):
         image_grid(image[0, 0], columns=1)
 

@@ -115,6 +115,7 @@ OF_ANY = [
     ({"data": "folder:~nosuchuser/x"}, "data", "~nosuchuser/x"),
     ({"prompts": "~nosuchuser/x"}, "prompts", "~nosuchuser/x"),
     ({"resources": {"log": ["mine:x"]}}, "resources.log", "tensorboard.* mine"),
+    ({"resources": {"log": ["tensorboard"]}}, "resources.log", "tensorboard:DIR"),
     (
         {"resources": {"log": ["mlflow:https://me:secret@host/x"]}},
         "resources.log",

@@ -15,10 +15,11 @@ from sqlalchemy.exc import OperationalError, ProgrammingError
 import search.storage.engine
 from search import cli
 from search.errors import StorageError, StorageRefusedError
-from search.redaction import redact
+from search.redaction import redact, redact_url
 from search.storage.engine import (
     exclusive,
     is_transient,
+    one_line,
     open_storage,
     resolve_storage_url,
     retrying,
@@ -42,12 +43,16 @@ def test_where_the_storage_is(tmp_path, monkeypatch):
     assert resolve_storage_url(None) == f"sqlite:///{tmp_path}/runs/bdense.db"
     monkeypatch.setenv("BDENSE_RUNS", "elsewhere")
     assert resolve_storage_url(None) == f"sqlite:///{tmp_path}/elsewhere/bdense.db"
+    monkeypatch.setenv("HOME", f"{tmp_path}/home")
+    monkeypatch.setenv("BDENSE_RUNS", "~/runs")
+    assert resolve_storage_url(None) == f"sqlite:///{tmp_path}/home/runs/bdense.db"
     monkeypatch.setenv("BDENSE_STORAGE", "postgresql://me@db/studies")
     assert resolve_storage_url(None) == "postgresql+psycopg2://me@db/studies"
     parts = f"me:{SECRET}@db:5433/studies?sslmode=require"
     for given, url, path in (
         ("sqlite:////data/x.db", "sqlite:////data/x.db", "/data/x.db"),
         ("sqlite:///a/b.db", f"sqlite:///{tmp_path}/a/b.db", f"{tmp_path}/a/b.db"),
+        ("sqlite:///~/b.db", f"sqlite:///{tmp_path}/home/b.db", f"{tmp_path}/home/b.db"),
         (f"postgresql://{parts}", f"postgresql+psycopg2://{parts}", None),
     ):
         assert resolve_storage_url(given) == resolve_storage_url(url) == url
@@ -78,7 +83,11 @@ def test_other_forms_are_refused_with_those_that_are_not(url):
     with pytest.raises(StorageRefusedError) as caught:
         resolve_storage_url(url)
     message = str(caught.value)
-    for part in (redact(url), "sqlite:///folder/file.db", "postgresql://user@host:5432/database"):
+    for part in (
+        redact_url(url),
+        "sqlite:///folder/file.db",
+        "postgresql://user@host:5432/database",
+    ):
         assert part in message
     assert SECRET not in message
     assert "\n" not in message
@@ -107,11 +116,18 @@ def test_an_at_sign_in_a_password_is_refused_with_its_escape():
         (f"postgresql://db/x?scram_client_key={SECRET}", "postgresql://db/x?scram_client_key=***"),
         ("postgresql://me@db:5432/x", "postgresql://me@db:5432/x"),
         ("sqlite:////data/a@b:c.db", "sqlite:////data/a@b:c.db"),
+        ("own.yaml:2:1: data: no folder x; NAME@SIDE pads",) * 2,
         ('FATAL: password authentication failed for user "me"',) * 2,
     ],
 )
 def test_redact(text, expected):
     assert redact(text) == expected
+
+
+def test_a_servers_error_is_told_without_its_query():
+    said = 'relation "x" does not exist\nLINE 2: FROM x \n             ^\n'
+    error = ProgrammingError("SELECT 1 FROM x", {}, psycopg2.ProgrammingError(said))
+    assert one_line(error) == 'relation "x" does not exist'
 
 
 SECRETS = (

@@ -183,6 +183,8 @@ def test_a_stored_study_is_read_where_its_tracker_is_not_installed():
         ("name: my study", "2:1", "name must be lower-case"),
         ("weights: {name: log-linear, a: {low: 3, high: 1}}", "2:33", "weights.a.low 3 is above"),
         ("dta: digits", "2:1", "dta is unknown; did you mean data"),
+        ("teacher: {checkpoint: ''}", "2:11", "teacher.checkpoint: '' names no file"),
+        ("plan: {trials: 1000000000000}", "2:8", "plan.trials must be a whole number from 1 to"),
     ],
 )
 def test_a_mistake_is_named_by_line_and_column(tmp_path, line, place, said):

@@ -177,6 +177,8 @@ def test_another_file_in_its_place_is_refused_unless_asked_for_by_path(folder):
 def test_a_missing_model_lists_the_names(folder):
     with pytest.raises(InputError, match=f"no checkpoint file nothing, .*{CIFAR10}"):
         load_model("nothing")
+    with pytest.raises(InputError, match="the name of the model is empty"):
+        load_model("")
 
 
 def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from bdense.data.readers import cropped_arrays, read_folder, read_idx_images, re
 from bdense.downloads import fetch
 from bdense.errors import InputError, ShapeError, did_you_mean
 from bdense.execution import kept_on, taken
-from bdense.files import file_lock, require_no_pipe, user_folder
+from bdense.files import file_lock, require_no_page, require_no_pipe, user_folder
 
 DATA_FOLDER = "BDENSE_DATA"
 Loaded: TypeAlias = tuple[Tensor, Tensor | None]
@@ -186,13 +186,15 @@ def _load(
     if (found := split_format(source)) is not None:
         kind, path = found[0], Path(found[1]).expanduser()
         require_no_pipe(path)
+        if path.is_file():
+            require_no_page(path)
         images, labels = _FORMATS[kind](path, crop, only_first)
         # The name of a set of files is the last part of its path.
         return f"{kind}:{path.resolve().name}", images, labels
     if source in _NAMED:
         images, labels = _NAMED[source][1]()
         return source, images if crop is None else cropped_arrays(images, crop), labels
-    is_folder = Path(source).expanduser().is_dir()
+    is_folder = source != "" and Path(source).expanduser().is_dir()
     hint = f"; did you mean folder:{source}?" if is_folder else did_you_mean(source, _NAMED)
     raise InputError(f"unknown data set {source!r}; known are {DATA_SETS}{hint}")
 

@@ -40,6 +40,8 @@ def image_grid(images: Tensor, columns: int, gap: int = 0) -> Tensor:
         raise InputError(f"a picture is made of uint8 images, got {images.dtype}; see to_uint8")
     if images.dim() != 4:
         raise InputError(f"a picture is made of images [n, C, H, W], got {list(images.shape)}")
+    if images.shape[0] < 1:
+        raise InputError("a picture is made of one image or more, got none")
     if columns < 1:
         raise InputError(f"columns must be at least 1, got {columns}")
     n, c, h, w = images.shape

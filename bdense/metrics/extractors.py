@@ -4,6 +4,7 @@ B batch, C channels, H x W pixels, d features.
 """
 
 import io
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,7 @@ def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor
     """
     require_known(spec)
     kind, _, argument = spec.partition(":")
+    argument = os.path.expanduser(argument)  # noqa: PTH111  "" stays ""
     # Constructors draw initial weights; keep the caller's random state.
     with torch.random.fork_rng(devices=[]):
         if kind == "inception":

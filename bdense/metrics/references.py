@@ -66,7 +66,7 @@ class Statistics:
 
     def __post_init__(self) -> None:
         d = self.mu.size
-        if self.mu.shape != (d,) or self.sigma.shape != (d, d):
+        if d < 1 or self.mu.shape != (d,) or self.sigma.shape != (d, d):
             raise ShapeError(
                 f"statistics need mu [d] and sigma [d, d], got {list(self.mu.shape)} and "
                 f"{list(self.sigma.shape)}"

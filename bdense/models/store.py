@@ -193,6 +193,8 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
 def load_stored(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     """As ``load_model``, but a student draws as it was distilled, from which training goes on."""
     name, path = str(source), Path(source)
+    if not name:  # which Path takes for the current folder
+        raise InputError("the name of the model is empty; give a file, a folder or a public name")
     if name in CHECKPOINTS:
         denoiser, metadata = load_denoiser(CHECKPOINTS[name].fetch())
         return denoiser, metadata | _terms(name)

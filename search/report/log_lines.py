@@ -51,6 +51,8 @@ def logged_row(study: Study, trial: int | None, baseline: str | None) -> tuple[L
 
 
 def _require_row(ledger: Ledger, number: int) -> None:
+    if number in ledger.foreign():
+        raise InputError(f"row {number} of {ledger.name} is another program's, and has no log")
     if ledger.state_of(number) is not None:
         return
     counts, there = ledger.counts(), ledger.size()

@@ -1,10 +1,12 @@
 """End a launch early: on signals, or when its study is asked to stop."""
 
+import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, Self
 
@@ -21,6 +23,29 @@ POLL_SECONDS = 1.0
 GRACE_SECONDS = 60.0
 
 
+@contextlib.contextmanager
+def hushing() -> Iterator[Callable[[], None]]:
+    """Yield a function that empties descriptor 2 until the block is left; sys.stderr goes on.
+
+    For a signal to the process group: it ends Ray's processes too, which Ray's C++ code in this
+    process reports there.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def hush() -> None:
+            kept = os.dup(2)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, 2)
+            with contextlib.suppress(OSError, AttributeError):  # a notebook's, or none
+                if sys.stderr.fileno() == 2:
+                    words = os.fdopen(kept, "w", buffering=1, closefd=False)
+                    stack.enter_context(contextlib.redirect_stderr(words))
+            with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+                os.dup2(nowhere.fileno(), 2)
+
+        yield hush
+
+
 class EarlyEnd:
     """Ends a launch so that its workers save and give their trials back.
 
@@ -33,6 +58,9 @@ class EarlyEnd:
         launch: This launch.
         at_once: Whether there are no workers to wait for.
         grace: Seconds that workers have to save and end.
+
+    Attributes:
+        on_signal: Called at each signal, by its handler.
     """
 
     def __init__(
@@ -46,6 +74,7 @@ class EarlyEnd:
         self._ledgers = ledgers
         self._launch = launch
         self._at_once = at_once
+        self.on_signal: Callable[[], None] = lambda: None
         self._rows_run = False
         self._over = threading.Event()
         self._interrupted = threading.Event()
@@ -81,6 +110,7 @@ class EarlyEnd:
         self._rows_run = True
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self.on_signal()
         if self.interrupted or self._at_once() or not self._rows_run or self._ending.is_set():
             raise KeyboardInterrupt
         # All else is the threads': here the main thread may be writing, or hold a lock.

@@ -23,6 +23,8 @@ class Paths:
 
     def path(self, key: str, file: str) -> Path:
         """A path; there may be nothing there."""
+        if not file:  # else the study's own folder
+            raise self._error(key, "'' names no file; leave the key out, or name one")
         try:
             return (Path(self.source).parent / Path(file).expanduser()).resolve()
         except (OSError, RuntimeError, ValueError) as error:  # such as ~ of no user

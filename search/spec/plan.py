@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from bdense.knobs import KnobError, Knobs, knob, knobs_of
-from search.spec.sections import SEEDS, Member
+from search.spec.sections import MOST_ROWS, MOST_SEEDS, SEEDS, Member
 
 if TYPE_CHECKING:
     from search.spec.study import StudySpec
@@ -24,9 +24,12 @@ class OneShotSpec(Knobs):
         None,
         "points of the space at which it is measured, on latents that no trial is judged on",
         low=2,
+        high=MOST_ROWS,
         none="13, or 16 for each coordinate of several",
     )
-    best: int = knob(3, "points of the lowest FID that become trials, before others", low=1)
+    best: int = knob(
+        3, "points of the lowest FID that become trials, before others", low=1, high=MOST_ROWS
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +38,10 @@ class ShortSpec(Knobs):
 
     length: float = knob(0.25, "share of method.kimg that one is trained for", above=0, below=1)
     trainings: int = knob(
-        12, "most of them, on top of the trials; they have the trials' seed", low=1
+        12,
+        "most of them, on top of the trials; they have the trials' seed",
+        low=1,
+        high=MOST_ROWS,
     )
 
 
@@ -92,7 +98,7 @@ class Plan(Knobs, abc.ABC):
 class SearchPlan(Plan):
     """Points proposed by a sampler, beside plain distillation and uniform weights."""
 
-    trials: int = knob(help="trials in all, counting those that are done", low=1)
+    trials: int = knob(help="trials in all, counting those that are done", low=1, high=MOST_ROWS)
     one_shot: OneShotSpec | None = knob(
         None,
         "ask one training for the whole curve of FIDs first; `plan: one-shot` is {one_shot: {}}, "
@@ -108,6 +114,7 @@ class SearchPlan(Plan):
         "training seeds of plain distillation and uniform weights, seeds.training and those after "
         "it; from 2 on a study knows its noise, and how small a difference it can tell",
         low=1,
+        high=MOST_SEEDS,
     )
     race: int = knob(
         0,

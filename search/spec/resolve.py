@@ -441,3 +441,5 @@ def _check_log(places: Sequence[str]) -> None:
                 f"resources.log: {place} needs the package {package}, here and where workers run; "
                 f"pip install 'bdense[{name}]', or leave it out"
             )
+        with under("resources.log"):
+            TRACKERS[name](where)  # refuses a place that it cannot use

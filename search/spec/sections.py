@@ -16,6 +16,8 @@ from bdense.methods.plan import StagePlan
 from bdense.training.teacher_knobs import TeacherKnobs, TeacherRecipe
 
 SEEDS: dict[str, Any] = {"low": 0, "below": 2**31}  # of knobs that are seeds
+# A study with more would never end.
+MOST_ROWS, MOST_SEEDS = 1_000_000, 1000
 
 # Images of each FID of a pilot, which decides how many a study takes.
 PILOT_IMAGES = 4096
@@ -230,9 +232,14 @@ class ConfirmSpec(Knobs):
     """How the best weights are confirmed under fresh seeds."""
 
     candidates: int = knob(
-        3, "number of points to try: those of lowest posterior mean over all evaluations", low=1
+        3,
+        "number of points to try: those of lowest posterior mean over all evaluations",
+        low=1,
+        high=MOST_ROWS,
     )
-    seeds: int = knob(3, "number of fresh seeds, 3 or more, of training and latents", low=3)
+    seeds: int = knob(
+        3, "number of fresh seeds, 3 or more, of training and latents", low=3, high=MOST_SEEDS
+    )
     method: dict[str, Any] = knob(
         {},
         "settings of the method that differ from the search's, such as kimg of the budget the "

@@ -26,7 +26,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from bdense.files import file_lock
 from search.errors import StorageError, StorageFullError, StorageRefusedError
 from search.places import runs_folder
-from search.redaction import redact
+from search.redaction import redact, redact_url
 from search.storage.leases import add_clock
 from search.storage.mounts import refuse_network_file_system
 
@@ -84,6 +84,8 @@ _REFUSALS = {
     "42703": "a table there is another program's: give the studies a database of their own",
 }
 _DISK_FULL = "53100"
+# PostgreSQL's quotation of a query, with a caret below what is wrong.
+_QUERY = re.compile(r"\nLINE \d+: .*(\n *\^)?")
 # SQLite has one code for both.
 _SQLITE_REFUSALS = {"no such table": "42P01", "no such column": "42703"}
 
@@ -246,8 +248,8 @@ def as_storage_error(error: BaseException) -> StorageError:
 def one_line(error: BaseException) -> str:
     """The message of the database's driver, on one line and without a password."""
     cause = _cause(error)
-    said = getattr(cause, "orig", None) or cause
-    return redact(" ".join(str(said).split()))
+    said = _QUERY.sub("", str(getattr(cause, "orig", None) or cause))
+    return redact(" ".join(said.split()))
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -321,7 +323,9 @@ def _watch_file(engine: Engine, path: Path) -> None:
                 "nothing more can be stored; put it back, or launch the study again"
             )
 
-    sqlalchemy.event.listen(engine, "checkout", check)
+    # Before it connects, too: SQLite would make the file anew, and empty.
+    for event in ("do_connect", "checkout"):
+        sqlalchemy.event.listen(engine, event, check)
 
 
 def _switch_to_wal(path: Path) -> None:
@@ -387,7 +391,7 @@ def _parse(given: str) -> URL:
         raise _bad_url(given)
     if "@" in (url.host or ""):
         raise StorageRefusedError(
-            f"storage URL {redact(given)} has an @ inside its password; write it as %40, "
+            f"storage URL {redact_url(given)} has an @ inside its password; write it as %40, "
             "or leave the password to PGPASSWORD or PGPASSFILE"
         )
     return url
@@ -397,15 +401,15 @@ def _sqlite_database(url: URL, given: str) -> Path:
     database = url.database or ""
     if not database or database == ":memory:" or database.startswith("file:") or url.query:
         raise StorageRefusedError(
-            f"storage URL {redact(given)} does not name a SQLite file, which workers need because "
-            f"they are separate processes; give {ACCEPTED_FORMS}"
+            f"storage URL {redact_url(given)} does not name a SQLite file, which workers need "
+            f"because they are separate processes; give {ACCEPTED_FORMS}"
         )
-    return Path(database)
+    return Path(database).expanduser()
 
 
 def _bad_url(given: str) -> StorageRefusedError:
     return StorageRefusedError(
-        f"storage URL {redact(given)} (or BDENSE_STORAGE) has an unknown form; give "
+        f"storage URL {redact_url(given)} (or BDENSE_STORAGE) has an unknown form; give "
         f"{ACCEPTED_FORMS}"
     )
 

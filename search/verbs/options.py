@@ -7,7 +7,13 @@ from typing import Any, Literal
 from bdense.knobs import Knobs, knob, knob_of, knobs_of
 from bdense.weights.parameters import SET_HELP, parameter_knobs
 from search.spec.plan import SearchPlan
-from search.spec.sections import FRESH_SEEDS, TRANSFERRED, ConfirmSpec
+from search.spec.sections import (
+    FRESH_SEEDS,
+    MOST_ROWS,
+    MOST_SEEDS,
+    TRANSFERRED,
+    ConfirmSpec,
+)
 
 
 def flag(help: str) -> Any:  # noqa: ANN401  as ``knob``
@@ -189,8 +195,8 @@ class TransferOptions(StudyOptions):
     """``transfer``."""
 
     to: Path = knob(help="the other study's file", metavar="STUDY2.yaml")
-    top: int = knob(TRANSFERRED, "weights to measure, the best first", low=1)
-    seeds: int = knob(FRESH_SEEDS, "number of fresh seeds", low=1)
+    top: int = knob(TRANSFERRED, "weights to measure, the best first", low=1, high=MOST_ROWS)
+    seeds: int = knob(FRESH_SEEDS, "number of fresh seeds", low=1, high=MOST_SEEDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,6 +105,7 @@ def test_an_at_sign_in_a_password_is_refused_with_its_escape():
         (f"postgresql://me:{SECRET}@db/x", "postgresql://me:***@db/x"),
         (f"a postgresql://me:{SECRET}@db/x b", "a postgresql://me:***@db/x b"),
         (f"postgresql://me:{SECRET}:@/@db/x", "postgresql://me:***@db/x"),
+        (f"postgresql://me:my {SECRET} 2@db/x", "postgresql://me:***@db/x"),
         (f"host=db password={SECRET} user=me", "host=db password=*** user=me"),
         (f"password = '{SECRET} \\' 2' user=me", "password = *** user=me"),
         (

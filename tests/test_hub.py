@@ -162,7 +162,7 @@ def test_a_student_s_file_is_exported_and_pushed(hub, tmp_path):
     classifier = classifier_path("digits-classifier", tmp_path)
     classifier.write_bytes(b"weights")
     known["extractor_sha256"] = sha256_file(classifier)
-    file, model = tmp_path / "student.safetensors", tmp_path / "model"
+    file, model = tmp_path / "student.safetensors", tmp_path / "here"
     save_denoiser(file, small_teacher(), STUDENT | {"data": "digits", "fid": known})
     asked = ("export", file, "--push", "me/model", "--cache", tmp_path, "--out")
     assert done(*asked, model).split() == [str(model), f"{hub.url}/me/model"]
@@ -170,6 +170,7 @@ def test_a_student_s_file_is_exported_and_pushed(hub, tmp_path):
     assert same_weights(student, small_teacher())
     assert metadata["fid"] == known
     assert hub.files["me/model"]["extractor.safetensors"] == b"weights"
+    assert b"\n# model\n" in hub.files["me/model"]["README.md"]
     assert hub.files["me/model"]["samples.png"].startswith(PNG)
     assert "me/model has files already" in refused(command(*asked, tmp_path / "again"))
     assert not (tmp_path / "again").exists()

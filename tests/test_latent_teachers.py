@@ -95,6 +95,23 @@ def test_weights_are_all_there_and_no_others(copied, damage, message):
         load_model(folder)
 
 
+def test_a_file_that_was_cut_short_is_named_with_a_way_out(copied):
+    file = copied("unet-a-epsilon") / "unet" / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"cannot load .*unet.* fetch it again"):
+        load_model(file.parents[1])
+
+
+def test_an_autoencoder_that_does_not_say_its_scale_has_diffusers_own(copied):
+    folder = copied("pipeline-a")
+    config = folder / "vae/config.json"
+    known = json.loads(config.read_text())
+    del known["scaling_factor"]
+    config.write_text(json.dumps(known))
+    assert load_model(folder)[1]["codec"]["scaling_factor"] == 0.18215
+    assert bdense.load_codec(folder).scaling_factor == 0.18215
+
+
 @pytest.mark.parametrize("part", ["unet", "vae"])
 def test_a_git_lfs_pointer_is_no_weights(copied, part):
     folder = copied("pipeline-a")
@@ -229,6 +246,11 @@ def test_a_student_of_latents_is_measured_by_its_decoded_images(tmp_path):
     asked = ("fid", out, "--pipeline", folder, "--prompts", prompts, *judge)
     later = json.loads(commands.done(*asked))
     assert at_once["value"] == pytest.approx(later["value"], rel=1e-9)
+    # Decoded is x, as the SFD reference does, and not z.
+    assert at_once["decoded"] == later["decoded"] == "x"
+    assert "guidance" not in later
+    guided = json.loads(commands.done(*asked, "--guidance", 4))
+    assert (guided["guidance"], guided["nfe"], guided["decoded"]) == (4, 2, "x")
 
     student, metadata = load_model(out)
     assert not student.samplers[0].afs  # unless it is asked for
@@ -289,6 +311,9 @@ def test_sample_draws_decoded_images_of_prompts(tmp_path):
         ("pipeline-a", ["--prompt", "a", "--prompts", "EMPTY"], "two sources"),
         ("ldm-a", ["--prompt", "a"], "takes no text"),
         ("ldm-a", ["--guidance", "2"], "guidance 2 needs"),
+        ("ldm-a", ["--negative-prompt", "a"], "--negative-prompt cannot be given"),
+        # It would be without effect.
+        ("pipeline-a", ["--prompt", "a", "--negative-prompt", "b"], "changes nothing at guidance"),
         ("dit-a", ["--class", "7"], "class 7 is not one of"),
     ],
 )

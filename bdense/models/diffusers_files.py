@@ -72,7 +72,7 @@ def folder_of(source: str | Path, files: Sequence[str] = ()) -> Path:
 
     try:
         folder = Path(snapshot_download(source, allow_patterns=[*(files or _PATTERNS)]))
-        if not files and _is_pushed(folder):
+        if not files and is_pushed(folder):
             snapshot_download(source, allow_patterns=[MODEL_FILE, EXTRACTOR])
         return folder
     except CheckpointError:
@@ -97,8 +97,8 @@ def pipeline_folder(source: str | Path) -> Path:
     return folder / PIPELINE if (folder / PIPELINE / INDEX).is_file() else folder
 
 
-def _is_pushed(folder: Path) -> bool:
-    """Whether it is a repository that ``HubRepository.push`` made."""
+def is_pushed(folder: Path) -> bool:
+    """Whether it is a folder of ``export_folder``, which ``HubRepository.push`` uploads."""
     return (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("file") == MODEL_FILE
 
 
@@ -169,9 +169,9 @@ def load_part(model_class: Any, folder: Path, **options: Any) -> Any:  # noqa: A
             f"; only safetensors are read, not {pickles[0]}: save the model again with diffusers' "
             "save_pretrained"
             if pickles
-            else ""
+            else "; fetch it again, or save it again with save_pretrained"
         )
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).removesuffix(".")
         raise CheckpointError(f"diffusers cannot load {folder} ({reason}){hint}") from error
     _require_complete(folder, found)
     return model.float().eval()

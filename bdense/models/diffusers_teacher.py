@@ -25,8 +25,10 @@ from bdense.models.diffusers_files import (
     INDEX,
     LORA_WEIGHTS,
     METADATA,
+    MODEL_FILE,
     WEIGHTS,
     folder_of,
+    is_pushed,
     load_part,
     public_name,
     read_json,
@@ -60,6 +62,8 @@ SCHEDULERS = (
 _FORMER_DIT = ("Transformer2DModel", "ada_norm_zero")
 # Folders of the autoencoder, and its classes.
 CODEC_PARTS, CODECS = ("vae", "vqvae"), ("AutoencoderKL", "VQModel")
+# Their scaling_factor in configurations of before it was saved.
+_SCALE = 0.18215
 _SCHEDULER = "scheduler_config.json"
 # In the metadata of an exported student: what follows from the rest, and what of its architecture
 # is not an option of its preconditioning.
@@ -207,7 +211,7 @@ def codec_facts(network: Network, codec: tuple[Path, dict[str, Any]]) -> dict[st
         )
     return {
         "class": config["_class_name"],
-        "scaling_factor": config.get("scaling_factor"),
+        "scaling_factor": config.get("scaling_factor", _SCALE),
         "image_channels": config.get("out_channels", 3),
         "enlarges": 2 ** (len(config.get("block_out_channels", [0])) - 1),
         **({"shift_factor": shift} if (shift := config.get("shift_factor")) else {}),
@@ -282,6 +286,11 @@ def _find(folder: Path) -> tuple[Path, Path]:
             file = folder / scheduler / _SCHEDULER
             if file.is_file():
                 return folder / model, file
+            if is_pushed(folder):
+                raise CheckpointError(
+                    f"{folder} is a model folder without its weights, {MODEL_FILE}; fetch or "
+                    "export it again"
+                )
             raise CheckpointError(
                 f"{folder} has a model but no {file.relative_to(folder)}, which defines its noise "
                 "levels; save the whole pipeline, or the scheduler beside the model"

@@ -87,6 +87,7 @@ class HubRepository:
         for verb in ("sample", "verify"):
             text = text.replace(f"bdense {verb} {folder.name}", f"bdense {verb} {self.repo_id}")
         text = text.replace(json.dumps(folder.name), json.dumps(self.repo_id))
+        text = text.replace(f"# {folder.name}\n", f"# {self.repo_id.partition('/')[2]}\n", 1)
         if has_pipeline:
             text += _pipeline_section(folder / PIPELINE / CARD, self.repo_id)
         operations = [CommitOperationAdd(CARD, f"---\n{front}\n---\n{text}".encode())]

@@ -234,6 +234,12 @@ def test_a_push_that_cannot_be_is_refused_without_the_token(
     assert hub.files == {}
 
 
+def test_a_push_without_a_network_does_not_speak_of_a_cache(hub, folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"cannot push me/model: HF_HUB_OFFLINE is set$"):
+        bdense.push_model(folder, "me/model")
+
+
 def test_what_cannot_be_loaded_is_one_line(hub, tmp_path, monkeypatch):
     def line() -> str:
         answer = command("sample", "me/model", "--out", tmp_path / "x.png")
@@ -242,7 +248,7 @@ def test_what_cannot_be_loaded_is_one_line(hub, tmp_path, monkeypatch):
 
     assert "no model of this name" in line()
     hub.files["me/model"] = {"config.json": b'{"model_type": "bert"}', "model.safetensors": b""}
-    assert line().startswith("bdense: me/model has a model but no scheduler")
+    assert line().startswith("bdense: me/model/config.json describes a bert; this version reads")
     with socket.create_server(("127.0.0.1", 0)) as unused:
         nobody = f"http://127.0.0.1:{unused.getsockname()[1]}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nobody)

@@ -78,8 +78,9 @@ def folder_of(source: str | Path, files: Sequence[str] = ()) -> Path:
     except CheckpointError:
         raise
     except Exception as error:
+        why = why_refused(error, ", and it is not in the cache")
         raise InputError(
-            f"cannot fetch {source} from the Hugging Face hub ({why_not_fetched(error)}); fetch "
+            f"cannot fetch {source} from the Hugging Face hub ({why}); fetch "
             f"{hub_page(source)} by hand into a folder and give the folder"
         ) from error
 
@@ -102,8 +103,12 @@ def is_pushed(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("file") == MODEL_FILE
 
 
-def why_not_fetched(error: Exception) -> str:
-    """One line on an error of huggingface_hub, without addresses that may hold secrets."""
+def why_refused(error: Exception, cached: str = "") -> str:
+    """One line on an error of huggingface_hub, without addresses that may hold secrets.
+
+    Args:
+        cached: What to add where there is no network.
+    """
     from huggingface_hub import constants, errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -111,16 +116,18 @@ def why_not_fetched(error: Exception) -> str:
         return "its terms must be accepted on its page first; then set HF_TOKEN"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "no model of this name is there, or it is private: then set HF_TOKEN"
-    if status in (401, 403):
-        return f"the token was refused with status {status}; set another HF_TOKEN"
+    if status == 401:
+        return "the token was refused with status 401; set another HF_TOKEN"
+    if status == 403:
+        return "it was refused with status 403; the token has no right to it, or space is short"
     if status is not None:
         return f"the server answered with status {status}"
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set, and it is not in the cache"
+        return f"HF_HUB_OFFLINE is set{cached}"
     if isinstance(error, ConnectionError | errors.LocalEntryNotFoundError) or "Connect" in (
         type(error).__name__
     ):
-        return f"{constants.ENDPOINT} cannot be reached, and it is not in the cache"
+        return f"{constants.ENDPOINT} cannot be reached{cached}"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 

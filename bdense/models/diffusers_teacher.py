@@ -119,14 +119,20 @@ def read_diffusers(
             "the student without --lora to draw from it here"
         )
     ignored = _require_pipeline(folder)
-    model_folder, scheduler_file = _find(folder)
+    model_folder = _model_folder(folder)
     config = read_json(model_folder / CONFIG)
-    kind = str(config.get("_class_name"))
+    kind = str(config.get("_class_name", config.get("model_type")))  # of transformers
     if (kind, config.get("norm_type")) == _FORMER_DIT:
         kind = DiT.kind
     if kind not in NETWORKS:
         raise CheckpointError(
             f"{model_folder / CONFIG} describes a {kind}; this version reads {', '.join(NETWORKS)}"
+        )
+    scheduler_file = (folder if model_folder == folder else folder / "scheduler") / _SCHEDULER
+    if not scheduler_file.is_file():
+        raise CheckpointError(
+            f"{folder} has a model but no {scheduler_file.relative_to(folder)}, which defines its "
+            "noise levels; save the whole pipeline, or the scheduler beside the model"
         )
     if (folder / METADATA).is_file():
         return _exported(folder, NETWORKS[kind], model_folder, config, weights=weights)
@@ -279,22 +285,15 @@ def _denoiser(
     return NetworkDenoiser(network, precond).eval()
 
 
-def _find(folder: Path) -> tuple[Path, Path]:
-    """The model's folder and the scheduler's file."""
-    for model, scheduler in (("unet", "scheduler"), ("transformer", "scheduler"), (".", ".")):
-        if (folder / model / CONFIG).is_file():
-            file = folder / scheduler / _SCHEDULER
-            if file.is_file():
-                return folder / model, file
-            if is_pushed(folder):
+def _model_folder(folder: Path) -> Path:
+    for place in (folder / "unet", folder / "transformer", folder):
+        if (place / CONFIG).is_file():
+            if place == folder and is_pushed(folder):
                 raise CheckpointError(
                     f"{folder} is a model folder without its weights, {MODEL_FILE}; fetch or "
                     "export it again"
                 )
-            raise CheckpointError(
-                f"{folder} has a model but no {file.relative_to(folder)}, which defines its noise "
-                "levels; save the whole pipeline, or the scheduler beside the model"
-            )
+            return place
     raise CheckpointError(
         f"{folder} is not a diffusers folder: it has neither unet/{CONFIG} nor {CONFIG}, nor "
         f"transformer/{CONFIG}; give a folder that save_pretrained wrote"

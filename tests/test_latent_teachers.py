@@ -18,6 +18,9 @@ from bdense.methods.sfd import SFD, SFDConfig
 from bdense.models.latents import drawn_shape
 from bdense.models.store import load_model, save_denoiser
 from bdense.weights.weighting import FixedWeights
+from search.spec.file import read_here
+from search.worker.teachers import load_teacher
+from search.worker.trainer import Step
 from tests import commands
 from tests.features import ColourMeans, scripted
 from tests.latent_goldens import LATENT
@@ -67,11 +70,31 @@ def test_a_model_says_what_it_is(name, found):
     assert ("condition" in metadata) == ("condition" in found)
 
 
-def test_the_safety_checker_is_never_loaded(copied):
+def test_the_safety_checker_is_never_loaded(copied, tmp_path):
     folder = copied("pipeline-a")
     assert "ignored" not in load_model(folder)[1]
     change(folder / "model_index.json", safety_checker=["stable_diffusion", "Checker"])
     assert load_model(folder)[1]["ignored"] == ["safety_checker"]
+    (tmp_path / "p.txt").write_text("a red cat\n")
+    short = ("--nfe", 1, "--substeps", 2, "--batch", 2, "--kimg", 0.002)
+    given = ("--prompts", tmp_path / "p.txt", "--cache", tmp_path, "--out")
+    answer = commands.bdense("distill", folder, *short, *given, tmp_path / "s.safetensors")
+    assert "its safety_checker is not loaded" in answer.err
+    told = []
+    spec = read_here(
+        {
+            "name": "safe",
+            "teacher": {"checkpoint": str(folder)},
+            "prompts": str(tmp_path / "p.txt"),
+            "method": {"name": "sfd", "nfe": 1, "substeps": 2, "kimg": 0.002, "batch": 2},
+            "weights": {"name": "normalised", "a": {"low": 0, "high": 1}},
+            "plan": {"trials": 1},
+            "evaluation": {"reference": "ms-coco-val2014", "images": 2},
+        },
+        {},
+    )
+    load_teacher(spec, None, torch.device("cpu"), lambda *step: told.append(step))
+    assert told == [(Step.LOADING, 1, 1, "its safety_checker is left out")]
 
 
 # ---- what is refused ----

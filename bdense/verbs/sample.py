@@ -36,7 +36,7 @@ from bdense.models.latents import (
     require_own_codec,
 )
 from bdense.models.store import load_model
-from bdense.verbs.common import Progress, chosen_hardware
+from bdense.verbs.common import Progress, chosen_hardware, say_ignored
 from bdense.verbs.options import Drawing, Hardware, SampleOptions
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -210,8 +210,7 @@ def chosen_drawer(
             prompts or autoencoder are missing.
     """
     model, metadata = load_model(source)
-    for part in metadata.get("ignored", ()):
-        sys.stderr.write(f"{source}: its {part} is not loaded\n")
+    say_ignored(source, metadata)
     sampler = _chosen_sampler(source, drawing, model, metadata)
     model.require_levels(sampler.schedule)
     conditions = model.conditions_of(drawing.class_)  # refuses a class it does not know

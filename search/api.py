@@ -10,7 +10,6 @@ In a script, a notebook, or on a cluster::
     study.confirm().sentence()
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +52,7 @@ from search.storage.stop_flags import ask_all
 from search.study.folders import row_folder
 from search.study.study import Study
 from search.study.summary import Measured
-from search.study.trial_list import ListedRow, list_rows
+from search.study.trial_list import ListedRow, keys_of, list_rows
 from search.study.trial_log import LOG_FILE, read_log
 
 if TYPE_CHECKING:
@@ -187,8 +186,7 @@ class OpenStudy:
                 "frame needs pandas: pip install pandas, or read trials, which are records"
             ) from error
         rows = [{**row.as_dict(), **row.params} for row in self.trials]
-        fields = [each.name for each in dataclasses.fields(ListedRow)]
-        found = pd.DataFrame(rows, columns=None if rows else fields)
+        found = pd.DataFrame(rows, columns=None if rows else list(keys_of(self.spec.metric)))
         return found.drop(columns="params", errors="ignore")
 
     @property

@@ -251,3 +251,6 @@ def test_mistakes_are_named_before_anything_runs(url, tmp_path):
         with pytest.raises(InputError, match=f"{name} must be .*, got {type(value).__name__}"):
             call(**given)
     assert {"number", "state", "value", "seed"} <= set(study.frame().columns)
+    assert "metric" not in study.frame()
+    with pytest.raises(SpecError, match=r"^study: nmae is unknown; did you mean name"):
+        search.open_study({"nmae": "losses", "method": {"name": "command", "run": ["python"]}})

@@ -246,7 +246,8 @@ def test_the_json_of_status_and_best_is_documented_key_by_key(request):
     point = CurvePoint(params={"a": 0.0}, coordinates=[0.0], fid=3.0)
     more = {"ended_early": gain.as_dict(), "confirmed": {"method": {}, "arms": [{"values": {}}]}}
     more["one_shot"] = Curve(axes=["a"], points=[point], conditions={}).as_dict()
-    more["best"] = dict.fromkeys(("prompts", "weights_plot", "kid", "prc", "clip_score"))
+    of_some = ("prompts", "guidance", "decoded", "weights_plot", "kid", "prc", "clip_score")
+    more["best"] = dict.fromkeys(of_some)
     found |= keys(more)
     parts = {key.rpartition(".")[0] for key in found} | {"confirmed", "one_shot"}
     assert found <= best

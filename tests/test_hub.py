@@ -162,7 +162,7 @@ def test_a_student_s_file_is_exported_and_pushed(hub, tmp_path):
     classifier = classifier_path("digits-classifier", tmp_path)
     classifier.write_bytes(b"weights")
     known["extractor_sha256"] = sha256_file(classifier)
-    file, model = tmp_path / "student.safetensors", tmp_path / "model"
+    file, model = tmp_path / "student.safetensors", tmp_path / "here"
     save_denoiser(file, small_teacher(), STUDENT | {"data": "digits", "fid": known})
     asked = ("export", file, "--push", "me/model", "--cache", tmp_path, "--out")
     assert done(*asked, model).split() == [str(model), f"{hub.url}/me/model"]
@@ -170,6 +170,7 @@ def test_a_student_s_file_is_exported_and_pushed(hub, tmp_path):
     assert same_weights(student, small_teacher())
     assert metadata["fid"] == known
     assert hub.files["me/model"]["extractor.safetensors"] == b"weights"
+    assert b"\n# model\n" in hub.files["me/model"]["README.md"]
     assert hub.files["me/model"]["samples.png"].startswith(PNG)
     assert "me/model has files already" in refused(command(*asked, tmp_path / "again"))
     assert not (tmp_path / "again").exists()
@@ -233,6 +234,12 @@ def test_a_push_that_cannot_be_is_refused_without_the_token(
     assert hub.files == {}
 
 
+def test_a_push_without_a_network_does_not_speak_of_a_cache(hub, folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"cannot push me/model: HF_HUB_OFFLINE is set$"):
+        bdense.push_model(folder, "me/model")
+
+
 def test_what_cannot_be_loaded_is_one_line(hub, tmp_path, monkeypatch):
     def line() -> str:
         answer = command("sample", "me/model", "--out", tmp_path / "x.png")
@@ -241,7 +248,7 @@ def test_what_cannot_be_loaded_is_one_line(hub, tmp_path, monkeypatch):
 
     assert "no model of this name" in line()
     hub.files["me/model"] = {"config.json": b'{"model_type": "bert"}', "model.safetensors": b""}
-    assert line().startswith("bdense: me/model has a model but no scheduler")
+    assert line().startswith("bdense: me/model/config.json describes a bert; this version reads")
     with socket.create_server(("127.0.0.1", 0)) as unused:
         nobody = f"http://127.0.0.1:{unused.getsockname()[1]}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nobody)

@@ -372,7 +372,8 @@ def test_an_exported_students_fid_is_measured_again(folders, tmp_path):
     commands.done("export", file, "--pipeline", folders["epsilon"], "--out", out)
     asked = ("verify", out, *judge, "--json")
     assert json.loads(commands.done(*asked, *prompts))["verdict"] == "equal"
-    assert "--prompts are needed" in commands.refused(commands.bdense(*asked))
+    needed = commands.refused(commands.bdense(*asked))
+    assert needed.startswith("--prompts are needed: the FID was measured under 2 prompts of")
     missing = ("verify", file, *judge, *prompts)
     assert "--pipeline is needed" in commands.refused(commands.bdense(*missing))
     recorded = load_model(out)[1]["fid"]["prompts"]
@@ -496,6 +497,23 @@ def test_parts_that_do_not_fit_are_named(folders, tmp_path):
     student, known = student_of(ldm)
     known |= served_metadata([sampler_on(student)])
     assert_refused("3 classes, but LDMPipeline", out, student, known, teacher=ldm)
+
+
+def test_another_teachers_pipeline_is_refused(folders, tmp_path):
+    """Its autoencoder would make other images of the same latents, silently."""
+    student, known = student_of(folders["epsilon"])
+    known |= served_metadata([sampler_on(student)])
+    save_denoiser(tmp_path / "s.safetensors", student, known)
+    other = new_stable_diffusion(tmp_path / "other")
+    config = other / "vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
+    told = "scaling_factor 0.5, not 0.18215"
+    assert_refused(told, tmp_path / "out", student, known, teacher=other)
+    sample = ("sample", tmp_path / "s.safetensors", "--prompt", "a", "--out", tmp_path / "s.png")
+    assert told in commands.refused(commands.bdense(*sample, "--pipeline", other))
+    commands.done(*sample, "--pipeline", folders["epsilon"], "--images", 2)
+    with pytest.raises(CheckpointError, match="tokens of 32 channels, and the network takes 16"):
+        bdense.load_text_encoder(other, 16)
 
 
 def test_the_command_names_what_is_missing(folders, distilled, tmp_path):

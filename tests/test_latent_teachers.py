@@ -18,6 +18,9 @@ from bdense.methods.sfd import SFD, SFDConfig
 from bdense.models.latents import drawn_shape
 from bdense.models.store import load_model, save_denoiser
 from bdense.weights.weighting import FixedWeights
+from search.spec.file import read_here
+from search.worker.teachers import load_teacher
+from search.worker.trainer import Step
 from tests import commands
 from tests.features import ColourMeans, scripted
 from tests.latent_goldens import LATENT
@@ -67,11 +70,31 @@ def test_a_model_says_what_it_is(name, found):
     assert ("condition" in metadata) == ("condition" in found)
 
 
-def test_the_safety_checker_is_never_loaded(copied):
+def test_the_safety_checker_is_never_loaded(copied, tmp_path):
     folder = copied("pipeline-a")
     assert "ignored" not in load_model(folder)[1]
     change(folder / "model_index.json", safety_checker=["stable_diffusion", "Checker"])
     assert load_model(folder)[1]["ignored"] == ["safety_checker"]
+    (tmp_path / "p.txt").write_text("a red cat\n")
+    short = ("--nfe", 1, "--substeps", 2, "--batch", 2, "--kimg", 0.002)
+    given = ("--prompts", tmp_path / "p.txt", "--cache", tmp_path, "--out")
+    answer = commands.bdense("distill", folder, *short, *given, tmp_path / "s.safetensors")
+    assert "its safety_checker is not loaded" in answer.err
+    told = []
+    spec = read_here(
+        {
+            "name": "safe",
+            "teacher": {"checkpoint": str(folder)},
+            "prompts": str(tmp_path / "p.txt"),
+            "method": {"name": "sfd", "nfe": 1, "substeps": 2, "kimg": 0.002, "batch": 2},
+            "weights": {"name": "normalised", "a": {"low": 0, "high": 1}},
+            "plan": {"trials": 1},
+            "evaluation": {"reference": "ms-coco-val2014", "images": 2},
+        },
+        {},
+    )
+    load_teacher(spec, None, torch.device("cpu"), lambda *step: told.append(step))
+    assert told == [(Step.LOADING, 1, 1, "its safety_checker is left out")]
 
 
 # ---- what is refused ----
@@ -93,6 +116,23 @@ def test_weights_are_all_there_and_no_others(copied, damage, message):
     save_file(weights, folder / "unet" / WEIGHTS)
     with pytest.raises(CheckpointError, match=message):
         load_model(folder)
+
+
+def test_a_file_that_was_cut_short_is_named_with_a_way_out(copied):
+    file = copied("unet-a-epsilon") / "unet" / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"cannot load .*unet.* fetch it again"):
+        load_model(file.parents[1])
+
+
+def test_an_autoencoder_that_does_not_say_its_scale_has_diffusers_own(copied):
+    folder = copied("pipeline-a")
+    config = folder / "vae/config.json"
+    known = json.loads(config.read_text())
+    del known["scaling_factor"]
+    config.write_text(json.dumps(known))
+    assert load_model(folder)[1]["codec"]["scaling_factor"] == 0.18215
+    assert bdense.load_codec(folder).scaling_factor == 0.18215
 
 
 @pytest.mark.parametrize("part", ["unet", "vae"])
@@ -229,6 +269,11 @@ def test_a_student_of_latents_is_measured_by_its_decoded_images(tmp_path):
     asked = ("fid", out, "--pipeline", folder, "--prompts", prompts, *judge)
     later = json.loads(commands.done(*asked))
     assert at_once["value"] == pytest.approx(later["value"], rel=1e-9)
+    # Decoded is x, as the SFD reference does, and not z.
+    assert at_once["decoded"] == later["decoded"] == "x"
+    assert "guidance" not in later
+    guided = json.loads(commands.done(*asked, "--guidance", 4))
+    assert (guided["guidance"], guided["nfe"], guided["decoded"]) == (4, 2, "x")
 
     student, metadata = load_model(out)
     assert not student.samplers[0].afs  # unless it is asked for
@@ -289,6 +334,9 @@ def test_sample_draws_decoded_images_of_prompts(tmp_path):
         ("pipeline-a", ["--prompt", "a", "--prompts", "EMPTY"], "two sources"),
         ("ldm-a", ["--prompt", "a"], "takes no text"),
         ("ldm-a", ["--guidance", "2"], "guidance 2 needs"),
+        ("ldm-a", ["--negative-prompt", "a"], "--negative-prompt cannot be given"),
+        # It would be without effect.
+        ("pipeline-a", ["--prompt", "a", "--negative-prompt", "b"], "changes nothing at guidance"),
         ("dit-a", ["--class", "7"], "class 7 is not one of"),
     ],
 )

@@ -389,6 +389,9 @@ def test_every_metric_carries_its_conditions():
     assert under.conditions() == CONDITIONS | {"prompts": asdict(prompts)}
     assert (prompts.file, prompts.count) == ("captions.csv:text", 2)
     assert "2 prompts of captions.csv:text" in under.in_full()
+    under = replace(under, guidance=0.0, decoded="x")  # 0 is a guidance
+    assert (under.conditions()["guidance"], under.conditions()["decoded"]) == (0, "x")
+    assert "guidance 0" in under.in_full()
     assert FID.read(json.loads(json.dumps(under.as_dict()))) == under
     others = replace(fid, prompts=PromptFile.of("captions.csv:text", ["a three"]))
     assert under.differing(others) == ["prompts"]

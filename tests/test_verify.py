@@ -1,6 +1,7 @@
 """``bdense verify``: a recorded FID is found again, or said to be another one."""
 
 import json
+import math
 
 import pytest
 
@@ -86,6 +87,14 @@ def test_a_folder_has_its_own_classifier(student, shared_cache, cache, tmp_path)
     assert not classifier_path("digits-classifier", cache).exists()
 
 
+def test_a_folder_without_its_weights_says_so(student, tmp_path):
+    model = tmp_path / "model"
+    denoiser, known = load_denoiser(student)
+    export_folder(model, denoiser, known, pictures={"samples.png": lambda path: path.touch()})
+    (model / "model.safetensors").unlink()
+    assert "without its weights, model.safetensors" in refused(bdense("verify", model))
+
+
 @pytest.mark.parametrize(
     ("fid", "options", "names"),
     [
@@ -97,7 +106,9 @@ def test_a_folder_has_its_own_classifier(student, shared_cache, cache, tmp_path)
         ({"extractor": "torchscript:mine.pt"}, (), "--extractor is missing"),
         ({"seeds": {}}, (), "records no FID that can be measured again (no 'evaluation')"),
         ({"seeds": None}, (), "records no FID"),
+        ({"seeds": {"evaluation": "7"}}, (), "its seed '7'"),
         ({"value": "low"}, (), "value must be float"),
+        ({"value": math.nan}, (), "its value is nan"),
     ],
 )
 def test_what_cannot_be_measured_again_is_refused(
@@ -113,6 +124,7 @@ def test_what_cannot_be_measured_again_is_refused(
     [
         ({"data_sha256": "cd" * 32}, "cdcdcdcd"),
         ({"threads": "x"}, "threads must be int"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"execution": {"precision": "tf32"}}, "tf32 needs a CUDA device"),
     ],
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bdense.arguments import require_types
 from bdense.diffusion import BATCH
-from bdense.diffusion.codecs import Codec
+from bdense.diffusion.codecs import Codec, Pixels
 from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
@@ -263,6 +263,15 @@ def draw_images(
         if on_image is not None:
             on_image(images.stop)
     return torch.cat(drawn)
+
+
+def drawn_with(sampler: Sampler, codec: Codec | None = None) -> dict[str, Any]:
+    """What a FID's record says of how images were drawn: arguments of ``measure_images``.
+
+    A codec decodes the sampler's last state x, not z = x / sqrt(1 + sigma^2).
+    """
+    decoded = None if codec is None or isinstance(codec, Pixels) else "x"
+    return {"nfe": sampler.nfe, "guidance": sampler.guidance, "decoded": decoded}
 
 
 def _own_sampler(denoiser: NetworkDenoiser, asked: Sampler | None) -> Sampler:

@@ -46,6 +46,8 @@ def measure_images(
     nfe: int,
     seeds: dict[str, int],
     prompts: PromptFile | None = None,
+    guidance: float = 1.0,
+    decoded: str | None = None,
     clip: CLIPScorer | None = None,
     on_image: Callable[[int], None] | None = None,
 ) -> Metrics:
@@ -58,7 +60,8 @@ def measure_images(
         settings: Of KID and precision/recall; None for the defaults.
         nfe: Network evaluations per image.
         seeds: The images' seeds by name.
-        prompts: Those that the images were drawn under, for the record.
+        prompts, guidance: Those that the images were drawn under, for the record.
+        decoded: ``Codec.decoded`` of what made the images, for the record.
         clip: Scores them against their prompts, too; None does not.
         on_image: Called with the number of images done.
 
@@ -88,6 +91,8 @@ def measure_images(
         noise=noise,
         effects=grouped_effects(effects),
         prompts=prompts,
+        guidance=None if guidance == 1 else guidance,
+        decoded=decoded,
         **conditions,
     )
     kid = prc = None

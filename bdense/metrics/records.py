@@ -100,8 +100,11 @@ class FID(Measurement):
             a difference of two students of the same latents it is smaller.
         effects: [``GROUPS``] what each group of images adds, see ``grouped_effects``.
         prompts: Those of the images; None where they have none.
+        guidance: When sampling; None where it is 1.
+        decoded: What an autoencoder made the images of: ``x``, the state at the sampler's last
+            level, and not z = x / sqrt(1 + sigma^2); None where the model draws images.
 
-    Older results have no noise, effects or prompts.
+    Older results have no noise, effects, prompts, guidance or decoded.
     """
 
     VALUES = ("value", "noise", "effects")
@@ -111,6 +114,8 @@ class FID(Measurement):
     noise: float | None = None
     effects: list[float] = field(default_factory=list, repr=False)
     prompts: PromptFile | None = None
+    guidance: float | None = None
+    decoded: str | None = None
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Self:
@@ -121,11 +126,10 @@ class FID(Measurement):
         return super().read({**stored, "prompts": PromptFile(**known)})
 
     def conditions(self) -> dict[str, Any]:
-        """Everything but the values; without prompts where there are none."""
-        found = super().conditions()
-        if self.prompts is None:
-            del found["prompts"]
-        return found
+        """Everything but the values; what only some FIDs have is left out of the others."""
+        found = super().conditions().items()
+        own = ("prompts", "guidance", "decoded")
+        return {name: value for name, value in found if value is not None or name not in own}
 
     def differing(self, other: "Measurement") -> list[str]:
         """Conditions that keep two values from being compared; prompts where both say theirs."""
@@ -144,10 +148,13 @@ class FID(Measurement):
         """Its conditions for people, as a single FID is never shown without them."""
         seeds = ", ".join(f"{what} {seed}" for what, seed in self.seeds.items())
         return (
-            f"of {self.images} images at NFE {self.nfe}, features of {self.extractor} "
-            f"({self.extractor_sha256[:8]}), against {self.reference_images} of "
+            f"of {self.images} images at NFE {self.nfe}{self._guided()}, features of "
+            f"{self.extractor} ({self.extractor_sha256[:8]}), against {self.reference_images} of "
             f"{self.reference}{self._under()}, seeds: {seeds}"
         )
+
+    def _guided(self) -> str:
+        return "" if self.guidance is None else f" and guidance {self.guidance:g}"
 
     def _under(self) -> str:
         return "" if self.prompts is None else f", under {self.prompts.text()}"

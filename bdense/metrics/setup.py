@@ -9,6 +9,7 @@ import torch
 
 from bdense.arguments import require_types
 from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.metrics.references import Reference
 from bdense.models.store import denoiser_sha256
@@ -27,7 +28,7 @@ class Setup:
         guidance: When sampling, of a student that was distilled without; None is its own.
 
     Raises:
-        InputError: A value has another type.
+        InputError: A value has another type, or a count is below 1.
     """
 
     weights_sha256: str | None = None
@@ -42,6 +43,9 @@ class Setup:
 
     def __post_init__(self) -> None:
         require_types(self)
+        for name in ("batch", "threads"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise InputError(f"Setup: {name} must be at least 1, got {count}")
 
     @classmethod
     def of(cls, model: NetworkDenoiser, reference: Reference, batch: int, numerics: int) -> Self:

@@ -23,7 +23,7 @@ from bdense.models.card import pipeline_card
 from bdense.models.diffusers_files import PIPELINE, WEIGHTS
 from bdense.models.folder import export_for_diffusers, measured_sampler, require_one_branch
 from bdense.models.latent_pipeline import LatentPipeline, latent_pipeline
-from bdense.models.latents import draws_latents
+from bdense.models.latents import draws_latents, require_own_codec
 from bdense.networks.diffusers_network import DiffusersNetwork
 from bdense.networks.diffusers_unet import DiffusersUNet
 
@@ -161,11 +161,7 @@ def _pipeline_of(
                 f"one; {_INSTEAD}"
             )
         latent = latent_pipeline(denoiser, sampler, teacher)
-        if metadata.get("codec", latent.codec) != latent.codec:
-            raise InputError(
-                f"the student was distilled for latents of {metadata['codec']}, and the "
-                f"autoencoder of {teacher} makes those of {latent.codec}; give the teacher's own"
-            )
+        require_own_codec(denoiser, metadata, teacher)
         return latent
     precond = _require_network(denoiser)
     return _DDIMPipeline(denoiser=denoiser, call=_call(measured_sampler(metadata), precond))

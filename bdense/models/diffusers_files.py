@@ -72,14 +72,15 @@ def folder_of(source: str | Path, files: Sequence[str] = ()) -> Path:
 
     try:
         folder = Path(snapshot_download(source, allow_patterns=[*(files or _PATTERNS)]))
-        if not files and _is_pushed(folder):
+        if not files and is_pushed(folder):
             snapshot_download(source, allow_patterns=[MODEL_FILE, EXTRACTOR])
         return folder
     except CheckpointError:
         raise
     except Exception as error:
+        why = why_refused(error, ", and it is not in the cache")
         raise InputError(
-            f"cannot fetch {source} from the Hugging Face hub ({why_not_fetched(error)}); fetch "
+            f"cannot fetch {source} from the Hugging Face hub ({why}); fetch "
             f"{hub_page(source)} by hand into a folder and give the folder"
         ) from error
 
@@ -97,13 +98,17 @@ def pipeline_folder(source: str | Path) -> Path:
     return folder / PIPELINE if (folder / PIPELINE / INDEX).is_file() else folder
 
 
-def _is_pushed(folder: Path) -> bool:
-    """Whether it is a repository that ``HubRepository.push`` made."""
+def is_pushed(folder: Path) -> bool:
+    """Whether it is a folder of ``export_folder``, which ``HubRepository.push`` uploads."""
     return (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("file") == MODEL_FILE
 
 
-def why_not_fetched(error: Exception) -> str:
-    """One line on an error of huggingface_hub, without addresses that may hold secrets."""
+def why_refused(error: Exception, cached: str = "") -> str:
+    """One line on an error of huggingface_hub, without addresses that may hold secrets.
+
+    Args:
+        cached: What to add where there is no network.
+    """
     from huggingface_hub import constants, errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -111,16 +116,18 @@ def why_not_fetched(error: Exception) -> str:
         return "its terms must be accepted on its page first; then set HF_TOKEN"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "no model of this name is there, or it is private: then set HF_TOKEN"
-    if status in (401, 403):
-        return f"the token was refused with status {status}; set another HF_TOKEN"
+    if status == 401:
+        return "the token was refused with status 401; set another HF_TOKEN"
+    if status == 403:
+        return "it was refused with status 403; the token has no right to it, or space is short"
     if status is not None:
         return f"the server answered with status {status}"
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set, and it is not in the cache"
+        return f"HF_HUB_OFFLINE is set{cached}"
     if isinstance(error, ConnectionError | errors.LocalEntryNotFoundError) or "Connect" in (
         type(error).__name__
     ):
-        return f"{constants.ENDPOINT} cannot be reached, and it is not in the cache"
+        return f"{constants.ENDPOINT} cannot be reached{cached}"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
@@ -169,9 +176,9 @@ def load_part(model_class: Any, folder: Path, **options: Any) -> Any:  # noqa: A
             f"; only safetensors are read, not {pickles[0]}: save the model again with diffusers' "
             "save_pretrained"
             if pickles
-            else ""
+            else "; fetch it again, or save it again with save_pretrained"
         )
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).removesuffix(".")
         raise CheckpointError(f"diffusers cannot load {folder} ({reason}){hint}") from error
     _require_complete(folder, found)
     return model.float().eval()

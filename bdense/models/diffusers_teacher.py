@@ -25,8 +25,10 @@ from bdense.models.diffusers_files import (
     INDEX,
     LORA_WEIGHTS,
     METADATA,
+    MODEL_FILE,
     WEIGHTS,
     folder_of,
+    is_pushed,
     load_part,
     public_name,
     read_json,
@@ -60,6 +62,8 @@ SCHEDULERS = (
 _FORMER_DIT = ("Transformer2DModel", "ada_norm_zero")
 # Folders of the autoencoder, and its classes.
 CODEC_PARTS, CODECS = ("vae", "vqvae"), ("AutoencoderKL", "VQModel")
+# Their scaling_factor in configurations of before it was saved.
+_SCALE = 0.18215
 _SCHEDULER = "scheduler_config.json"
 # In the metadata of an exported student: what follows from the rest, and what of its architecture
 # is not an option of its preconditioning.
@@ -115,14 +119,20 @@ def read_diffusers(
             "the student without --lora to draw from it here"
         )
     ignored = _require_pipeline(folder)
-    model_folder, scheduler_file = _find(folder)
+    model_folder = _model_folder(folder)
     config = read_json(model_folder / CONFIG)
-    kind = str(config.get("_class_name"))
+    kind = str(config.get("_class_name", config.get("model_type")))  # of transformers
     if (kind, config.get("norm_type")) == _FORMER_DIT:
         kind = DiT.kind
     if kind not in NETWORKS:
         raise CheckpointError(
             f"{model_folder / CONFIG} describes a {kind}; this version reads {', '.join(NETWORKS)}"
+        )
+    scheduler_file = (folder if model_folder == folder else folder / "scheduler") / _SCHEDULER
+    if not scheduler_file.is_file():
+        raise CheckpointError(
+            f"{folder} has a model but no {scheduler_file.relative_to(folder)}, which defines its "
+            "noise levels; save the whole pipeline, or the scheduler beside the model"
         )
     if (folder / METADATA).is_file():
         return _exported(folder, NETWORKS[kind], model_folder, config, weights=weights)
@@ -207,7 +217,7 @@ def codec_facts(network: Network, codec: tuple[Path, dict[str, Any]]) -> dict[st
         )
     return {
         "class": config["_class_name"],
-        "scaling_factor": config.get("scaling_factor"),
+        "scaling_factor": config.get("scaling_factor", _SCALE),
         "image_channels": config.get("out_channels", 3),
         "enlarges": 2 ** (len(config.get("block_out_channels", [0])) - 1),
         **({"shift_factor": shift} if (shift := config.get("shift_factor")) else {}),
@@ -275,17 +285,15 @@ def _denoiser(
     return NetworkDenoiser(network, precond).eval()
 
 
-def _find(folder: Path) -> tuple[Path, Path]:
-    """The model's folder and the scheduler's file."""
-    for model, scheduler in (("unet", "scheduler"), ("transformer", "scheduler"), (".", ".")):
-        if (folder / model / CONFIG).is_file():
-            file = folder / scheduler / _SCHEDULER
-            if file.is_file():
-                return folder / model, file
-            raise CheckpointError(
-                f"{folder} has a model but no {file.relative_to(folder)}, which defines its noise "
-                "levels; save the whole pipeline, or the scheduler beside the model"
-            )
+def _model_folder(folder: Path) -> Path:
+    for place in (folder / "unet", folder / "transformer", folder):
+        if (place / CONFIG).is_file():
+            if place == folder and is_pushed(folder):
+                raise CheckpointError(
+                    f"{folder} is a model folder without its weights, {MODEL_FILE}; fetch or "
+                    "export it again"
+                )
+            return place
     raise CheckpointError(
         f"{folder} is not a diffusers folder: it has neither unet/{CONFIG} nor {CONFIG}, nor "
         f"transformer/{CONFIG}; give a folder that save_pretrained wrote"

@@ -12,7 +12,7 @@ from typing import Any
 
 from bdense.errors import InputError, extra
 from bdense.models.card import HOW_TO_SAMPLE, pipeline_tag
-from bdense.models.diffusers_files import INDEX, PIPELINE, is_hub_id, read_json, why_not_fetched
+from bdense.models.diffusers_files import INDEX, PIPELINE, is_hub_id, read_json, why_refused
 from bdense.models.folder import CARD, CONFIG
 
 # Data sets as the Hub calls them.
@@ -61,7 +61,7 @@ class HubRepository:
         except RepositoryNotFoundError:
             return
         except Exception as error:
-            raise InputError(f"cannot push {self.repo_id}: {why_not_fetched(error)}") from error
+            raise InputError(f"cannot push {self.repo_id}: {why_refused(error)}") from error
         if files:
             raise InputError(
                 f"{self.url} has files already, such as {min(files)}; choose another name, or "
@@ -87,6 +87,7 @@ class HubRepository:
         for verb in ("sample", "verify"):
             text = text.replace(f"bdense {verb} {folder.name}", f"bdense {verb} {self.repo_id}")
         text = text.replace(json.dumps(folder.name), json.dumps(self.repo_id))
+        text = text.replace(f"# {folder.name}\n", f"# {self.repo_id.partition('/')[2]}\n", 1)
         if has_pipeline:
             text += _pipeline_section(folder / PIPELINE / CARD, self.repo_id)
         operations = [CommitOperationAdd(CARD, f"---\n{front}\n---\n{text}".encode())]
@@ -97,7 +98,7 @@ class HubRepository:
                 self.repo_id, operations, commit_message="A student distilled by bdense"
             )
         except Exception as error:
-            raise InputError(f"cannot push {self.repo_id}: {why_not_fetched(error)}") from error
+            raise InputError(f"cannot push {self.repo_id}: {why_refused(error)}") from error
         return self.url
 
 

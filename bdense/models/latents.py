@@ -23,7 +23,7 @@ from bdense.models.diffusers_files import (
     pipeline_folder,
     read_json,
 )
-from bdense.models.diffusers_teacher import codec_config
+from bdense.models.diffusers_teacher import codec_config, codec_facts
 from bdense.networks.diffusers_network import require_diffusers
 from bdense.networks.diffusers_unet import DiffusersUNet
 
@@ -98,6 +98,31 @@ def load_codec(source: str | Path) -> Codec:
     return Autoencoder(model, float(model.config.scaling_factor), float(shift))
 
 
+def require_own_codec(
+    model: NetworkDenoiser, metadata: Mapping[str, Any], source: str | Path
+) -> None:
+    """Refuse a pipeline whose autoencoder is another than that of the model's latents.
+
+    Weights are not compared: whoever trains a decoder of the same latents may use it.
+
+    Raises:
+        CheckpointError: It is of another class, scale or size.
+    """
+    if (part := codec_config(pipeline_folder(source))) is None:
+        return
+    known, found = metadata.get("codec", {}), codec_facts(model.model, part)
+    differing = [
+        f"{name} {found[name]}, not {value}"
+        for name, value in known.items()
+        if value is not None and name in found and found[name] != value
+    ]
+    if differing:
+        raise CheckpointError(
+            f"the autoencoder of {source} is another than that of the model's latents "
+            f"({'; '.join(differing)}); give the pipeline of its teacher"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class TextEncoder:
     """Prompts to what a text-conditional network sees: L tokens of E channels."""
@@ -149,13 +174,16 @@ class TextEncoder:
         return Prompts(self.embed(prompts).cpu(), self.embed([negative]).cpu())
 
 
-def load_text_encoder(source: str | Path) -> TextEncoder:
+def load_text_encoder(source: str | Path, width: int | None = None) -> TextEncoder:
     """The tokenizer and text encoder of a folder or hub id in diffusers' format.
 
     A folder of ``export_folder`` is read for the pipeline in it.
 
+    Args:
+        width: E that the network takes; None takes any.
+
     Raises:
-        CheckpointError: They are missing there, or not CLIP's.
+        CheckpointError: They are missing there, not CLIP's, or of another width.
         InputError: A library is not installed, or the hub cannot be reached.
     """
     require_diffusers()
@@ -166,4 +194,10 @@ def load_text_encoder(source: str | Path) -> TextEncoder:
                 f"{folder} has no {part}, which prompts need; give the whole pipeline's folder"
             )
     model = load_transformers("CLIPTextModel", folder / TEXT_ENCODER, "prompts")
-    return TextEncoder(load_processor("CLIPTokenizer", folder / TOKENIZER), model)
+    encoder = TextEncoder(load_processor("CLIPTokenizer", folder / TOKENIZER), model)
+    if width not in (None, encoder.width):
+        raise CheckpointError(
+            f"{folder / TEXT_ENCODER} makes tokens of {encoder.width} channels, and the network "
+            f"takes {width}; give the pipeline of its teacher"
+        )
+    return encoder

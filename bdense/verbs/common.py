@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -51,6 +51,12 @@ def chosen_hardware(execution: Execution, hardware: Hardware) -> torch.device:
     device = chosen_device(hardware)
     execution.require(device)
     return device
+
+
+def say_ignored(source: str, metadata: Mapping[str, Any]) -> None:
+    """Tell which parts of a teacher's pipeline are never loaded."""
+    for part in metadata.get("ignored", ()):
+        sys.stderr.write(f"{source}: its {part} is not loaded\n")
 
 
 def require_model_out(

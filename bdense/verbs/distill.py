@@ -36,6 +36,7 @@ from bdense.verbs.common import (
     Progress,
     chosen_hardware,
     require_model_out,
+    say_ignored,
 )
 from bdense.verbs.evaluation import FIDEvaluation, no_kept_fid
 from bdense.verbs.options import IMAGES, DistillOptions, Evaluation, Hardware, Logging
@@ -69,6 +70,7 @@ def distill(
     else:
         image_shape(own.data)  # not needed, but a misspelt one is refused all the same
     teacher, known = load_stored(own.teacher)
+    say_ignored(own.teacher, known)
     # A student that is distilled further keeps its own knobs, unless an option changes them.
     config = read_config(**method.Config.usual(known, teacher))
     learned = dataset if method.needs_data else None

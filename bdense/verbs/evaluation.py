@@ -11,7 +11,7 @@ from bdense.diffusion import BATCH
 from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.sampling import SETUP, Sampler, draw_images
+from bdense.diffusion.sampling import SETUP, Sampler, draw_images, drawn_with
 from bdense.execution import Execution
 from bdense.files import plain_json, write_json
 from bdense.metrics.extractors import Extractor
@@ -74,7 +74,7 @@ class FIDEvaluation:
             images,
             self.extractor,
             self.reference,
-            nfe=sampler.nfe,
+            **drawn_with(sampler, self.codec),
             seeds={"evaluation": seed},
             prompts=self.prompts,
         )

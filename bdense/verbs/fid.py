@@ -7,6 +7,7 @@ from typing import Any
 from bdense.command import Force
 from bdense.data.datasets import load_dataset
 from bdense.data.names import split_format
+from bdense.diffusion.sampling import drawn_with
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.files import require_output
@@ -69,7 +70,7 @@ def fid(
         reference,
         metrics=own.metrics,
         settings=settings,
-        nfe=drawer.sampler.nfe,
+        **drawn_with(drawer.sampler, drawer.codec),
         seeds={"evaluation": own.seed},
         prompts=None if drawing.prompts is None else PromptFile.of(drawing.prompts, texts),
         clip=clip,

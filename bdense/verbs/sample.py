@@ -34,9 +34,10 @@ from bdense.models.latents import (
     draws_latents,
     load_codec,
     load_text_encoder,
+    require_own_codec,
 )
 from bdense.models.store import load_model
-from bdense.verbs.common import Progress, chosen_hardware
+from bdense.verbs.common import Progress, chosen_hardware, say_ignored
 from bdense.verbs.options import Drawing, Hardware, SampleOptions
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -102,13 +103,14 @@ def conditions_of(
     if not model.model.text_dim:
         if texts or negative:
             raise KnobError(
-                "prompts", "are for a text-conditional model, and this one takes no text"
+                "prompts" if texts else "negative_prompt",
+                "cannot be given to a model that takes no text; leave prompts out",
             )
         return None
     if not texts:
         raise KnobError("prompts", "are needed by a text-conditional model")
     require_pipeline(pipeline)
-    encoder = load_text_encoder(pipeline)
+    encoder = load_text_encoder(pipeline, model.model.text_dim)
     for i in encoder.too_long([*texts, negative]):
         which = f"prompt {i + 1}" if i < len(texts) else "the negative prompt"
         sys.stderr.write(f"{which} is longer than {encoder.length} tokens; the rest is left out\n")
@@ -131,11 +133,12 @@ def codec_of(
     """What makes images of a model's latents; None for a model of pixels.
 
     Raises:
-        InputError: There is no autoencoder in the pipeline.
+        InputError: There is no autoencoder in the pipeline, or another than that of the latents.
     """
     if not draws_latents(model, metadata):
         return None
     require_pipeline(pipeline)
+    require_own_codec(model, metadata, pipeline)
     return load_codec(pipeline).to(device)
 
 
@@ -208,13 +211,16 @@ def chosen_drawer(
             prompts or autoencoder are missing.
     """
     model, metadata = load_model(source)
-    for part in metadata.get("ignored", ()):
-        sys.stderr.write(f"{source}: its {part} is not loaded\n")
+    say_ignored(source, metadata)
     sampler = _chosen_sampler(source, drawing, model, metadata)
     model.require_levels(sampler.schedule)
     conditions = model.conditions_of(drawing.class_)  # refuses a class it does not know
     if not model.model.text_dim:
         null_for(sampler.guidance, conditions)  # refuses guidance that it cannot have
+    elif drawing.negative_prompt and sampler.guidance == 1:
+        raise KnobError(
+            "negative_prompt", "changes nothing at guidance 1; give `guidance`, too, or drop it"
+        )
     remark, pipeline = "", drawing.pipeline or source
     if drawing.nfe is None and drawing.epd_table is None and not model.samplers:
         remark = (

@@ -1,6 +1,7 @@
 """``bdense verify``: a student's recorded FID, measured again."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def _recorded(source: str, metadata: Mapping[str, Any]) -> tuple[FID, Setup]:
     try:
         fid = FID.read(metadata["fid"])
         require_types(fid)
-        fid.seeds["evaluation"]
+        _require_finite(fid)
         setup = Setup.read(metadata.get(SETUP, {}))
     except (KeyError, TypeError, AttributeError, InputError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
@@ -106,6 +107,13 @@ def _recorded(source: str, metadata: Mapping[str, Any]) -> tuple[FID, Setup]:
             "distill --extractor` and bdense-search record one"
         ) from error
     return fid, setup
+
+
+def _require_finite(fid: FID) -> None:
+    """Refuse what types alone let through."""
+    seed: object = fid.seeds["evaluation"]
+    if not math.isfinite(fid.value) or type(seed) is not int or seed < 0:
+        raise InputError(f"its value is {fid.value}, its seed {seed!r}")
 
 
 def _sampler(source: str, metadata: Mapping[str, Any], recorded: FID) -> Sampler:
@@ -156,9 +164,10 @@ def _reference(own: VerifyOptions, recorded: FID, extractor: Extractor) -> Refer
 
 def _require_prompts(recorded: FID, file: str | None, texts: Sequence[str]) -> None:
     """Refuse other prompts than the recorded ones, where the FID says them."""
-    was = recorded.prompts
-    if was is None or file is None:
+    if (was := recorded.prompts) is None:
         return
+    if file is None:
+        raise KnobError("prompts", f"are needed: the FID was measured under {was.text()}")
     now = PromptFile.of(file, texts)
     if now.sha256 != was.sha256:
         raise KnobError(

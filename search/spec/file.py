@@ -53,8 +53,11 @@ def read_here(
         return _read(Path(given), changes)
     tree = given.as_dict() if isinstance(given, StudySpec) else dict(given)
     tree.pop("facts", None)
-    tree = _merged(_spelt(tree), changes)
-    return parse(tree, source=str(Path.cwd() / "study")).workload.resolve("study")
+    tree, place = _merged(_spelt(tree), changes), str(Path.cwd() / "study")
+    try:
+        return parse(tree, source=place).workload.resolve("study")
+    except SpecError as error:  # there is no such file: it only says what paths are relative to
+        raise SpecError(str(error).replace(f"{place}: ", "study: ")) from error
 
 
 def require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:

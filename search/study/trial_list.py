@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from optuna.trial import TrialState
@@ -63,8 +63,13 @@ class ListedRow:
 
     def as_dict(self) -> dict[str, Any]:
         """The form that ``trials --json`` prints."""
-        values = {name: getattr(self, name) for name in self.__slots__ if name != "metric"}
-        return {self.metric.key if name == "value" else name: v for name, v in values.items()}
+        return {key: getattr(self, name) for key, name in keys_of(self.metric).items()}
+
+
+def keys_of(metric: Metric) -> dict[str, str]:
+    """The keys of ``ListedRow.as_dict``, and the names of their fields."""
+    names = [each.name for each in fields(ListedRow) if each.name != "metric"]
+    return {metric.key if name == "value" else name: name for name in names}
 
 
 def list_rows(study: Study) -> list[ListedRow]:

@@ -13,7 +13,7 @@ from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.pictures import save_grid
-from bdense.diffusion.sampling import Sampler, draw_images
+from bdense.diffusion.sampling import Sampler, draw_images, drawn_with
 from bdense.metrics.clip_score import CLIPScorer, load_clip_scorer
 from bdense.metrics.extractors import Extractor
 from bdense.metrics.metrics import measure_images
@@ -103,7 +103,7 @@ class Evaluator:
             self.extractor,
             self.reference,
             metrics=self.spec.metrics if images is None else ("fid",),
-            nfe=sampler.nfe,
+            **drawn_with(sampler, self.codec),
             seeds={**trained, "evaluation": self.latents},
             prompts=self.prompts,
             clip=self.clip if images is None else None,

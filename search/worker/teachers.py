@@ -36,6 +36,8 @@ def load_teacher(
         teacher, known = load_stored(latent_digits(cache_folder()))
     elif spec.teacher.checkpoint is not None:
         teacher, known = load_stored(spec.teacher.checkpoint)
+        for part in known.get("ignored", ()):
+            report(Step.LOADING, 1, 1, f"its {part} is left out")
     else:
         assert spec.teacher.train is not None
         assert dataset is not None

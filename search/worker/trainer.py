@@ -33,6 +33,7 @@ class Step(StrEnum):
     FEATURES = "feature extractor"
     PROMPTS = "embedding prompts"
     DATA = "encoding the data set"
+    LOADING = "loading the teacher"
     TEACHER = "training the teacher"
     TEACHER_FID = "measuring the teacher"
     TRAJECTORIES = "recording trajectories"

@@ -219,12 +219,14 @@ def run_verb(
 
 
 class _Output:
-    """Standard output, which its errors name; those of other files without a name are theirs."""
+    """Standard output; its errors name it, as Python's do not."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  whatever a stream has
+        if name.startswith("__"):  # such as copy and pickle ask for, before there is a stream
+            raise AttributeError(name)
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:

@@ -274,7 +274,7 @@ def sha256_model(path: Path) -> str:
 def user_folder(variable: str, name: str) -> Path:
     """The folder that an environment variable names, or one of that name in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get(variable) or Path(cache) / "bdense" / name).expanduser()
+    return Path(os.path.expanduser(os.environ.get(variable) or f"{cache}/bdense/{name}"))
 
 
 def _warn_of_waiting(path: Path) -> None:

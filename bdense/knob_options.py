@@ -80,8 +80,8 @@ def _put(tree: dict[str, Any], name: str, known: Knob, given: Any) -> None:  # n
     *outer, last = name.split(".")
     for each in outer:
         tree = tree.setdefault(each, {})
-    if isinstance(given, str):
-        given = os.path.expanduser(given)  # noqa: PTH111  a shell leaves the ~ of --out=~/x
+    if isinstance(given, str) and known.metavar != "TEXT":
+        given = os.path.expanduser(given)  # a shell leaves the ~ of --out=~/x
     try:
         words = given.split(",") if known.form == "commas" else given
         if isinstance(given, list) and known.form is None:  # 2,3 or 2 3

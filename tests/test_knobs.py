@@ -59,6 +59,7 @@ class Config(Training):
     afs: bool = knob(True, "first step for nothing")
     flip: bool = knob(False, "mirror half of the images")
     folder: Path | None = knob(None, "folder")
+    prompt: str = knob("", "prompt", metavar="TEXT")
     levels: Levels = knob(Levels(rho=5.0), "noise levels")
     network: dict[str, Any] = knob({}, "a network's own options")
 
@@ -238,6 +239,7 @@ def test_a_home_is_found_behind_an_equals_sign(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert built("--folder=~/x").folder == tmp_path / "x"
     assert built("--folder=~nobody-of-that-name/x").folder == Path("~nobody-of-that-name/x")
+    assert built("--prompt", "~/ by the sea").prompt == "~/ by the sea"
 
 
 def test_help_has_range_default_and_heading(monkeypatch):

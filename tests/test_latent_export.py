@@ -499,16 +499,22 @@ def test_parts_that_do_not_fit_are_named(folders, tmp_path):
     assert_refused("3 classes, but LDMPipeline", out, student, known, teacher=ldm)
 
 
-def test_another_teachers_pipeline_is_refused(folders, tmp_path):
+@pytest.mark.parametrize(
+    ("changed", "told", "exported"),
+    [
+        ({"scaling_factor": 0.5}, "scaling_factor 0.5, not 0.18215", "scaling_factor 0.5"),
+        ({"shift_factor": 0.5}, "shift_factor 0.5, not 0.0", "shifts its latents by 0.5"),
+    ],
+)
+def test_another_teachers_pipeline_is_refused(folders, tmp_path, changed, told, exported):
     """Its autoencoder would make other images of the same latents, silently."""
     student, known = student_of(folders["epsilon"])
     known |= served_metadata([sampler_on(student)])
     save_denoiser(tmp_path / "s.safetensors", student, known)
     other = new_stable_diffusion(tmp_path / "other")
     config = other / "vae/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
-    told = "scaling_factor 0.5, not 0.18215"
-    assert_refused(told, tmp_path / "out", student, known, teacher=other)
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    assert_refused(exported, tmp_path / "out", student, known, teacher=other)
     sample = ("sample", tmp_path / "s.safetensors", "--prompt", "a", "--out", tmp_path / "s.png")
     assert told in commands.refused(commands.bdense(*sample, "--pipeline", other))
     commands.done(*sample, "--pipeline", folders["epsilon"], "--images", 2)

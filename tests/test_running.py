@@ -279,24 +279,30 @@ def test_before_rows_run_a_stop_ends_the_launch_at_once():
         preparing()
 
 
-def test_a_signal_hushes_what_rays_code_writes():
+def test_a_signal_silences_what_rays_code_writes():
     """It writes to the descriptor, and Python to the same."""
     code = """
 import os, sys
-from search.run.ending import hushing
-with hushing() as hush:
+from search.run.ending import silencing_descriptor_2
+from search.run.progress import Display, Snapshot
+progress = Display(lambda: Snapshot(text="ours", ended=0, total=1, running=[]))
+with silencing_descriptor_2() as silence:
     os.write(2, b"before, ")
     for _ in range(2):
-        hush()
+        silence()
         os.write(2, b"ray, ")
-        sys.stderr.write("ours, ")
+        sys.stderr.write("ours \\udc80, ")
         sys.stderr.flush()
+    progress.running()
 os.write(2, b"after, ")
 sys.stderr.write("ours")
 """
     command = [sys.executable, "-c", code]
     ended = subprocess.run(command, capture_output=True, check=True, text=True)
-    assert ended.stderr == "before, ours, ours, after, ours"
+    before, line, after = re.split(r"(\[.*\n)", ended.stderr)
+    assert before == r"before, ours \udc80, ours \udc80, "
+    assert line.endswith("] ours\n")
+    assert after == "after, ours"
 
 
 def running(study: Study, launch: Launch, signals: int, grace: float = 60.0) -> None:

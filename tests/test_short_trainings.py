@@ -159,6 +159,14 @@ def test_they_are_observations_of_another_length_and_level(url):
     )
 
 
+def test_a_search_whose_budget_shrank_meanwhile_plans_no_more(url):
+    """As by another worker's stop rule, or a launch with fewer trials."""
+    simulated = Simulated(url)
+    finish(simulated.study, simulated.of_arm)
+    simulated.study.search.start_no_more()
+    assert not plan_short(simulated.study)
+
+
 @pytest.mark.filterwarnings("ignore")  # threads share what ignores those of a fit
 def test_two_workers_at_once_plan_one(url):
     simulated = Simulated(url, short=6)

@@ -15,6 +15,7 @@ from sqlalchemy.exc import OperationalError, ProgrammingError
 import search.storage.engine
 from search import cli
 from search.errors import StorageError, StorageRefusedError
+from search.places import runs_folder
 from search.redaction import redact, redact_url
 from search.storage.engine import (
     exclusive,
@@ -44,6 +45,8 @@ def test_where_the_storage_is(tmp_path, monkeypatch):
     monkeypatch.setenv("BDENSE_RUNS", "elsewhere")
     assert resolve_storage_url(None) == f"sqlite:///{tmp_path}/elsewhere/bdense.db"
     monkeypatch.setenv("HOME", f"{tmp_path}/home")
+    monkeypatch.setenv("BDENSE_RUNS", "~nobody-of-that-name/runs")
+    assert runs_folder() == Path("~nobody-of-that-name/runs")
     monkeypatch.setenv("BDENSE_RUNS", "~/runs")
     assert resolve_storage_url(None) == f"sqlite:///{tmp_path}/home/runs/bdense.db"
     monkeypatch.setenv("BDENSE_STORAGE", "postgresql://me@db/studies")

@@ -106,7 +106,7 @@ def test_a_folder_without_its_weights_says_so(student, tmp_path):
         ({"extractor": "torchscript:mine.pt"}, (), "--extractor is missing"),
         ({"seeds": {}}, (), "records no FID that can be measured again (no 'evaluation')"),
         ({"seeds": None}, (), "records no FID"),
-        ({"seeds": {"evaluation": "7"}}, (), "its seed '7'"),
+        ({"seeds": {"evaluation": "7"}}, (), "its seed is '7'"),
         ({"value": "low"}, (), "value must be float"),
         ({"value": math.nan}, (), "its value is nan"),
     ],

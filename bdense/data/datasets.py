@@ -7,6 +7,7 @@ n images, C channels, H x W pixels.
 import contextlib
 import hashlib
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,7 +185,7 @@ def _load(
     """Name, images, cropped but not padded, and labels; the name holds no path of this machine."""
     crop = fit.side if fit is not None and fit.crop else None
     if (found := split_format(source)) is not None:
-        kind, path = found[0], Path(found[1]).expanduser()
+        kind, path = found[0], Path(os.path.expanduser(found[1]))
         require_no_pipe(path)
         if path.is_file():
             require_no_page(path)
@@ -194,7 +195,7 @@ def _load(
     if source in _NAMED:
         images, labels = _NAMED[source][1]()
         return source, images if crop is None else cropped_arrays(images, crop), labels
-    is_folder = source != "" and Path(source).expanduser().is_dir()
+    is_folder = source != "" and Path(os.path.expanduser(source)).is_dir()
     hint = f"; did you mean folder:{source}?" if is_folder else did_you_mean(source, _NAMED)
     raise InputError(f"unknown data set {source!r}; known are {DATA_SETS}{hint}")
 

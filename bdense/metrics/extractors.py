@@ -106,7 +106,7 @@ def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor
     """
     require_known(spec)
     kind, _, argument = spec.partition(":")
-    argument = os.path.expanduser(argument)  # noqa: PTH111  "" stays ""
+    argument = os.path.expanduser(argument)
     # Constructors draw initial weights; keep the caller's random state.
     with torch.random.fork_rng(devices=[]):
         if kind == "inception":

@@ -60,8 +60,8 @@ def measure_images(
         settings: Of KID and precision/recall; None for the defaults.
         nfe: Network evaluations per image.
         seeds: The images' seeds by name.
-        prompts, guidance: Those that the images were drawn under, for the record.
-        decoded: ``Codec.decoded`` of what made the images, for the record.
+        prompts, guidance, decoded: How the images were drawn, for the record; see ``FID`` and
+            ``drawn_with``.
         clip: Scores them against their prompts, too; None does not.
         on_image: Called with the number of images done.
 

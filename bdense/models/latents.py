@@ -106,11 +106,13 @@ def require_own_codec(
     Weights are not compared: whoever trains a decoder of the same latents may use it.
 
     Raises:
-        CheckpointError: It is of another class, scale or size.
+        CheckpointError: It is of another class, scale, shift or size.
     """
     if (part := codec_config(pipeline_folder(source))) is None:
         return
     known, found = metadata.get("codec", {}), codec_facts(model.model, part)
+    if known.get("scaling_factor") is not None:
+        known, found = ({"shift_factor": 0.0, **each} for each in (known, found))
     differing = [
         f"{name} {found[name]}, not {value}"
         for name, value in known.items()

@@ -22,7 +22,7 @@ class TensorBoard:
     def __init__(self, place: str) -> None:
         if not place:
             raise InputError("give a folder, tensorboard:DIR")
-        self._folder = Path(place).expanduser()
+        self._folder = Path(os.path.expanduser(place))
 
     def start(self, run: str, settings: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter

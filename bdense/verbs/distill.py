@@ -130,16 +130,14 @@ def distill(
         show = Progress(interrupt, "this FID was not measured; finished students are kept")
         counted = show.counting(fids.images, "images drawn")
         path = folder / f"{name}{_FID}"
-        found = fids.kept(path, model, sampler, seed=own.seed, on_image=counted)
-        print(json.dumps(found["fid"]), flush=True)
-        return found
+        return fids.kept(path, model, sampler, seed=own.seed, on_image=counted)
 
     settings = plain_json({"method": own.method, "seed": own.seed, **asdict(config)})
     with interrupt, Tracking(logging.log, own.out.stem, settings) as tracking:
         progress.tracking = tracking
         if fids is not None and sampler is not None:
             print(f"teacher: {own.teacher}", flush=True)
-            measured("teacher", teacher, sampler)
+            print(json.dumps(measured("teacher", teacher, sampler)["fid"]), flush=True)
         for done in stages:
             assert done.path is not None
             _write_table(done, done.path)
@@ -147,6 +145,7 @@ def distill(
             if fids is not None:
                 found = measured(done.path.stem, done.student, done.sampler)
                 _record(done, done.path, found)
+                print(json.dumps(found["fid"]), flush=True)
                 tracking.evaluation(done.plan.name, {"fid": found["fid"]["value"]})
 
 

@@ -98,7 +98,7 @@ def _recorded(source: str, metadata: Mapping[str, Any]) -> tuple[FID, Setup]:
     try:
         fid = FID.read(metadata["fid"])
         require_types(fid)
-        _require_finite(fid)
+        _require_repeatable(fid)
         setup = Setup.read(metadata.get(SETUP, {}))
     except (KeyError, TypeError, AttributeError, InputError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
@@ -109,11 +109,13 @@ def _recorded(source: str, metadata: Mapping[str, Any]) -> tuple[FID, Setup]:
     return fid, setup
 
 
-def _require_finite(fid: FID) -> None:
+def _require_repeatable(fid: FID) -> None:
     """Refuse what types alone let through."""
+    if not math.isfinite(fid.value):
+        raise InputError(f"its value is {fid.value}")
     seed: object = fid.seeds["evaluation"]
-    if not math.isfinite(fid.value) or type(seed) is not int or seed < 0:
-        raise InputError(f"its value is {fid.value}, its seed {seed!r}")
+    if type(seed) is not int or seed < 0:
+        raise InputError(f"its seed is {seed!r}, not a whole number of at least 0")
 
 
 def _sampler(source: str, metadata: Mapping[str, Any], recorded: FID) -> Sampler:

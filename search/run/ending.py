@@ -24,7 +24,7 @@ GRACE_SECONDS = 60.0
 
 
 @contextlib.contextmanager
-def hushing() -> Iterator[Callable[[], None]]:
+def silencing_descriptor_2() -> Iterator[Callable[[], None]]:
     """Yield a function that empties descriptor 2 until the block is left; sys.stderr goes on.
 
     For a signal to the process group: it ends Ray's processes too, which Ray's C++ code in this
@@ -32,18 +32,25 @@ def hushing() -> Iterator[Callable[[], None]]:
     """
     with contextlib.ExitStack() as stack:
 
-        def hush() -> None:
+        def silence() -> None:
             kept = os.dup(2)
             stack.callback(os.close, kept)
             stack.callback(os.dup2, kept, 2)
             with contextlib.suppress(OSError, AttributeError):  # a notebook's, or none
                 if sys.stderr.fileno() == 2:
-                    words = os.fdopen(kept, "w", buffering=1, closefd=False)
+                    words = os.fdopen(
+                        kept,
+                        "w",
+                        buffering=1,
+                        encoding=sys.stderr.encoding,
+                        errors="backslashreplace",
+                        closefd=False,
+                    )
                     stack.enter_context(contextlib.redirect_stderr(words))
             with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
                 os.dup2(nowhere.fileno(), 2)
 
-        yield hush
+        yield silence
 
 
 class EarlyEnd:

@@ -70,14 +70,20 @@ class Display:
 
     def __init__(self, snapshot: Callable[[], Snapshot], stream: TextIO | None = None) -> None:
         self._snapshot = snapshot
-        self._stream = stream or sys.stderr
+        self._given = stream
         self._bar: tqdm[Any] | None = None
+        self._bar_stream: TextIO | None = None
         self._started = time.monotonic()
         self._step_started: dict[Step, tuple[float, int]] = {}
         self._done_at_start: int | None = None
         self._rows_started = 0.0
         self._last_time = -LINE_SECONDS
         self._last_step: tuple[str, int] = ("", 0)
+
+    @property
+    def _stream(self) -> TextIO:
+        # Looked up each time: an end by a signal replaces sys.stderr.
+        return self._given or sys.stderr
 
     def preparing(self, message: Preparation) -> None:
         """Show a message of a preparing task."""
@@ -132,12 +138,13 @@ class Display:
             self._last_time, self._last_step = time.monotonic(), (step, ended)
 
     def _move(self, line: str, step: str, done: float, total: int) -> None:
-        if step != self._last_step[0]:
+        if step != self._last_step[0] or self._bar_stream is not self._stream:
             self.close()
         self._last_step = (step, 0)
         if self._bar is None:
             form = _ON_TERMINAL if self._stream.isatty() else _IN_NOTEBOOK
             now = {"initial": done, "total": total, "desc": line}
+            self._bar_stream = self._stream
             self._bar = progress_bar(self._stream, bar_format=form, dynamic_ncols=True, **now)
         elif total != self._bar.total:
             self._bar.reset(total)  # a notebook's widget keeps the total that it was told last

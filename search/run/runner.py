@@ -28,7 +28,7 @@ from bdense.knobs import KnobError
 from search.errors import INTERRUPTED, ClusterLostError, WorkersFailedError
 from search.log import LOG, say
 from search.places import cache_folder, runs_folder
-from search.run.ending import EarlyEnd, hushing
+from search.run.ending import EarlyEnd, silencing_descriptor_2
 from search.run.head import Head, leave_ray
 from search.run.machine import ray_scratch
 from search.spec.sections import ResourcesSpec
@@ -100,7 +100,7 @@ def run(
     try:
         with (
             quiet(),
-            hushing() as early_end.on_signal,
+            silencing_descriptor_2() as early_end.on_signal,
             ray_session(study.url) as head,
             early_end,
         ):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def content_of(data: str) -> str:
     source, fit = split_fit(data)
     if (found := split_format(source)) is None:
         return data
-    kind, path = found[0], Path(found[1]).expanduser()
+    kind, path = found[0], Path(os.path.expanduser(found[1]))
     if kind == "folder":
         content = _digest_of_folder(path)
     else:

@@ -102,7 +102,7 @@ class CommandWorkload:
 
     def with_absolute_files(self, paths: Paths) -> "StudySpec":
         # Without a folder of its own it is the study file's.
-        folder = paths.path("method.folder", self.config.folder or "")
+        folder = paths.path("method.folder", self.config.folder or ".")
         return replace(self.spec, method=self.spec.method.with_options({"folder": str(folder)}))
 
     def resolve(self, source: str) -> "StudySpec":

@@ -404,7 +404,7 @@ def _sqlite_database(url: URL, given: str) -> Path:
             f"storage URL {redact_url(given)} does not name a SQLite file, which workers need "
             f"because they are separate processes; give {ACCEPTED_FORMS}"
         )
-    return Path(database).expanduser()
+    return Path(os.path.expanduser(database))
 
 
 def _bad_url(given: str) -> StorageRefusedError:

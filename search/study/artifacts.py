@@ -96,7 +96,7 @@ def artifacts_place() -> str:
         return given
     if "://" in given:
         raise InputError(f"{PLACE}={given} is unknown; give a folder, or s3://bucket[/prefix]")
-    return str(Path(given).expanduser().resolve())
+    return str(Path(os.path.expanduser(given)).resolve())
 
 
 def artifact_store(place: str | None = None) -> Store:

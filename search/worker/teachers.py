@@ -37,7 +37,7 @@ def load_teacher(
     elif spec.teacher.checkpoint is not None:
         teacher, known = load_stored(spec.teacher.checkpoint)
         for part in known.get("ignored", ()):
-            report(Step.LOADING, 1, 1, f"its {part} is left out")
+            report(Step.LOADING, 1, 1, f"its {part} is not loaded")
     else:
         assert spec.teacher.train is not None
         assert dataset is not None

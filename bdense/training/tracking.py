@@ -23,7 +23,8 @@ POINTS = 1000
 class Tracker(Protocol):
     """Made with the PLACE of --log; empty where none is given.
 
-    A study looks for the package that the class names as ``package``, if any, before it starts.
+    Before a study starts, it looks for the package that the class names as ``package``, if any,
+    and makes a tracker that it does not start, so that a place of no use is refused.
     """
 
     def start(self, run: str, settings: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Faults against a launch that runs for real, every few seconds one, drawn by a seed."""
+"""Faults against a launch that runs for real, every few trials one, drawn by a seed."""
 
 import contextlib
 import json
@@ -26,6 +26,10 @@ AWAY_SECONDS = 10.0
 MOST_HEADLESS_SECONDS = 120.0  # it forgives its rows first, by a database that may be away too
 MOST_AIMING_SECONDS = 5.0
 MOST_FROZEN_SECONDS = FROZEN_SECONDS + 3 * LEASE_SECONDS
+# Trials that complete between two faults: in the first round, and in later ones, as many faults
+# cost a start of Ray.
+TRIALS_APART = 1, 8
+MOST_PAUSE_SECONDS = 1.0
 # The other kinds cost a start of Ray, which tells nothing more of the study.
 _TWICE = ("worker killed", "worker frozen", "PostgreSQL restarted")
 
@@ -164,6 +168,8 @@ class Chaos:
     _next: list[str] = field(default_factory=list)
     _frozen: dict[int, threading.Timer] = field(default_factory=dict)
     _headless: tuple[int, str, float] | None = None
+    _complete: int = 0
+    _due: float = 0.0
 
     def __post_init__(self) -> None:
         self._draw = random.Random(self.seed)
@@ -192,9 +198,15 @@ class Chaos:
         """Faults until each kind has struck."""
         return len(self.kinds) + len(_TWICE)
 
-    def strike(self) -> None:
-        """The next fault: all kinds in a drawn order, some of them twice, then in another."""
+    def strike_if_due(self, complete: int) -> None:
+        """The next fault, once enough trials are complete and at a moment that is drawn.
+
+        All kinds come in a drawn order, some of them twice, then in another.
+        """
         self._see_launcher_end()
+        is_first = sum(self.hits.values()) < self.round
+        if complete < self._complete + TRIALS_APART[not is_first] or time.monotonic() < self._due:
+            return
         if not self._next:
             self._next = [*sorted(self.kinds), *_TWICE]
             self._draw.shuffle(self._next)
@@ -202,15 +214,9 @@ class Chaos:
         if self.kinds[kind]():
             self._next.pop()
             self.hits[kind] += 1
+            self._complete = complete
             self._note(kind)
-
-    def pause(self) -> float:
-        """Seconds until the next; fewer in the first round: a fast machine is to see it whole.
-
-        Later ones leave the study time to go on, as many of them cost a start of Ray.
-        """
-        is_first = sum(self.hits.values()) < self.round
-        return self._draw.uniform(1.0, 3.0) if is_first else self._draw.uniform(10.0, 20.0)
+        self._due = time.monotonic() + self._draw.uniform(0.0, MOST_PAUSE_SECONDS)
 
     def end(self) -> None:
         """Thaw what is frozen."""

@@ -1,6 +1,7 @@
 """A study of fixed points under faults, one every few seconds, over real processes.
 
-BDENSE_FAULT_SEED gives the draw of an earlier run again, BDENSE_FAULT_TRIALS another size.
+BDENSE_FAULT_SEED gives the draw of an earlier run again, BDENSE_FAULT_TRIALS another size. Faults
+are paced by the trials that complete, so that a slow machine meets no more of them a trial.
 """
 
 import contextlib
@@ -42,8 +43,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.postgres]
 
 NAME = "faults"
 TRIALS = int(os.environ.get("BDENSE_FAULT_TRIALS", "200"))
-FEWEST_FAULTS = TRIALS // 20
-MOST_SECONDS = 7.5 * TRIALS  # of 200: 250 on an idle machine, beside other tests 640 and once 900
+MOST_IDLE_SECONDS = 600.0  # in which no trial completes
 CHECKPOINT_SECONDS = 0.1
 JITTER_SECONDS = 0.05  # of the log's times
 # 7 iterations, about half a second.
@@ -121,16 +121,13 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(
     chaos = Chaos(seed, resolve_storage_url(database), NAME, runs, launch, postgres, cable)
     begun = time.monotonic()
     try:
-        due, is_at_work = 0.0, False
+        complete, since = 0, begun  # the first launch makes teacher and trajectories
         while launch.keep_running():
-            spent = time.monotonic() - begun
-            assert spent < MOST_SECONDS, f"not done after {spent:.0f} s, {study.search.counts()}"
-            if not is_at_work:  # the first launch makes teacher and trajectories
-                is_at_work = study.search.counts().complete > 0
-                due = spent + chaos.pause()
-            elif spent >= due:
-                chaos.strike()
-                due = time.monotonic() - begun + chaos.pause()
+            counts = study.search.counts()
+            if counts.complete > complete:
+                complete, since = counts.complete, time.monotonic()
+            assert time.monotonic() - since < MOST_IDLE_SECONDS, f"nothing goes on: {counts}"
+            chaos.strike_if_due(complete)
             time.sleep(0.2)
     finally:
         chaos.end()
@@ -180,8 +177,7 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(
         max((loss.seconds for loss in losses), default=0) <= CHECKPOINT_SECONDS + JITTER_SECONDS
     ), told
 
-    assert sum(chaos.hits.values()) >= FEWEST_FAULTS, told
-    if chaos.round <= FEWEST_FAULTS:
+    if TRIALS >= 10 * chaos.round:
         assert set(chaos.hits) == set(chaos.kinds), told
         assert losses, told
         assert chaos.fenced, told

@@ -8,6 +8,9 @@ CLUSTER_LOST=75   # search.errors.ClusterLostError
 PATIENCE=${PATIENCE:-300} PAUSE=${PAUSE:-10}   # seconds
 
 ended= child= joined=$(date +%s)
+# A stop that comes while it joins another head ends the next command at once.
+export BDENSE_LAUNCH_FILE=/tmp/launch.json
+rm -f "$BDENSE_LAUNCH_FILE"
 trap 'ended=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT
 
 become_the_command() {   # by exec: the process in the background is the command itself, and gets the signals

@@ -2,16 +2,22 @@
 
 A study counts its stop requests. A launch remembers the count at its start and passes it to its
 workers, so later requests reach them and earlier ones do not, and nothing must be reset before the
-next launch. Ctrl-C stops only the workers of one launch, by its name.
+next launch. Ctrl-C stops only the workers of one launch, by its name. A script that launches again
+when Ray's head is lost names a file in $BDENSE_LAUNCH_FILE, which remembers the count for all of
+its launches: a request that comes between two of them reaches the second.
 """
 
+import json
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from bdense.errors import StoppedError
+from bdense.files import write_json
 
 if TYPE_CHECKING:
     from search.storage.ledger import Ledger
@@ -35,12 +41,27 @@ class Launch:
 
     @classmethod
     def begin(cls, ledgers: "Sequence[Ledger]") -> Self:
-        """A new launch; earlier stop requests are settled by it."""
-        stops = max((_stored(ledger).count for ledger in ledgers), default=0)
+        """A new launch; earlier stop requests are settled by it.
+
+        Not those that came after the first launch of the same script.
+        """
+        now = max((_stored(ledger).count for ledger in ledgers), default=0)
+        stops = _first_count(ledgers[0].name, now)
         for ledger in ledgers:
-            if _stored(ledger).asked is not None:
+            if stops == now and _stored(ledger).asked is not None:
                 ledger.change(HALT, lambda old: Stops.of(old).as_dict() | {"asked": None})
         return cls(name=uuid.uuid4().hex[:8], stops=stops)
+
+
+def _first_count(study: str, now: int) -> int:
+    """A study's stop requests when the script first launched it; without a script, now."""
+    if not (named := os.environ.get("BDENSE_LAUNCH_FILE")):
+        return now
+    path = Path(named)
+    known: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
+    if study not in known:
+        write_json(path, known | {study: now})
+    return known.get(study, now)
 
 
 NO_LAUNCH = Launch(name="", stops=0)

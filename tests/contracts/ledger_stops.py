@@ -62,6 +62,20 @@ class Stops:
         late_worker.launch = second
         assert take(late_worker).number == 0
 
+    def test_a_stop_between_two_launches_of_one_script_reaches_the_second(
+        self, scene, tmp_path, monkeypatch
+    ):
+        """As while it joins another head of Ray; the next script settles it."""
+        ledger = scene.open(budget=2)
+        for script, is_stopped in (("first", True), ("second", False)):
+            monkeypatch.setenv("BDENSE_LAUNCH_FILE", str(tmp_path / f"{script}.json"))
+            assert not is_asked([ledger], Launch.begin([ledger]))
+            if is_stopped:
+                ask_all([ledger])
+            again = Launch.begin([ledger])
+            assert is_asked([ledger], again) == is_stopped
+            assert (asked_at([ledger]) is not None) == is_stopped
+
     def test_an_interrupted_launch_stops_its_own_workers_alone(self, scene):
         ledger = scene.open(budget=3, ttl=2.0)
         mine, other = Launch.begin([ledger]), Launch.begin([ledger])

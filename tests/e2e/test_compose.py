@@ -15,9 +15,9 @@ from search.storage.tables import RELEASED
 from tests.e2e.stack import APP_USER, ROOT, SECRETS, Engine, Stack
 from tests.e2e.study import small_study, wait_until
 
-TRIALS = 4
-# Long enough to be killed in, again and again.
-STUDY = small_study(plan={"trials": TRIALS}, method={"kimg": 38.4})
+# Never at its end while it is killed, again and again.
+TRIALS = 40
+STUDY = small_study(plan={"trials": TRIALS}, method={"kimg": 19.2})
 OURS = ("ray-head", "ray-worker", "launcher", "dashboard", "proxy")
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
@@ -114,10 +114,13 @@ def test_a_launcher_joins_the_next_head_and_stop_ends_it_for_good(stack):
 
 
 def test_a_restored_study_ends_and_given_again_finds_nothing_to_do(stack):
+    """With fewer trials: the two that were begun, and one that was not."""
+    trials = stack.search("status")["trials"]["complete"] + 3
+    stack.options = f"--trials {trials}"
     stack.up()
     wait_for_the_end(stack)
     answer = stack.search("best")
-    states = {"planned": TRIALS, "complete": TRIALS, "pruned": 0, "failed": 0, "running": 0}
+    states = {"planned": trials, "complete": trials, "pruned": 0, "failed": 0, "running": 0}
     assert answer["trials"] == states
     assert list(answer["baselines"]) == ["sfd", "uniform"]
     # From within the cluster the doctor sees its machines.

@@ -5,19 +5,20 @@ coordinates x = z / alpha and sigma = s / alpha = exp(-logsnr / 2), so that a DD
 Euler step, and the last level, at u = 0, is sigma = 0: there the last prediction is the image.
 """
 
+import abc
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from bdense.diffusion.schedules import Levels, require_grid
+from bdense.diffusion.schedules import Schedule, require_grid
 from bdense.errors import InputError
 from bdense.files import plain_json
 
 
-class VPSchedule(Levels):
+class VPSchedule(abc.ABC):
     """A process by its noise level at each time; grids of n steps are even in u.
 
     The grid of N K steps holds that of N, bit for bit.
@@ -25,9 +26,19 @@ class VPSchedule(Levels):
 
     kind: ClassVar[str]
 
+    @property
+    @abc.abstractmethod
+    def sigma_min(self) -> float:
+        """The lowest level above 0."""
+
+    @property
+    @abc.abstractmethod
+    def sigma_max(self) -> float:
+        """The highest level."""
+
+    @abc.abstractmethod
     def level(self, u: Tensor) -> Tensor:
         """sigma at times u in (0, 1], float64 of the same shape."""
-        raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -54,6 +65,10 @@ class VPSchedule(Levels):
 
     def text(self) -> str:
         return f"{self.kind} levels, even in time"
+
+
+# How noise levels are spaced.
+Levels: TypeAlias = Schedule | VPSchedule
 
 
 @dataclass(frozen=True, kw_only=True)

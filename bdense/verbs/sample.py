@@ -21,8 +21,8 @@ from bdense.diffusion.guidance import calls, null_for
 from bdense.diffusion.pictures import save_grid
 from bdense.diffusion.preconditioning import levels_on, native_schedule
 from bdense.diffusion.sampling import Sampler, draw_images, levels_of, samplers_from
-from bdense.diffusion.schedules import Levels
 from bdense.diffusion.solvers import make_solver
+from bdense.diffusion.vp import Levels
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.files import require_output

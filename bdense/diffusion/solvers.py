@@ -152,10 +152,7 @@ class Heun(Solver):
 
     name: ClassVar[str] = "heun"
     evaluations: ClassVar[int] = 2
-
-    @property
-    def order(self) -> int:
-        return 2
+    order: ClassVar[int] = 2
 
     def steps(
         self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
@@ -179,12 +176,9 @@ class DPM2(Solver):
 
     name: ClassVar[str] = "dpm2"
     evaluations: ClassVar[int] = 2
+    order: ClassVar[int] = 2
 
     r: float = knob(0.5, "where in log t the second slope is taken", above=0, high=1)
-
-    @property
-    def order(self) -> int:
-        return 2
 
     def steps(
         self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
@@ -218,17 +212,11 @@ class IPNDM(Solver):
 
     name: ClassVar[str] = "ipndm"
     reaches_zero: ClassVar[bool] = True
+    # Whatever max_order: the coefficients are those of equal steps, and neighbouring steps differ
+    # by a factor of 1 + O(1 / n). With more slopes the error is smaller, but falls no faster.
+    order: ClassVar[int] = 2
 
     max_order: int = knob(4, "slopes that a step uses at most", low=2, high=4)
-
-    @property
-    def order(self) -> int:
-        """2, whatever ``max_order``.
-
-        The coefficients are those of equal steps, and neighbouring steps differ by a factor of
-        1 + O(1 / n): with more slopes the error is smaller, but falls no faster.
-        """
-        return 2
 
     def steps(
         self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
@@ -432,7 +420,7 @@ def make_solver(name: str, *, order: int | None = None, **options: Any) -> Solve
         return kind.read(given)
     except KnobError as error:
         option = "order" if error.name == "max_order" else error.name
-        raise KnobError(f"{name}'s {option}", error.problem) from error
+        raise InputError(f"{name}'s {option} {error.problem}") from error
 
 
 def _solver_class(name: str) -> type[Solver]:

@@ -1,4 +1,4 @@
-"""Variance-preserving processes as schedules of noise levels, which PD halves.
+"""Variance-preserving processes as schedules of noise levels, which PD halves; their losses.
 
 z_u = alpha_u x_0 + s_u eps, alpha^2 + s^2 = 1, for times u from 1 (noise) to 0 (clean). In our
 coordinates x = z / alpha and sigma = s / alpha = exp(-logsnr / 2), so that a DDIM step is an
@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from bdense.diffusion import LevelWeight
 from bdense.diffusion.schedules import Schedule, require_grid
 from bdense.errors import InputError
 from bdense.files import plain_json
@@ -103,3 +104,25 @@ class CosineSchedule(VPSchedule):
     @property
     def sigma_max(self) -> float:
         return math.exp(-self.logsnr_min / 2)
+
+
+def snr_weight(sigma: Tensor, kind: LevelWeight) -> Tensor:
+    """The weight of |D - x_0|^2 (Salimans & Ho 2022, section 4), for SNR = 1 / sigma^2.
+
+    Args:
+        sigma: Levels above 0, of any shape.
+        kind: "constant" is 1: the error of the image. "snr" is SNR: the error of the noise.
+            "snr_trunc" is max(SNR, 1): the larger of the two. "v" is SNR + 1: the error of
+            v = alpha eps - s x_0, which is their sum.
+
+    Returns:
+        Weights of the shape and dtype of ``sigma``.
+    """
+    snr = sigma**-2
+    if kind == "constant":
+        return torch.ones_like(sigma)
+    if kind == "snr":
+        return snr
+    if kind == "snr_trunc":
+        return snr.clamp(min=1)
+    return snr + 1

@@ -162,14 +162,12 @@ class SFDConfig(GridConfig, GuidanceKnobs):
         Args:
             levels: Bound to a network; None is ``self.levels``.
         """
-        schedule, numbers = levels or self.levels, self._several_intervals
-        if len(numbers) > 1:
-            return VariableGrid(
-                num_intervals=numbers, substeps=self.substeps, afs=self.afs, schedule=schedule
-            )
-        return IntervalGrid(
-            num_intervals=numbers[0], substeps=self.substeps, afs=self.afs, schedule=schedule
+        schedule = levels or self.levels
+        first, *others = (
+            IntervalGrid(num_intervals=n, substeps=self.substeps, afs=self.afs, schedule=schedule)
+            for n in self._several_intervals
         )
+        return VariableGrid((first, *others)) if others else first
 
     def samplers(self, levels: Schedule | None = None) -> tuple[Sampler, ...]:
         """How the student draws, by NFE; ``levels`` as of ``grid``."""

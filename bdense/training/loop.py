@@ -441,7 +441,8 @@ class _Step:
         self, update: Update, part: int, count: int
     ) -> contextlib.AbstractContextManager[None]:
         """The random state of dropout in this update, the same on every call."""
-        own = (*self.team.own_index, *([part] if count > 1 else []))
+        own = [self.team.rank] if self.team.size > 1 else []
+        own += [part] if count > 1 else []
         return seeded(self.device, self.stage.seed, Stream.DROPOUT, *update.stream, *own)
 
     @contextlib.contextmanager

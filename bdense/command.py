@@ -7,7 +7,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeAlias, TypeVar
@@ -88,12 +88,6 @@ def _read(
     return from_options(config, options)
 
 
-def did_you_mean_option(flag: str, known: Iterable[str]) -> str:
-    """``did_you_mean`` for options, compared without their dashes."""
-    hint = did_you_mean(flag.lstrip("-"), [name[2:] for name in known if name.startswith("--")])
-    return hint.replace("mean ", "mean --")
-
-
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without its usage."""
 
@@ -116,7 +110,8 @@ class Parser(argparse.ArgumentParser):
             self.error(
                 f"{flag} was given after --, behind which nothing is an option; drop the --"
             )
-        hint = did_you_mean_option(flag, known)
+        words = [name[2:] for name in known if name.startswith("--")]
+        hint = did_you_mean(flag.lstrip("-"), words).replace("mean ", "mean --")
         self.error(self.elsewhere(flag) or f"there is no option {flag}{hint}")
 
     def error(self, message: str) -> NoReturn:
@@ -169,7 +164,7 @@ def run_verb(
     *,
     on_interrupt: str,
     clean: Callable[[str], str] = str,
-    tell: Callable[[str], None] | None = None,
+    tell: Callable[[str], object] | None = None,
 ) -> int:
     """Call, and turn an error into one line on stderr and an exit status.
 
@@ -183,7 +178,7 @@ def run_verb(
         0 if it succeeded, 130 if interrupted, else the error's exit status: 1 failed, 2 a mistake
         of the user's, others by their class.
     """
-    tell = tell or _to_stderr
+    tell = tell or (lambda line: sys.stderr.write(f"{line}\n"))
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by >&-
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  until the end
@@ -270,7 +265,3 @@ class _ShowVersion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
         sys.stdout.write(f"{parser.prog} {importlib.metadata.version('bdense')}\n")
         parser.exit()
-
-
-def _to_stderr(line: str) -> None:
-    sys.stderr.write(line + "\n")

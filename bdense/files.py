@@ -106,7 +106,10 @@ def require_output(
     if not folder and out.is_dir():
         raise KnobError("out", f"{out} is a folder; give the name of a file")
     if out.exists() and not force:
-        read = any(_is_in(out, Path(each)) for each in inputs)
+        sources = (Path(each) for each in inputs)
+        read = any(
+            each.exists() and out.resolve().is_relative_to(each.resolve()) for each in sources
+        )
         reason = "is read by this command" if read else problem(out)
         if reason:
             raise KnobError("out", f"{out} {reason}; choose another name, or give `force`")
@@ -128,11 +131,6 @@ def require_cache(folder: Path) -> None:
     """Raise a KnobError if nothing can be written to a folder of cached results."""
     remedy = "name another folder (for bdense-search by BDENSE_CACHE)"
     _require_writable(folder, "cache", str(folder), remedy)
-
-
-def _is_in(path: Path, source: Path) -> bool:
-    """Whether an existing file is this source, or lies in it."""
-    return source.exists() and path.resolve().is_relative_to(source.resolve())
 
 
 def require_new(path: Path) -> None:

@@ -97,7 +97,7 @@ def seconds_per_iteration(
         stamps.append(time.perf_counter())
 
     kimg = (iterations + 1) * trajectories.batch / 1000
-    grid = trajectories.grid
+    grid = trajectories.grid_at(0)
     config = SFDConfig(kimg=kimg, batch=trajectories.batch, substeps=grid.substeps)
     stage = SFDStage(config=config, trajectories=trajectories, start=teacher)
     train(stage, FixedWeights(uniform_weights()(num_branches)), on_iteration=on_iteration)

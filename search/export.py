@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from bdense.errors import InputError
 from bdense.knobs import KnobError
-from bdense.methods.plan import StagePlan
+from bdense.methods import StagePlan
 from bdense.metrics.classifiers import add_classifier
 from bdense.metrics.records import FID
 from bdense.models.card import EXAMPLE_PROMPTS

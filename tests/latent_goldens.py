@@ -8,7 +8,8 @@ import torch
 from bdense.diffusion.conditions import Condition, TensorCondition, Unconditional
 from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.schedules import Levels, Schedule
+from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.vp import Levels
 from bdense.models.store import load_model
 from tests.goldens import GOLDENS, discover
 

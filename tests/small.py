@@ -85,7 +85,7 @@ def sfd_stage(
         config=SFDConfig(
             kimg=images / 1000,
             batch=trajectories.batch,
-            substeps=trajectories.grid.substeps,
+            substeps=trajectories.grid_at(0).substeps,
             **{"lr": 1e-3} | knobs,
         ),
         trajectories=trajectories,

@@ -22,9 +22,8 @@ from bdense.diffusion.ddpm import DDPMSchedule
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.preconditioning import Cosine
 from bdense.diffusion.sampling import Sampler
-from bdense.diffusion.snr_weights import snr_weight
 from bdense.diffusion.solvers import DDIM, trajectory
-from bdense.diffusion.vp import CosineSchedule, VPSchedule
+from bdense.diffusion.vp import CosineSchedule, VPSchedule, snr_weight
 from bdense.methods.images import ImageBatch
 from bdense.methods.progressive import (
     PDConfig,

@@ -14,9 +14,9 @@ from bdense.diffusion.conditions import Unconditional
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.preconditioning import DDPM, Cosine
 from bdense.diffusion.sampling import Sampler
-from bdense.diffusion.schedules import Levels, Schedule
+from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import DDIM, trajectory
-from bdense.diffusion.vp import CosineSchedule
+from bdense.diffusion.vp import CosineSchedule, Levels
 from bdense.errors import InputError, NonFiniteLossError
 from bdense.execution import Execution
 from bdense.methods.images import ImageBatch

@@ -130,7 +130,7 @@ def test_a_grid_has_an_interval():
 
 # ---- N drawn for each batch ----
 
-DRAWN = VariableGrid(num_intervals=(2, 3, 4), substeps=2)
+DRAWN = VariableGrid(tuple(IntervalGrid(num_intervals=n, substeps=2) for n in (2, 3, 4)))
 
 
 def drawn_trajectories(count: int, seed: int = 3) -> Trajectories:

@@ -10,7 +10,7 @@ import torch
 
 from bdense.diffusion.branches import export_branch
 from bdense.diffusion.conditions import Classes
-from bdense.diffusion.intervals import VariableGrid
+from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.diffusion.solvers import Euler
 from bdense.diffusion.step_condition import with_step_condition
 from bdense.diffusion.vp import CosineSchedule
@@ -116,7 +116,9 @@ def test_no_update_waits_for_its_device_whatever_the_network(precond):
 
 def test_the_start_and_the_trajectories_must_fit_the_run(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
-    several = VariableGrid(num_intervals=(2, 3), substeps=2)
+    several = VariableGrid(
+        (IntervalGrid(num_intervals=2, substeps=2), IntervalGrid(num_intervals=3, substeps=2))
+    )
     live = replace(small_trajectories(small_teacher()), grid=several)
     one, other = (with_step_condition(live.teacher, start="random", seed=s) for s in (1, 2))
     weights = torch.ones(2)

@@ -21,7 +21,7 @@ from bdense.diffusion.preconditioning import (
     Preconditioning,
     native_schedule,
 )
-from bdense.diffusion.snr_weights import snr_weight
+from bdense.diffusion.vp import snr_weight
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.models.store import load_denoiser

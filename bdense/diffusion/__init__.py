@@ -13,7 +13,7 @@ BATCH = 128
 # How ``bdense.diffusion.schedules.Schedule`` spaces levels.
 ScheduleKind = Literal["polynomial", "logsnr", "time_uniform", "discrete"]
 
-# What ``bdense.diffusion.snr_weights.snr_weight`` takes.
+# What ``bdense.diffusion.vp.snr_weight`` takes.
 LevelWeight = Literal["constant", "snr", "snr_trunc", "v"]
 
 _HERE = "bdense.diffusion.solvers"

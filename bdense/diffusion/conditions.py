@@ -160,11 +160,9 @@ class Classes:
         return self._labels(dataset.require_labels(self.label_dim)[index])
 
     def null(self) -> TensorCondition | None:
-        return (
-            TensorCondition("class_labels", torch.zeros(1, self.label_dim))
-            if self.has_null
-            else None
-        )
+        if not self.has_null:
+            return None
+        return TensorCondition("class_labels", torch.zeros(1, self.label_dim))
 
     def describe(self) -> dict[str, Any]:
         return {}

@@ -29,7 +29,7 @@ from bdense.diffusion.preconditioning import (
     Preconditioning,
     make_preconditioning,
 )
-from bdense.diffusion.schedules import Levels
+from bdense.diffusion.vp import Levels
 from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.execution import Execution, moved
 from bdense.knobs import KnobError

@@ -60,6 +60,8 @@ class EPD(Solver):
     """
 
     name: ClassVar[str] = "epd"
+    # The default's: a table for one grid has no order, and the plug-in may have more.
+    order: ClassVar[int] = 2
 
     r: Rows = knob(((0.5,),), "where in log t each step's points lie")
     w: Rows = knob(((1.0,),), "weights of the points")
@@ -91,11 +93,6 @@ class EPD(Solver):
     def points(self) -> int:
         """P."""
         return len(self.r[0]) if self.r else 0
-
-    @property
-    def order(self) -> int:
-        """2, the default's; a table for one grid has no order, and the plug-in may have more."""
-        return 2
 
     def nfe(self, num_intervals: int) -> int:
         return (1 + self.points) * num_intervals

@@ -70,32 +70,25 @@ class IntervalGrid:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class VariableGrid:
     """SFD-v: one student for several NFE, N drawn for each batch (Zhou et al. 2024).
 
     Attributes:
-        num_intervals: The N to draw from, each as likely.
+        grids: One for each N, of one schedule, each as likely.
     """
 
-    num_intervals: tuple[int, ...]
-    substeps: int
-    afs: bool = True
-    schedule: Schedule = field(default_factory=Schedule)
+    grids: tuple[IntervalGrid, ...]
 
-    def grids(self) -> list[IntervalGrid]:
-        """One for each N."""
-        return [
-            IntervalGrid(
-                num_intervals=n, substeps=self.substeps, afs=self.afs, schedule=self.schedule
-            )
-            for n in self.num_intervals
-        ]
+    @property
+    def schedule(self) -> Schedule:
+        """Of all grids."""
+        return self.grids[0].schedule
 
     def at(self, iteration: int, seed: int) -> IntervalGrid:
         """The grid of that iteration; it depends on (seed, iteration) alone."""
         draw = generator(seed, Stream.INTERVALS, iteration)
-        return self.grids()[int(torch.randint(len(self.num_intervals), (), generator=draw))]
+        return self.grids[int(torch.randint(len(self.grids), (), generator=draw))]
 
     def describe(self) -> dict[str, Any]:
-        return {"drawn": [grid.describe() for grid in self.grids()]}
+        return {"drawn": [grid.describe() for grid in self.grids]}

@@ -45,7 +45,7 @@ def image_grid(images: Tensor, columns: int, gap: int = 0) -> Tensor:
     if columns < 1:
         raise InputError(f"columns must be at least 1, got {columns}")
     n, c, h, w = images.shape
-    columns = min(columns, max(n, 1))
+    columns = min(columns, n)
     rows = -(-n // columns)
     canvas = images.new_full((rows * columns, c, h + gap, w + gap), _GREY)
     canvas[:, :, :h, :w] = 0

@@ -9,14 +9,13 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
-from bdense.diffusion.schedules import Levels
-from bdense.diffusion.vp import CosineSchedule, VPSchedule
+from bdense.diffusion.vp import CosineSchedule, Levels, VPSchedule
 from bdense.errors import CheckpointError, InputError
 from bdense.knobs import Knobs, knob
 
@@ -33,42 +32,15 @@ class Coefficients(NamedTuple):
     noise: Tensor
 
 
-class Preconditioning(Protocol):
-    """One column of the table.
+@dataclass(frozen=True, kw_only=True)
+class _Column(Knobs):
+    """A column of the table; whole numbers stay whole, as they are part of a denoiser's digest.
 
     Attributes:
         name: Its name in the description of a denoiser.
-        sigma_min, sigma_max: Levels it was trained for, 0 and infinity where it has no bounds.
+        outputs: Network outputs a pixel and channel, of which the first is F.
+        process: The variance-preserving process that the network was trained on, if it was one.
     """
-
-    name: ClassVar[str]
-
-    @property
-    def outputs(self) -> int:
-        """Network outputs a pixel and channel, of which the first is F."""
-
-    @property
-    def sigma_min(self) -> float:
-        """The lowest level."""
-
-    @property
-    def sigma_max(self) -> float:
-        """The highest level."""
-
-    @property
-    def process(self) -> VPSchedule | None:
-        """The variance-preserving process that the network was trained on, if it was one."""
-
-    def __call__(self, sigma: Tensor) -> Coefficients:
-        """The four coefficients for sigma [B, 1, 1, 1]."""
-
-    def options(self) -> dict[str, Any]:
-        """The fields as plain values."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Column(Knobs):
-    """What the columns share. Whole numbers stay whole: they are part of a denoiser's digest."""
 
     name: ClassVar[str]
     outputs: ClassVar[int] = 1
@@ -307,6 +279,14 @@ def _process(kind: type[P], precond: P) -> P:
     return kind(**{each.name: getattr(precond, each.name) for each in fields(kind)})
 
 
+# ``sigma_min`` and ``sigma_max`` of each are the levels that a network was trained for, 0 and
+# infinity where it has no bounds.
+Preconditioning: TypeAlias = EDM | VP | VE | IDDPM | DDPM | Cosine
+PRECONDITIONINGS: dict[str, type[Preconditioning]] = {
+    column.name: column for column in (EDM, VP, VE, IDDPM, DDPM, Cosine)
+}
+
+
 def native_schedule(precond: Preconditioning) -> VPSchedule:
     """The process that a network was trained on.
 
@@ -332,11 +312,6 @@ def levels_on(levels: Levels | None, precond: Preconditioning) -> Levels:
     if isinstance(levels, DiscreteSchedule):
         return levels.of(precond.process)
     return levels
-
-
-PRECONDITIONINGS: dict[str, type[EDM | VP | VE | IDDPM | DDPM | Cosine]] = {
-    column.name: column for column in (EDM, VP, VE, IDDPM, DDPM, Cosine)
-}
 
 
 def make_preconditioning(name: str, options: Mapping[str, Any]) -> Preconditioning:

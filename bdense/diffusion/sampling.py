@@ -19,7 +19,7 @@ from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.guidance import calls, null_for
 from bdense.diffusion.pictures import to_uint8
 from bdense.diffusion.preconditioning import Preconditioning
-from bdense.diffusion.schedules import Levels, Schedule, require_grid
+from bdense.diffusion.schedules import Schedule, require_grid
 from bdense.diffusion.solvers import (
     Euler,
     Solver,
@@ -29,7 +29,7 @@ from bdense.diffusion.solvers import (
     solve,
     solver_from,
 )
-from bdense.diffusion.vp import CosineSchedule
+from bdense.diffusion.vp import CosineSchedule, Levels
 from bdense.errors import InputError
 from bdense.randomness import Stream, image_noise
 

@@ -7,7 +7,7 @@ row K * n is the student's t_n. Everything is computed in float64.
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,30 +30,6 @@ def require_grid(num_intervals: int) -> None:
             f"a grid of levels has at most {_MOST_INTERVALS} intervals, got {num_intervals}; take "
             "fewer (nfe, steps, substeps)"
         )
-
-
-class Levels(Protocol):
-    """How noise levels are spaced: ``Schedule``, or a VP process (``vp.VPSchedule``)."""
-
-    @property
-    def sigma_min(self) -> float:
-        """The lowest level above 0."""
-
-    @property
-    def sigma_max(self) -> float:
-        """The highest level."""
-
-    def grid(self, num_intervals: int) -> Tensor:
-        """[num_intervals + 1] float64, decreasing; that of N K intervals holds that of N."""
-
-    def start(self, noise: Tensor) -> Tensor:
-        """[B, C, H, W] unit noise to the state at the first level."""
-
-    def describe(self) -> dict[str, Any]:
-        """Plain values, which ``bdense.diffusion.sampling.schedule_from`` reads back."""
-
-    def text(self) -> str:
-        """For people."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +60,10 @@ class Schedule:
         self._require_levels()
 
     def grid(self, num_intervals: int) -> Tensor:
-        """[num_intervals + 1] float64 noise levels, from sigma_max down to sigma_min."""
+        """[num_intervals + 1] float64 noise levels, from sigma_max down to sigma_min.
+
+        The grid of N K intervals holds that of N.
+        """
         require_grid(num_intervals)
         position = torch.arange(num_intervals + 1, dtype=torch.float64) / num_intervals
         return self._levels(position)
@@ -118,9 +97,11 @@ class Schedule:
         return self.grid(1)[0] * noise
 
     def describe(self) -> dict[str, Any]:
+        """Plain values, which ``bdense.diffusion.sampling.schedule_from`` reads back."""
         return asdict(self)
 
     def text(self) -> str:
+        """For people."""
         return f"{self.kind} levels from {self.sigma_max:g} to {self.sigma_min:g}"
 
 

@@ -10,7 +10,6 @@ B batch, C channels, H x W pixels, n intervals; t the level stepped from, t' the
 
 from __future__ import annotations
 
-import abc
 import itertools
 import math
 from collections import deque
@@ -44,7 +43,7 @@ def no_noise(interval: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Solver(Knobs, abc.ABC):
+class Solver(Knobs):
     """What every solver promises: a frozen dataclass whose options are knobs.
 
     Attributes:
@@ -62,11 +61,14 @@ class Solver(Knobs, abc.ABC):
         """Halving every step divides the error by 2 ** order. 1 unless overridden."""
         return 1
 
-    @abc.abstractmethod
+    def step(self, denoise: Denoiser, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        """The state at t' of a solver whose steps follow from the state at t alone."""
+        raise NotImplementedError
+
     def steps(
         self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
     ) -> Iterator[Tensor]:
-        """Yield the state [B, C, H, W] at sigmas[1], sigmas[2], ...
+        """Yield the state [B, C, H, W] at sigmas[1], sigmas[2], ...; overridden, or by ``step``.
 
         Args:
             denoise: D(x; sigma).
@@ -75,6 +77,9 @@ class Solver(Knobs, abc.ABC):
                 ``reaches_zero``.
             noise: What a stochastic solver adds in each interval; deterministic ones ignore it.
         """
+        for t, t_next in itertools.pairwise(sigmas):
+            x = self.step(denoise, x, t, t_next)
+            yield x
 
     def nfe(self, num_intervals: int) -> int:
         """Network evaluations for a grid of that many intervals."""
@@ -108,13 +113,9 @@ class Euler(Solver):
     name: ClassVar[str] = "euler"
     reaches_zero: ClassVar[bool] = True
 
-    def steps(
-        self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
-    ) -> Iterator[Tensor]:
+    def step(self, denoise: Denoiser, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """x' = x + (t' - t) d."""
-        for t, t_next in itertools.pairwise(sigmas):
-            x = x + (t_next - t) * slope(denoise, x, t)
-            yield x
+        return x + (t_next - t) * slope(denoise, x, t)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,16 +132,12 @@ class DDIM(Solver):
 
     clip: bool = knob(False, "clamp predicted images to [-1, 1]")
 
-    def steps(
-        self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
-    ) -> Iterator[Tensor]:
+    def step(self, denoise: Denoiser, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """x' = D + (t' / t) (x - D)."""
-        for t, t_next in itertools.pairwise(sigmas):
-            denoised = denoise(x, t)
-            if self.clip:
-                denoised = denoised.clamp(-1, 1)
-            x = denoised + (t_next / t) * (x - denoised)
-            yield x
+        denoised = denoise(x, t)
+        if self.clip:
+            denoised = denoised.clamp(-1, 1)
+        return denoised + (t_next / t) * (x - denoised)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,21 +149,14 @@ class Heun(Solver):
 
     name: ClassVar[str] = "heun"
     evaluations: ClassVar[int] = 2
+    order: ClassVar[int] = 2
 
-    @property
-    def order(self) -> int:
-        return 2
-
-    def steps(
-        self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
-    ) -> Iterator[Tensor]:
+    def step(self, denoise: Denoiser, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """x' = x + (t' - t) (d + d') / 2, where d' is the slope at the end of Euler's step."""
-        for t, t_next in itertools.pairwise(sigmas):
-            d = slope(denoise, x, t)
-            x_euler = x + (t_next - t) * d
-            d_next = slope(denoise, x_euler, t_next)
-            x = x + (t_next - t) * (d + d_next) / 2
-            yield x
+        d = slope(denoise, x, t)
+        x_euler = x + (t_next - t) * d
+        d_next = slope(denoise, x_euler, t_next)
+        return x + (t_next - t) * (d + d_next) / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,24 +169,17 @@ class DPM2(Solver):
 
     name: ClassVar[str] = "dpm2"
     evaluations: ClassVar[int] = 2
+    order: ClassVar[int] = 2
 
     r: float = knob(0.5, "where in log t the second slope is taken", above=0, high=1)
 
-    @property
-    def order(self) -> int:
-        return 2
-
-    def steps(
-        self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
-    ) -> Iterator[Tensor]:
+    def step(self, denoise: Denoiser, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """x' = x + (t' - t) (d_mid / 2r + (1 - 1 / 2r) d), with t_mid = t'^r t^(1 - r)."""
-        for t, t_next in itertools.pairwise(sigmas):
-            t_mid = t_next**self.r * t ** (1 - self.r)
-            d = slope(denoise, x, t)
-            x_mid = x + (t_mid - t) * d
-            d_mid = slope(denoise, x_mid, t_mid)
-            x = x + (t_next - t) * (d_mid / (2 * self.r) + (1 - 1 / (2 * self.r)) * d)
-            yield x
+        t_mid = t_next**self.r * t ** (1 - self.r)
+        d = slope(denoise, x, t)
+        x_mid = x + (t_mid - t) * d
+        d_mid = slope(denoise, x_mid, t_mid)
+        return x + (t_next - t) * (d_mid / (2 * self.r) + (1 - 1 / (2 * self.r)) * d)
 
 
 # Adams-Bashforth on equal steps: what the newest slope, the one before it, ... weigh, by order.
@@ -218,17 +201,11 @@ class IPNDM(Solver):
 
     name: ClassVar[str] = "ipndm"
     reaches_zero: ClassVar[bool] = True
+    # Whatever max_order: the coefficients are those of equal steps, and neighbouring steps differ
+    # by a factor of 1 + O(1 / n). With more slopes the error is smaller, but falls no faster.
+    order: ClassVar[int] = 2
 
     max_order: int = knob(4, "slopes that a step uses at most", low=2, high=4)
-
-    @property
-    def order(self) -> int:
-        """2, whatever ``max_order``.
-
-        The coefficients are those of equal steps, and neighbouring steps differ by a factor of
-        1 + O(1 / n): with more slopes the error is smaller, but falls no faster.
-        """
-        return 2
 
     def steps(
         self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
@@ -432,7 +409,7 @@ def make_solver(name: str, *, order: int | None = None, **options: Any) -> Solve
         return kind.read(given)
     except KnobError as error:
         option = "order" if error.name == "max_order" else error.name
-        raise KnobError(f"{name}'s {option}", error.problem) from error
+        raise InputError(f"{name}'s {option} {error.problem}") from error
 
 
 def _solver_class(name: str) -> type[Solver]:

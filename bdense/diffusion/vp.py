@@ -1,23 +1,25 @@
-"""Variance-preserving processes as schedules of noise levels, which PD halves.
+"""Variance-preserving processes as schedules of noise levels, which PD halves; their losses.
 
 z_u = alpha_u x_0 + s_u eps, alpha^2 + s^2 = 1, for times u from 1 (noise) to 0 (clean). In our
 coordinates x = z / alpha and sigma = s / alpha = exp(-logsnr / 2), so that a DDIM step is an
 Euler step, and the last level, at u = 0, is sigma = 0: there the last prediction is the image.
 """
 
+import abc
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from bdense.diffusion.schedules import Levels, require_grid
+from bdense.diffusion import LevelWeight
+from bdense.diffusion.schedules import Schedule, require_grid
 from bdense.errors import InputError
 from bdense.files import plain_json
 
 
-class VPSchedule(Levels):
+class VPSchedule(abc.ABC):
     """A process by its noise level at each time; grids of n steps are even in u.
 
     The grid of N K steps holds that of N, bit for bit.
@@ -25,9 +27,19 @@ class VPSchedule(Levels):
 
     kind: ClassVar[str]
 
+    @property
+    @abc.abstractmethod
+    def sigma_min(self) -> float:
+        """The lowest level above 0."""
+
+    @property
+    @abc.abstractmethod
+    def sigma_max(self) -> float:
+        """The highest level."""
+
+    @abc.abstractmethod
     def level(self, u: Tensor) -> Tensor:
         """sigma at times u in (0, 1], float64 of the same shape."""
-        raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -54,6 +66,10 @@ class VPSchedule(Levels):
 
     def text(self) -> str:
         return f"{self.kind} levels, even in time"
+
+
+# How noise levels are spaced.
+Levels: TypeAlias = Schedule | VPSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,3 +104,25 @@ class CosineSchedule(VPSchedule):
     @property
     def sigma_max(self) -> float:
         return math.exp(-self.logsnr_min / 2)
+
+
+def snr_weight(sigma: Tensor, kind: LevelWeight) -> Tensor:
+    """The weight of |D - x_0|^2 (Salimans & Ho 2022, section 4), for SNR = 1 / sigma^2.
+
+    Args:
+        sigma: Levels above 0, of any shape.
+        kind: "constant" is 1: the error of the image. "snr" is SNR: the error of the noise.
+            "snr_trunc" is max(SNR, 1): the larger of the two. "v" is SNR + 1: the error of
+            v = alpha eps - s x_0, which is their sum.
+
+    Returns:
+        Weights of the shape and dtype of ``sigma``.
+    """
+    snr = sigma**-2
+    if kind == "constant":
+        return torch.ones_like(sigma)
+    if kind == "snr":
+        return snr
+    if kind == "snr_trunc":
+        return snr.clamp(min=1)
+    return snr + 1

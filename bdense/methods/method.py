@@ -24,7 +24,7 @@ from bdense.errors import InputError
 from bdense.files import plain_json
 from bdense.knobs import KnobError, Knobs, knob, knobs_of
 from bdense.methods import YOUNGER
-from bdense.methods.plan import StagePlan as StagePlan
+from bdense.methods import StagePlan as StagePlan
 from bdense.models.latents import draws_latents
 from bdense.training.optimisation import OptimisationConfig
 from bdense.training.stage import Stateless, Training

@@ -120,14 +120,8 @@ class OneShotDenoiser(NetworkDenoiser):
         """Callers do not pass ``num_points``."""
         return False
 
-    def branches(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        class_labels: Tensor | None = None,
-        **given: Any,  # noqa: ANN401  of the network
-    ) -> Tensor:
-        return super().branches(x, sigma, class_labels, num_points=self.embedded, **given)
+    def branches(self, *args: Any, **given: Any) -> Tensor:  # noqa: ANN401
+        return super().branches(*args, num_points=self.embedded, **given)
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,9 +27,8 @@ from bdense.diffusion.grid_knobs import GridKnobs, NativeGridKnobs
 from bdense.diffusion.guidance import calls, guided, null_for
 from bdense.diffusion.preconditioning import levels_on, make_preconditioning
 from bdense.diffusion.sampling import Sampler, levels_of, samplers_from
-from bdense.diffusion.schedules import Levels
-from bdense.diffusion.snr_weights import snr_weight
 from bdense.diffusion.solvers import DDIM
+from bdense.diffusion.vp import Levels, snr_weight
 from bdense.errors import InputError
 from bdense.execution import moved
 from bdense.knobs import KnobError, knob, knob_of, knobs_of

@@ -114,13 +114,9 @@ class SFDConfig(GridConfig, GuidanceKnobs):
         kept = tuple(sorted(several)) if len(several) > 1 else several[0]
         object.__setattr__(self, "nfe", kept)
         _ = self.levels  # refuses noise levels that do not fit together
-        try:
-            solver = self.make_solver()
-            # The highest order is the default: given or not, the config is the same.
-            if solver == make_solver(self.solver, thresholding=self.thresholding):
-                object.__setattr__(self, "order", None)
-        except KnobError as error:  # the solver's knob, which is not one of these
-            raise InputError(str(error)) from error
+        # The highest order is the default: given or not, the config is the same.
+        if self.make_solver() == make_solver(self.solver, thresholding=self.thresholding):
+            object.__setattr__(self, "order", None)
         if self.step_condition != "teacher" and len(several) == 1:
             raise KnobError(
                 "step_condition",
@@ -166,14 +162,12 @@ class SFDConfig(GridConfig, GuidanceKnobs):
         Args:
             levels: Bound to a network; None is ``self.levels``.
         """
-        schedule, numbers = levels or self.levels, self._several_intervals
-        if len(numbers) > 1:
-            return VariableGrid(
-                num_intervals=numbers, substeps=self.substeps, afs=self.afs, schedule=schedule
-            )
-        return IntervalGrid(
-            num_intervals=numbers[0], substeps=self.substeps, afs=self.afs, schedule=schedule
+        schedule = levels or self.levels
+        first, *others = (
+            IntervalGrid(num_intervals=n, substeps=self.substeps, afs=self.afs, schedule=schedule)
+            for n in self._several_intervals
         )
+        return VariableGrid((first, *others)) if others else first
 
     def samplers(self, levels: Schedule | None = None) -> tuple[Sampler, ...]:
         """How the student draws, by NFE; ``levels`` as of ``grid``."""

@@ -122,24 +122,15 @@ def train(
         CheckpointError: The checkpoint belongs to another run.
     """
     evaluations = evaluations or Evaluations()
-    lead = functools.partial(
-        _train,
-        stage=stage,
-        weighting=weighting,
-        checkpoint=checkpoint,
-        evaluations=evaluations,
-        checkpoint_seconds=checkpoint_seconds,
-        on_iteration=on_iteration,
-        on_save=on_save,
-        unread=unread,
-    )
     _require_fitting(stage, weighting)
+    job = stage, weighting, checkpoint, evaluations
+    reporting = checkpoint_seconds, on_iteration, on_save, unread
     if devices is None or len(devices) == 1:
-        return lead(Team())
+        return _train(Team(), *job, *reporting)
     Team(0, len(devices)).parts_of(stage.batch_size, stage.optimisation.accumulate)
     waits = Evaluations(tuple(evaluations.after))
     with team_of(devices, _follow, (stage, weighting, checkpoint, waits)) as team:
-        return lead(team)
+        return _train(team, *job, *reporting)
 
 
 def _follow(
@@ -450,7 +441,8 @@ class _Step:
         self, update: Update, part: int, count: int
     ) -> contextlib.AbstractContextManager[None]:
         """The random state of dropout in this update, the same on every call."""
-        own = (*self.team.own_index, *([part] if count > 1 else []))
+        own = [self.team.rank] if self.team.size > 1 else []
+        own += [part] if count > 1 else []
         return seeded(self.device, self.stage.seed, Stream.DROPOUT, *update.stream, *own)
 
     @contextlib.contextmanager

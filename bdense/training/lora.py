@@ -75,11 +75,9 @@ def add_adapters(student: NetworkDenoiser, config: OptimisationConfig, seed: int
 
 
 def merged(student: NetworkDenoiser) -> NetworkDenoiser:
-    """A student whose layers have taken up their adapters: a copy, or itself without any."""
+    """A copy of a student whose layers have taken up their adapters."""
     from peft.tuners.lora import LoraLayer
 
-    if not any(isinstance(layer, LoraLayer) for layer in student.modules()):
-        return student
     whole = copy.deepcopy(student)
     for name, layer in list(whole.named_modules()):
         if isinstance(layer, LoraLayer):

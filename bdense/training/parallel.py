@@ -60,11 +60,6 @@ class Team:
         """Whether this process saves and reports."""
         return self.rank == 0
 
-    @property
-    def own_index(self) -> tuple[int, ...]:
-        """Index of this process' dropout draws; empty for a team of one."""
-        return () if self.size == 1 else (self.rank,)
-
     def parts_of(self, batch: int, count: int = 1) -> list[slice]:
         """This process' images of a batch, in so many parts.
 

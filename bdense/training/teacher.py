@@ -26,7 +26,7 @@ from bdense.diffusion.preconditioning import (
     make_preconditioning,
     native_schedule,
 )
-from bdense.diffusion.snr_weights import snr_weight
+from bdense.diffusion.vp import snr_weight
 from bdense.errors import CheckpointError, InputError
 from bdense.execution import Execution, moved
 from bdense.knobs import KnobError, Knobs, knob, knob_of
@@ -344,8 +344,10 @@ def new_denoiser(config: TeacherConfig, image_shape: torch.Size) -> NetworkDenoi
     try:
         network = _network_config(config, channels, height)
     except InputError as error:
-        if not _fits(config, channels, padded):
-            raise
+        try:
+            _network_config(config, channels, padded)
+        except InputError:
+            raise error from None
         raise InputError(f"{error}; {remedy}") from error
     try:
         with without_memory():
@@ -371,14 +373,6 @@ def _network_config(config: TeacherConfig, channels: int, side: int) -> SongUNet
     for name in images.keys() & config.network.keys():
         raise KnobError(f"network.{name}", "follows from the data set; leave it out")
     return SongUNetConfig.read(images | config.network, "network")
-
-
-def _fits(config: TeacherConfig, channels: int, side: int) -> bool:
-    try:
-        _network_config(config, channels, side)
-    except InputError:
-        return False
-    return True
 
 
 def draw_levels(config: TeacherConfig, draw: torch.Generator, like: Tensor) -> Tensor:

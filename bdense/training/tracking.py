@@ -85,8 +85,6 @@ class Tracking(contextlib.AbstractContextManager["Tracking"]):
 
     def update(self, stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
         """Pass on what iteration ``done`` of ``total`` did, if it is one of ``POINTS``."""
-        if not self._trackers:
-            return
         self._iteration[stage] = done
         if done == total or done % max(1, total // POINTS) == 0:
             self._each(lambda tracker: tracker.update(stage, done, values))

@@ -1,7 +1,7 @@
 """``bdense distill``: students of a teacher, by any method, plain or with B-DENSE."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def distill(
     config = read_config()
     weighting = chosen_weighting(weights, parameters, config.num_branches, config.num_intervals)
     device = chosen_hardware(execution, hardware)
-    texts = chosen_prompts(None, own.prompts)
+    texts = chosen_prompts(own.prompts)
     dataset = None
     if method.needs_data or evaluation.extractor is not None:
         dataset = load_dataset(own.data)
@@ -144,7 +144,9 @@ def distill(
             print(f"{done.plan.label}: {done.path}", flush=True)
             if fids is not None:
                 found = measured(done.path.stem, done.student, done.sampler)
-                _record(done, done.path, found)
+                # An earlier call may have written it to the student's file and card.
+                if (metadata := {**done.metadata, **found}) != done.metadata:
+                    keep_student(done.path, done.student, None, metadata)
                 print(json.dumps(found["fid"]), flush=True)
                 tracking.evaluation(done.plan.name, {"fid": found["fid"]["value"]})
 
@@ -181,13 +183,6 @@ def _encoded(dataset: Dataset, teacher: str, cache: Path, device: torch.device) 
     require_pipeline(teacher)
     show = Progress().counting(len(dataset.images), "images encoded")
     return encode_dataset(dataset, teacher, cache, device, show)
-
-
-def _record(done: TrainedStage, path: Path, found: Mapping[str, Any]) -> None:
-    """Write a student's FID to its file and card, if it is not there."""
-    metadata = {**done.metadata, **found}
-    if metadata != done.metadata:
-        keep_student(path, done.student, None, metadata)
 
 
 def _write_table(done: TrainedStage, path: Path) -> None:

@@ -45,7 +45,7 @@ def fid(
             "drop one"
         )
     device = chosen_hardware(execution, hardware)
-    texts = chosen_prompts(None, drawing.prompts)
+    texts = chosen_prompts(drawing.prompts)
     drawer = chosen_drawer(own.model, drawing, texts, device, execution, cache=features.cache)
     clip = None
     if own.clip_score is not None:

@@ -4,12 +4,9 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from bdense.command import Force
 from bdense.data.datasets import load_dataset
 from bdense.diffusion.branches import recombine_branches
-from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import SETUP, samplers_from
 from bdense.errors import InputError
 from bdense.execution import Execution
@@ -59,7 +56,14 @@ def recombine(
     student.to(device).execute(execution)
     metadata = {key: value for key, value in metadata.items() if key not in _OF_THE_BRANCHED}
     if evaluation.extractor is not None:
-        fids, sampler = _fids(evaluation, own, student, device), samplers_from(metadata)[0]
+        extractor = load_extractor(evaluation.extractor, cache=evaluation.cache, device=device)
+        fids = FIDEvaluation(
+            extractor=extractor,
+            reference=dataset_reference(load_dataset(own.data), extractor, cache=evaluation.cache),
+            image_shape=student.image_shape,
+            images=evaluation.images or IMAGES,
+        )
+        sampler = samplers_from(metadata)[0]
 
         def fid(c: Sequence[float], seed: int) -> FID:
             return fids.fid(recombine_branches(student, c), sampler, seed=seed)
@@ -70,20 +74,6 @@ def recombine(
     metadata["coefficients"] = list(c)
     keep_student(own.out, recombine_branches(student, c), None, metadata)
     print(own.out)
-
-
-def _fids(
-    evaluation: Evaluation, own: RecombineOptions, student: NetworkDenoiser, device: torch.device
-) -> FIDEvaluation:
-    """What FIDs of recombined branches are measured with."""
-    assert evaluation.extractor is not None
-    extractor = load_extractor(evaluation.extractor, cache=evaluation.cache, device=device)
-    return FIDEvaluation(
-        extractor=extractor,
-        reference=dataset_reference(load_dataset(own.data), extractor, cache=evaluation.cache),
-        image_shape=student.image_shape,
-        images=evaluation.images or IMAGES,
-    )
 
 
 def _measured(

@@ -21,8 +21,8 @@ from bdense.diffusion.guidance import calls, null_for
 from bdense.diffusion.pictures import save_grid
 from bdense.diffusion.preconditioning import levels_on, native_schedule
 from bdense.diffusion.sampling import Sampler, draw_images, levels_of, samplers_from
-from bdense.diffusion.schedules import Levels
 from bdense.diffusion.solvers import make_solver
+from bdense.diffusion.vp import Levels
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.files import require_output
@@ -54,7 +54,9 @@ def sample(
 ) -> None:
     """Run the verb."""
     device = chosen_hardware(execution, hardware)
-    texts = chosen_prompts(own.prompt, drawing.prompts)
+    texts = chosen_prompts(drawing.prompts) if own.prompt is None else [own.prompt]
+    if own.prompt is not None and drawing.prompts is not None:
+        raise KnobError("prompt", "and `prompts` are two sources of prompts; drop one of them")
     require_output(own.out, problem=_no_picture, inputs=[own.model], force=replacing.force)
     if (ending := own.out.suffix.lower()) in SUFFIXES and ending != ".png":
         raise KnobError("out", f"is a PNG picture and must end in .png, got {own.out}")
@@ -69,18 +71,14 @@ def _no_picture(path: Path) -> str:
         return "" if file.read(len(_PNG)) == _PNG else "is not a PNG picture"
 
 
-def chosen_prompts(prompt: str | None, file: str | None) -> list[str]:
-    """The prompts of the options; none where there are none.
+def chosen_prompts(file: str | None) -> list[str]:
+    """The prompts of --prompts; none without it.
 
     Raises:
-        InputError: Both options are given, or the file holds no prompt.
+        InputError: The file holds no prompt.
     """
-    if prompt is not None and file is not None:
-        raise KnobError("prompt", "and `prompts` are two sources of prompts; drop one of them")
-    if file is None:
-        return [] if prompt is None else [prompt]
     try:
-        return read_prompts(file)
+        return [] if file is None else read_prompts(file)
     except InputError as error:
         raise KnobError("prompts", str(error)) from error
 

@@ -44,7 +44,7 @@ def verify(own: VerifyOptions, hardware: RecordedHardware) -> None:
     model, metadata = load_model(own.model)
     recorded, setup = _recorded(own.model, metadata)
     pipeline = own.pipeline or own.model
-    texts = chosen_prompts(None, own.prompts)
+    texts = chosen_prompts(own.prompts)
     _require_prompts(recorded, own.prompts, texts)
     conditions = conditions_of(model, pipeline, texts, cache=own.cache)
     codec = codec_of(model, metadata, pipeline, device)

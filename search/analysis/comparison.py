@@ -9,7 +9,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from bdense.methods.plan import StagePlan
+from bdense.methods import StagePlan
 from bdense.metrics.records import FID
 from search.analysis.paired import Mean, Paired, mean_of, paired_difference, step_of
 from search.spec.metric import Metric

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from bdense.errors import InputError
 from bdense.files import sha256_file
 from bdense.knobs import KnobError, Knobs, knobs_of
-from bdense.methods.plan import StagePlan
+from bdense.methods import StagePlan
 from search.errors import SpecError, under
 from search.spec.command import (
     COMMAND,

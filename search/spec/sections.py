@@ -12,7 +12,7 @@ from bdense.data.prompts import PROMPTS
 from bdense.errors import InputError
 from bdense.execution import CompileMode, Execution
 from bdense.knobs import KnobError, Knobs, knob, knob_of
-from bdense.methods.plan import StagePlan
+from bdense.methods import StagePlan
 from bdense.training.teacher_knobs import TeacherKnobs, TeacherRecipe
 
 SEEDS: dict[str, Any] = {"low": 0, "below": 2**31}  # of knobs that are seeds

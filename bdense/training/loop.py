@@ -122,15 +122,24 @@ def train(
         CheckpointError: The checkpoint belongs to another run.
     """
     evaluations = evaluations or Evaluations()
+    lead = functools.partial(
+        _train,
+        stage=stage,
+        weighting=weighting,
+        checkpoint=checkpoint,
+        evaluations=evaluations,
+        checkpoint_seconds=checkpoint_seconds,
+        on_iteration=on_iteration,
+        on_save=on_save,
+        unread=unread,
+    )
     _require_fitting(stage, weighting)
-    job = stage, weighting, checkpoint, evaluations
-    reporting = checkpoint_seconds, on_iteration, on_save, unread
     if devices is None or len(devices) == 1:
-        return _train(Team(), *job, *reporting)
+        return lead(Team())
     Team(0, len(devices)).parts_of(stage.batch_size, stage.optimisation.accumulate)
     waits = Evaluations(tuple(evaluations.after))
     with team_of(devices, _follow, (stage, weighting, checkpoint, waits)) as team:
-        return _train(team, *job, *reporting)
+        return lead(team)
 
 
 def _follow(

@@ -15,7 +15,6 @@ from bdense.errors import InputError
 from bdense.knobs import knob, knob_of
 from bdense.networks.layers import (
     NEARLY_ZERO,
-    XAVIER,
     Conv2d,
     FourierEmbedding,
     GroupNorm,
@@ -92,7 +91,7 @@ class SongUNet(UNet):
         self.map_layer1 = Linear(emb_channels, emb_channels)
         if config.step_condition:
             embedding = PositionalEmbedding(noise_channels, endpoint=True)
-            self._build_step_embedding(embedding, emb_channels, XAVIER)
+            self._build_step_embedding(embedding, emb_channels)
         first = Conv2d(config.img_channels, config.model_channels, 3)
         self._build_levels(first, config.model_channels)
 

@@ -57,7 +57,11 @@ def export_lora(
     known = {"teacher": public_name(teacher, place), **metadata, **pipeline.facts}
 
     def write(scratch: Path) -> None:
-        _save(scratch, adapters)
+        from diffusers import StableDiffusionPipeline
+
+        StableDiffusionPipeline.save_lora_weights(
+            scratch, unet_lora_layers=adapters, weight_name=LORA_WEIGHTS
+        )
         pipeline.write_scheduler(scratch)
 
     return export_for_diffusers(
@@ -122,11 +126,3 @@ def _adapters(student: NetworkDenoiser, teacher: NetworkDenoiser) -> dict[str, T
         found[f"{layer}.lora_A.weight"] = padded[0].reshape(rank, *shape[1:])
         found[f"{layer}.lora_B.weight"] = padded[1].reshape(*padded[1].shape, *(1 for _ in kernel))
     return found
-
-
-def _save(folder: Path, adapters: Mapping[str, Tensor]) -> None:
-    from diffusers import StableDiffusionPipeline
-
-    StableDiffusionPipeline.save_lora_weights(
-        folder, unet_lora_layers=dict(adapters), weight_name=LORA_WEIGHTS
-    )

@@ -91,7 +91,6 @@ class Conv2d(nn.Module):
         init: Init = XAVIER,
     ) -> None:
         super().__init__()
-        self.in_channels = in_channels
         self.out_channels = out_channels
         self.up = up
         self.down = down

@@ -101,7 +101,6 @@ class _DDIMPipeline:
     call: Mapping[str, Any]
 
     name: ClassVar[str] = "DDIMPipeline"
-    part: ClassVar[str] = DiffusersUNet.part
     facts: ClassVar[Mapping[str, Any]] = {}
 
     @property
@@ -148,7 +147,7 @@ def write_pipeline(
     metadata = {**metadata, **pipeline.facts}
     name, call, example = pipeline.name, pipeline.call, pipeline.example
     card = pipeline_card(folder.name, denoiser, metadata, call, name, example, lora=lora)
-    weights = LORA_WEIGHTS if lora else f"{pipeline.part}/{WEIGHTS}.safetensors"
+    weights = LORA_WEIGHTS if lora else f"{denoiser.model.part}/{WEIGHTS}.safetensors"
     known = {**metadata, "pipeline_call": dict(call)}
     with atomic_folder(folder) as scratch:
         write(scratch)

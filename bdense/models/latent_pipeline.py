@@ -100,11 +100,6 @@ class LatentPipeline:
         return self.kind.name
 
     @property
-    def part(self) -> str:
-        """Folder of the network."""
-        return str(self.denoiser.model.part)
-
-    @property
     def facts(self) -> dict[str, Any]:
         """What the student's metadata have to say of the teacher's pipeline."""
         condition = condition_of(self.denoiser.model)

@@ -3,7 +3,6 @@
 B batch, K branches, C image channels, E embedding channels, N student intervals.
 """
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -142,13 +141,12 @@ class UNet(TakesSteps, Network):
         ``options`` are those that all blocks of this network have.
         """
         config = self.config
-        made = functools.partial(
-            UNetBlock,
-            emb_channels=config.model_channels * config.channel_mult_emb,
-            dropout=config.dropout,
-            step_condition=config.step_condition,
-            **options,
-        )
+        emb_channels = config.model_channels * config.channel_mult_emb
+        options |= {"dropout": config.dropout, "step_condition": config.step_condition}
+
+        def made(cin: int, cout: int, **place: Any) -> UNetBlock:  # noqa: ANN401
+            return UNetBlock(cin, cout, emb_channels, **options, **place)
+
         self.enc = nn.ModuleDict()
         self.dec = nn.ModuleDict()
         skips = [cout]

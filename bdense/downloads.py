@@ -143,35 +143,23 @@ def _carry_on(url: str, partial: _Partial, what: str, size: int | None) -> None:
         if size is not None and total is not None and total != size:
             partial.forget()
             raise _WrongFileError(f"it has {total} bytes, not {size}")
-        have = _receive(response, partial, have, total, what)
-    if total is not None and have != total:
-        raise _TryAgainError(
-            f"the connection ended after {have} of {total} bytes; the same command continues"
+        bar = progress_bar(
+            desc=what,
+            initial=have,
+            total=total,
+            unit="B",
+            unit_scale=True,
+            mininterval=_SHOW_SECONDS[is_live(sys.stderr)],
         )
-
-
-def _receive(
-    response: http.client.HTTPResponse,
-    partial: _Partial,
-    have: int,
-    total: int | None,
-    what: str,
-) -> int:
-    """Append what the server sends; returns the bytes downloaded so far."""
-    bar = progress_bar(
-        desc=what,
-        initial=have,
-        total=total,
-        unit="B",
-        unit_scale=True,
-        mininterval=_SHOW_SECONDS[is_live(sys.stderr)],
-    )
-    with bar, partial.data.open("ab") as file:
-        while chunk := response.read1(_CHUNK):
-            file.write(chunk)
-            have += len(chunk)
-            bar.update(len(chunk))
-    return have
+        with bar, partial.data.open("ab") as file:
+            while chunk := response.read1(_CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+    if total is not None and partial.size != total:
+        raise _TryAgainError(
+            f"the connection ended after {partial.size} of {total} bytes; the same command "
+            "continues"
+        )
 
 
 def _version(response: http.client.HTTPResponse) -> str | None:

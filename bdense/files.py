@@ -65,13 +65,11 @@ def write_json(
 
 def plain_json(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A mapping as JSON gives it back, where a tuple is a list."""
-    found: dict[str, Any] = json.loads(json.dumps(tree))
-    return found
+    return dict(json.loads(json.dumps(tree)))
 
 
 def require_plain(path: Path) -> None:
     """Raise an InputError if the path is a link, a FIFO or a device, which a rename would end."""
-    path = Path(path)
     if path.is_symlink():
         raise InputError(f"{path} is a link to {path.readlink()}; name the file itself")
     require_no_pipe(path)
@@ -106,11 +104,9 @@ def require_output(
     if not folder and out.is_dir():
         raise KnobError("out", f"{out} is a folder; give the name of a file")
     if out.exists() and not force:
-        sources = (Path(each) for each in inputs)
-        read = any(
-            each.exists() and out.resolve().is_relative_to(each.resolve()) for each in sources
-        )
-        reason = "is read by this command" if read else problem(out)
+        read = [Path(each).resolve() for each in inputs if Path(each).exists()]
+        is_read = any(map(out.resolve().is_relative_to, read))
+        reason = "is read by this command" if is_read else problem(out)
         if reason:
             raise KnobError("out", f"{out} {reason}; choose another name, or give `force`")
     place = out if folder else out.parent
@@ -135,7 +131,6 @@ def require_cache(folder: Path) -> None:
 
 def require_new(path: Path) -> None:
     """Raise an InputError if the path exists."""
-    path = Path(path)
     if path.exists() or path.is_symlink():
         raise InputError(f"{path} exists already; choose another folder or delete it")
 
@@ -156,7 +151,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     scratch = Path(name)
     try:
         yield scratch
-        _settle(scratch)
+        mask = _umask()
+        for entry in [*scratch.rglob("*"), scratch]:  # the folder last
+            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)
+            _sync(entry)
         try:
             scratch.rename(path)
         except OSError:
@@ -286,14 +284,6 @@ def _warn_of_waiting(path: Path) -> None:
         path,
         holder or "another process",
     )
-
-
-def _settle(folder: Path) -> None:
-    """Give everything in a folder the permissions of new files and sync it, the folder last."""
-    mask = _umask()
-    for entry in [*folder.rglob("*"), folder]:
-        entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)
-        _sync(entry)
 
 
 def _sync(path: Path) -> None:

@@ -252,7 +252,7 @@ def test_a_folder_that_exists_is_refused_and_a_failure_leaves_none(tmp_path, mon
     message = re.escape(f"{tmp_path / 'teacher'} exists already")
     assert_refused(tmp_path / "teacher", student, metadata_of(own(student)), message)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr("bdense.models.diffusers_export.pipeline_card", fail)

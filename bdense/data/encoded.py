@@ -75,37 +75,27 @@ def encode_dataset(
         raise CheckpointError(f"{source} has no autoencoder; give its whole pipeline")
     key = f"{dataset.sha256} {sha256_model(found[0])}"
     sha256 = hashlib.sha256(key.encode()).hexdigest()
-    path = cache / "latents" / f"{sha256[:16]}.npy"
-    with file_lock(path.with_suffix(".lock")):
-        if not path.exists():
-            with atomic_write(path) as scratch:
-                _encode(dataset, source, scratch, device, on_image)
-    latents = torch.from_numpy(np.load(path, mmap_mode="c"))
+    count = len(dataset.images)
+
+    def write(file: Path) -> None:
+        codec = load_codec(source).to(device)
+        shape = codec.encode(to_float(dataset.images[:1])).shape[1:]
+        rows = np.lib.format.open_memmap(file, "w+", "float32", (count, *shape))
+        for first in range(0, count, _IMAGES_AT_ONCE):
+            some = slice(first, min(first + _IMAGES_AT_ONCE, count))
+            latents = codec.encode(to_float(dataset.images[some])).float()
+            if not bool(latents.isfinite().all()):
+                raise NonFiniteError(
+                    f"latents of images {some.start} to {some.stop - 1} of {dataset.name} are not "
+                    f"finite: the autoencoder of {source} fails on them"
+                )
+            rows[some] = latents.cpu().numpy()
+            if on_image is not None:
+                on_image(some.stop)
+        rows.flush()
+
+    latents = _kept(cache / "latents" / f"{sha256[:16]}.npy", write)
     return EncodedDataset(dataset.name, dataset.images, sha256, dataset.labels, latents=latents)
-
-
-def _encode(
-    dataset: Dataset,
-    source: str | Path,
-    file: Path,
-    device: torch.device,
-    on_image: Callable[[int], None] | None,
-) -> None:
-    codec, count = load_codec(source).to(device), len(dataset.images)
-    shape = codec.encode(to_float(dataset.images[:1])).shape[1:]
-    rows = np.lib.format.open_memmap(file, "w+", "float32", (count, *shape))
-    for first in range(0, count, _IMAGES_AT_ONCE):
-        some = slice(first, min(first + _IMAGES_AT_ONCE, count))
-        latents = codec.encode(to_float(dataset.images[some])).float()
-        if not bool(latents.isfinite().all()):
-            raise NonFiniteError(
-                f"latents of images {some.start} to {some.stop - 1} of {dataset.name} are not "
-                f"finite: the autoencoder of {source} fails on them"
-            )
-        rows[some] = latents.cpu().numpy()
-        if on_image is not None:
-            on_image(some.stop)
-    rows.flush()
 
 
 def embed_prompts(
@@ -134,19 +124,27 @@ def embed_prompts(
     folder, wanted = pipeline_folder(source), [*texts, negative]
     parts = [sha256_model(folder / part) for part in (TEXT_ENCODER, TOKENIZER)]
     sha256 = hashlib.sha256(json.dumps([parts, wanted]).encode()).hexdigest()
-    path = cache / "prompts" / f"{sha256[:16]}.npy"
+
+    def write(file: Path) -> None:
+        own = encoder or load_text_encoder(source)
+        cut = len(own.too_long(wanted))
+        shape = len(wanted), own.length, own.width
+        rows = np.lib.format.open_memmap(file, "w+", "float32", shape)
+        for first in range(0, len(wanted), _PROMPTS_AT_ONCE):
+            some = slice(first, min(first + _PROMPTS_AT_ONCE, len(wanted)))
+            rows[some] = own.embed(wanted[some]).numpy()
+            if on_prompt is not None:
+                on_prompt(some.stop, cut)
+        rows.flush()
+
+    kept = _kept(cache / "prompts" / f"{sha256[:16]}.npy", write)
+    return Prompts(kept[:-1], kept[-1:])
+
+
+def _kept(path: Path, write: Callable[[Path], None]) -> Tensor:
+    """The array of a file, mapped; ``write`` makes the file if it is missing."""
     with file_lock(path.with_suffix(".lock")):
         if not path.exists():
-            own = encoder or load_text_encoder(source)
-            cut = len(own.too_long(wanted))
             with atomic_write(path) as scratch:
-                shape = len(wanted), own.length, own.width
-                rows = np.lib.format.open_memmap(scratch, "w+", "float32", shape)
-                for first in range(0, len(wanted), _PROMPTS_AT_ONCE):
-                    some = slice(first, min(first + _PROMPTS_AT_ONCE, len(wanted)))
-                    rows[some] = own.embed(wanted[some]).numpy()
-                    if on_prompt is not None:
-                        on_prompt(some.stop, cut)
-                rows.flush()
-    kept = torch.from_numpy(np.load(path, mmap_mode="c"))
-    return Prompts(kept[:-1], kept[-1:])
+                write(scratch)
+    return torch.from_numpy(np.load(path, mmap_mode="c"))

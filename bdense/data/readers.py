@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ from bdense.data.names import LABELS_FILE, SUFFIXES, files_below, is_image, is_s
 from bdense.errors import InputError
 from bdense.files import require_no_pipe, unpacked_bound
 
-# The third byte of an idx file's magic number names its type; image files have this one.
-_IDX_UINT8 = 0x08
+# How an idx file of bytes begins: the third byte names the type.
+_IDX_UINT8 = b"\0\0\x08"
 _SHOWN_PROBLEMS = 8
 _MOST_PIXELS = 4096**2  # of an image that is taken as it is
 _MAX_CLASSES = 1_000_000  # one-hot labels of more would not fit into memory
@@ -58,7 +58,7 @@ def read_idx(path: Path) -> Tensor:
         raise InputError(f"the idx file {path} cannot be read: {_reason(error)}") from error
     if len(content) > bound:
         raise InputError(f"{path} unpacks to more than {bound} bytes, which no idx file does")
-    if len(content) < 4 or content[:3] != bytes((0, 0, _IDX_UINT8)):
+    if len(content) < 4 or not content.startswith(_IDX_UINT8):
         raise InputError(
             f"{path} is not an idx file of bytes: its {len(content)} bytes begin with "
             f"'{content[:4].hex(' ')}', not '00 00 08'"
@@ -352,7 +352,9 @@ def _edm_labels(source: str, text: bytes, names: Sequence[str]) -> Tensor | None
         for name, label in pairs:
             if str(name) in table:
                 raise ValueError(f"two labels for {name}")
-            table[str(name)] = _class_number(label)
+            if type(label) is not int or not 0 <= label < _MAX_CLASSES:
+                raise ValueError(f"the class {json.dumps(label):.40}")
+            table[str(name)] = label
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
             f'{source} is not {{"labels": [[NAME, CLASS], ...]}} with classes 0 to 999999: '
@@ -365,12 +367,6 @@ def _edm_labels(source: str, text: bytes, names: Sequence[str]) -> Tensor | None
             'missing); add them, or write "labels": null for no labels'
         )
     return torch.tensor([table[name] for name in names])
-
-
-def _class_number(label: Any) -> int:  # noqa: ANN401  whatever JSON holds
-    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < _MAX_CLASSES:
-        raise ValueError(f"the class {json.dumps(label):.40}")
-    return label
 
 
 def _reason(error: BaseException) -> str:

@@ -6,6 +6,7 @@ facebookresearch/dinov2 at b8931f7; takes their published weights without regist
 tokens, d width, G x G patches.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class DinoV2(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.patch_embed = _PatchEmbed(size.width)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, size.width, PATCH, stride=PATCH)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + TRAINED_GRID**2, size.width))
         # Only pre-training uses it, but the published weights contain it.
@@ -95,7 +96,7 @@ class DinoV2(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Class tokens of a batch of images."""
-        patches = self.patch_embed(images)  # [B, d, G, G]
+        patches = self.patch_embed["proj"](images)  # [B, d, G, G]
         grid = patches.shape[-1]
         x = torch.cat(
             [self.cls_token.expand(len(images), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1
@@ -121,16 +122,6 @@ class DinoV2(nn.Module):
         return torch.cat([self.pos_embed[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
 
 
-class _PatchEmbed(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, PATCH, stride=PATCH)
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches: Tensor = self.proj(images)
-        return patches
-
-
 class _Block(nn.Module):
     """Attention and perceptron, each with a norm before and a scale per channel after."""
 
@@ -140,7 +131,7 @@ class _Block(nn.Module):
         self.attn = _Attention(size.width, size.heads)
         self.ls1 = _LayerScale(size.width)
         self.norm2 = nn.LayerNorm(size.width, _EPS)
-        self.mlp = _SwiGLU(size.width) if size.gated else _Perceptron(size.width)
+        self.mlp = _SwiGLU(size.width) if size.gated else _perceptron(size.width)
         self.ls2 = _LayerScale(size.width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,15 +165,9 @@ class _LayerScale(nn.Module):
         return x * self.gamma
 
 
-class _Perceptron(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return out
+def _perceptron(width: int) -> nn.Module:
+    first, last = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+    return nn.Sequential(OrderedDict(fc1=first, gelu=nn.GELU(), fc2=last))
 
 
 class _SwiGLU(nn.Module):

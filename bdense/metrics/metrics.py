@@ -199,21 +199,17 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
             f"statistics over {a.mu.size} and {b.mu.size} features cannot be compared; use the "
             "same extractor for both"
         )
-    # Rounding depends on the order, which is that of the first key in which they differ.
-    key = next((key for key in _ORDER if key(a) != key(b)), _ORDER[0])
-    pair = ({"mu": each.mu, "sigma": each.sigma} for each in sorted((a, b), key=key))
+    # Rounding depends on the order.
+    pair = ({"mu": each.mu, "sigma": each.sigma} for each in sorted((a, b), key=_order))
     value = float(fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID])
     if not np.isfinite(value):
         raise NonFiniteError(f"the Frechet distance is {value}")
     return max(value, 0.0)  # equal statistics are some rounding apart
 
 
-# More images first.
-_ORDER: tuple[Callable[[Statistics], Any], ...] = (
-    lambda statistics: -(statistics.count or 0),
-    lambda statistics: statistics.mu.tolist(),
-    lambda statistics: statistics.sigma.tobytes(),
-)
+def _order(statistics: Statistics) -> tuple[int, list[float], bytes]:
+    """More images first."""
+    return -(statistics.count or 0), statistics.mu.tolist(), statistics.sigma.tobytes()
 
 
 def image_effects(

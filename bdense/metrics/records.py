@@ -146,15 +146,13 @@ class FID(Measurement):
 
     def in_full(self) -> str:
         """Its conditions for people, as a single FID is never shown without them."""
+        guided = "" if self.guidance is None else f" and guidance {self.guidance:g}"
         seeds = ", ".join(f"{what} {seed}" for what, seed in self.seeds.items())
         return (
-            f"of {self.images} images at NFE {self.nfe}{self._guided()}, features of "
+            f"of {self.images} images at NFE {self.nfe}{guided}, features of "
             f"{self.extractor} ({self.extractor_sha256[:8]}), against {self.reference_images} of "
             f"{self.reference}{self._under()}, seeds: {seeds}"
         )
-
-    def _guided(self) -> str:
-        return "" if self.guidance is None else f" and guidance {self.guidance:g}"
 
     def _under(self) -> str:
         return "" if self.prompts is None else f", under {self.prompts.text()}"

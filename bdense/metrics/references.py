@@ -47,7 +47,7 @@ _UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error),
 )
 
-FEATURES_BATCH = 256  # images at a time
+FEATURES_BATCH = 256  # images at a time; affects the features only by rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,24 +110,20 @@ class Reference:
 def features_of(
     images: Tensor,
     extractor: Extractor,
-    batch: int = FEATURES_BATCH,
     on_image: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Features of images [n, C, H, W] uint8, C = 1 or 3, n >= 2: [n, d] float32 on the CPU.
 
     Args:
-        batch: Images at a time; affects the result only by rounding.
         on_image: Called with the number of images done.
 
     Raises:
         InputError: There are fewer than 2 images, or the extractor does not accept them.
     """
-    if batch < 1:
-        raise InputError(f"batch must be at least 1, got {batch}")
     if len(images) < 2:
         raise too_few(len(images))
     features, seen = [], 0
-    for part in torch.split(images, batch):
+    for part in torch.split(images, FEATURES_BATCH):
         # In float32, whatever precision the student was computed in.
         with exact_products():
             features.append(extractor(part))

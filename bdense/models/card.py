@@ -136,72 +136,51 @@ def pipeline_card(
     call: Mapping[str, Any],
     pipeline: str,
     example: Mapping[str, Any],
+    *,
+    lora: bool,
 ) -> str:
     """The card, in Markdown, of the folder ``name`` that diffusers loads without bdense.
 
     Args:
+        metadata: Its metadata, with ``lora`` the ``teacher`` among them.
         call: Arguments of the pipeline that draw as the student was measured.
         pipeline: diffusers' class of it.
         example: Arguments of a call that draws images.
+        lora: Whether the folder has the student as adapters of its teacher.
     """
-    is_plain = pipeline == "DDIMPipeline"
-    arguments = json.dumps(name) + ("" if is_plain else ", trust_remote_code=True")
-    python = _PIPELINE.format(
-        loader=pipeline if is_plain else "DiffusionPipeline",
-        arguments=arguments,
-        settings=_settings(example),
-    )
-    notes = [] if is_plain else [_OWN_SCHEDULER]
-    if metadata.get("condition") == "text":
-        notes.append(_NO_CHECKER)
+    place, settings = json.dumps(name), _settings(example)
+    guided = metadata.get(SETUP, {}).get("guidance") is not None
+    reason = "so its FID was measured" if guided else "it was distilled for that"
+    notes = [f"Call it with `{_settings(call)}`: {reason}."]
+    if lora:
+        teacher = json.dumps(str(metadata["teacher"]))
+        python = _LORA.format(name=place, teacher=teacher, settings=settings)
+        notes[0] += (
+            f" The adapters are for {teacher} only, in float32. The scheduler, which takes the "
+            "student's own steps, is a part of this folder, not of diffusers; read "
+            "`scheduler/student_scheduler.py` before you run it."
+        )
+    elif pipeline == "DDIMPipeline":
+        python = _PIPELINE.format(loader=pipeline, arguments=place, settings=settings)
+    else:
+        arguments = f"{place}, trust_remote_code=True"
+        python = _PIPELINE.format(
+            loader="DiffusionPipeline", arguments=arguments, settings=settings
+        )
+        notes.append(_OWN_SCHEDULER)
+        if metadata.get("condition") == "text":
+            notes.append(_NO_CHECKER)
     return _card(
         name,
         denoiser,
         metadata,
         HOW_TO_SAMPLE,
         _fenced("python", python),
-        f"Call it with `{_settings(call)}`: {_reason(metadata)}.",
         *notes,
         *_fid_section(metadata),
         library="diffusers",
+        tags=["lora"] * lora,
     )
-
-
-def lora_card(
-    name: str,
-    denoiser: NetworkDenoiser,
-    metadata: Mapping[str, Any],
-    call: Mapping[str, Any],
-    example: Mapping[str, Any],
-) -> str:
-    """The card, in Markdown, of the folder ``name`` with a student as adapters of its teacher.
-
-    Args:
-        metadata: Its metadata, ``teacher`` among them.
-        call, example: See ``pipeline_card``.
-    """
-    teacher = json.dumps(str(metadata["teacher"]))
-    python = _LORA.format(name=json.dumps(name), teacher=teacher, settings=_settings(example))
-    return _card(
-        name,
-        denoiser,
-        metadata,
-        HOW_TO_SAMPLE,
-        _fenced("python", python),
-        f"Call it with `{_settings(call)}`: {_reason(metadata)}. The adapters are for {teacher} "
-        "only, in float32. The scheduler, which takes the student's own steps, is a part of this "
-        "folder, not of diffusers; read `scheduler/student_scheduler.py` before you run it.",
-        *_fid_section(metadata),
-        library="diffusers",
-        tags=("lora",),
-    )
-
-
-def _reason(metadata: Mapping[str, Any]) -> str:
-    """Why a pipeline is called as it is."""
-    if metadata.get(SETUP, {}).get("guidance") is not None:
-        return "so its FID was measured"
-    return "it was distilled for that"
 
 
 def _settings(arguments: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ teacher's pipeline, see ``latent_pipeline``. Needs the ``diffusers`` extra.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,10 +18,10 @@ from bdense.diffusion.preconditioning import DDPM, native_schedule
 from bdense.diffusion.sampling import Sampler, samplers_from
 from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
-from bdense.files import require_new
-from bdense.models.card import pipeline_card
-from bdense.models.diffusers_files import PIPELINE, WEIGHTS
-from bdense.models.folder import export_for_diffusers, measured_sampler, require_one_branch
+from bdense.files import atomic_folder, require_new
+from bdense.models.card import pipeline_card, readable_json
+from bdense.models.diffusers_files import LORA_WEIGHTS, METADATA, PIPELINE, WEIGHTS
+from bdense.models.folder import CARD, measured_sampler, require_one_branch
 from bdense.models.latent_pipeline import LatentPipeline, latent_pipeline
 from bdense.models.latents import draws_latents, require_own_codec
 from bdense.networks.diffusers_network import DiffusersNetwork
@@ -67,18 +67,7 @@ def export_pipeline(
     folder = Path(folder)
     require_new(folder)
     pipeline = _pipeline_of(denoiser, metadata, teacher)
-    known = {**metadata, **pipeline.facts}
-    return export_for_diffusers(
-        folder,
-        denoiser,
-        known,
-        weights=f"{pipeline.part}/{WEIGHTS}.safetensors",
-        call=pipeline.call,
-        card=pipeline_card(
-            folder.name, denoiser, known, pipeline.call, pipeline.name, pipeline.example
-        ),
-        write=pipeline.write,
-    )
+    return write_pipeline(folder, denoiser, metadata, pipeline, pipeline.write)
 
 
 def add_pipeline(
@@ -112,7 +101,6 @@ class _DDIMPipeline:
     call: Mapping[str, Any]
 
     name: ClassVar[str] = "DDIMPipeline"
-    part: ClassVar[str] = DiffusersUNet.part
     facts: ClassVar[Mapping[str, Any]] = {}
 
     @property
@@ -136,6 +124,38 @@ class _DDIMPipeline:
         )
         network = self.denoiser.model.unet
         DDIMPipeline(unet=network, scheduler=scheduler).save_pretrained(folder)
+
+
+def write_pipeline(
+    folder: Path,
+    denoiser: NetworkDenoiser,
+    metadata: Mapping[str, Any],
+    pipeline: LatentPipeline | _DDIMPipeline,
+    write: Callable[[Path], object],
+    *,
+    lora: bool = False,
+) -> tuple[Path, ...]:
+    """Write a student as a folder that diffusers loads; it appears whole or not at all.
+
+    Args:
+        write: Writes everything but metadata and card into an empty folder.
+        lora: Whether that is adapters of the teacher.
+
+    Returns:
+        The files.
+    """
+    metadata = {**metadata, **pipeline.facts}
+    name, call, example = pipeline.name, pipeline.call, pipeline.example
+    card = pipeline_card(folder.name, denoiser, metadata, call, name, example, lora=lora)
+    weights = LORA_WEIGHTS if lora else f"{denoiser.model.part}/{WEIGHTS}.safetensors"
+    known = {**metadata, "pipeline_call": dict(call)}
+    with atomic_folder(folder) as scratch:
+        write(scratch)
+        (scratch / METADATA).write_text(readable_json(weights, denoiser, known))
+        (scratch / CARD).write_text(card)
+        written = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
+        files = [path.relative_to(scratch) for path in written]
+    return tuple(folder / file for file in files)
 
 
 def _pipeline_of(

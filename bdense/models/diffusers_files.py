@@ -235,22 +235,21 @@ def _variant(folder: Path) -> str | None:
 
 def _require_complete(folder: Path, found: Mapping[str, Any]) -> None:
     """Refuse what ``from_pretrained`` only warns about."""
-    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    others = [*found.get("mismatched_keys", ()), *found.get("error_msgs", ())]
+    parts = {
+        "missing": sorted(found["missing_keys"]),
+        "not expected": sorted(found["unexpected_keys"]),
+        "of another shape": [*found.get("mismatched_keys", ()), *found.get("error_msgs", ())],
+    }
     problems = [
-        *([f"{_count(missing)} missing: {listed(missing)}"] if missing else []),
-        *([f"{_count(unexpected)} not expected: {listed(unexpected)}"] if unexpected else []),
-        *([f"{_count(others)} of another shape: {listed(others)}"] if others else []),
+        f"{len(names)} {'is' if len(names) == 1 else 'are'} {what}: {listed(names)}"
+        for what, names in parts.items()
+        if names
     ]
     if problems:
         raise CheckpointError(
             f"the weights of {folder} are not those that its {CONFIG} describes: "
             f"{'; '.join(problems)}; save the model again with save_pretrained"
         )
-
-
-def _count(found: Sequence[object]) -> str:
-    return f"{len(found)} {'is' if len(found) == 1 else 'are'}"
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from bdense.diffusion.sampling import Sampler, draw_images, measured_samplers
 from bdense.errors import InputError
 from bdense.files import atomic_folder, require_new
 from bdense.models.card import EXAMPLE_PROMPTS, folder_card, readable_json
-from bdense.models.diffusers_files import INDEX, METADATA, MODEL_FILE, PIPELINE
+from bdense.models.diffusers_files import INDEX, MODEL_FILE, PIPELINE
 from bdense.models.latents import draws_latents
 from bdense.models.store import save_denoiser
 
@@ -92,36 +92,6 @@ def export_folder(
         )
         (scratch / CARD).write_text(card)
     return tuple(folder / name for name in (MODEL_FILE, CONFIG, CARD, *shown))
-
-
-def export_for_diffusers(
-    folder: Path,
-    denoiser: NetworkDenoiser,
-    metadata: Mapping[str, Any],
-    *,
-    weights: str,
-    call: Mapping[str, Any],
-    card: str,
-    write: Callable[[Path], object],
-) -> tuple[Path, ...]:
-    """Write a student as a folder that diffusers loads; it appears whole or not at all.
-
-    Args:
-        weights: Name of the file of weights in the folder.
-        call: Arguments of the pipeline that draw as the student was measured.
-        write: Writes everything but metadata and card into an empty folder.
-
-    Returns:
-        The files.
-    """
-    with atomic_folder(folder) as scratch:
-        write(scratch)
-        known = {**metadata, "pipeline_call": dict(call)}
-        (scratch / METADATA).write_text(readable_json(weights, denoiser, known))
-        (scratch / CARD).write_text(card)
-        written = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
-        files = [path.relative_to(scratch) for path in written]
-    return tuple(folder / name for name in files)
 
 
 def measured_sampler(metadata: Mapping[str, Any]) -> Sampler:

@@ -91,7 +91,10 @@ class HubRepository:
         if has_pipeline:
             text += _pipeline_section(folder / PIPELINE / CARD, self.repo_id)
         operations = [CommitOperationAdd(CARD, f"---\n{front}\n---\n{text}".encode())]
-        operations += [CommitOperationAdd(name, path) for name, path in _files(folder)]
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix().removeprefix(f"{PIPELINE}/")
+            if path.is_file() and name != CARD:
+                operations.append(CommitOperationAdd(name, path))
         try:
             self._api.create_repo(self.repo_id, exist_ok=True)
             self._api.create_commit(
@@ -134,14 +137,6 @@ def _pipeline_section(card: Path, repo_id: str) -> str:
     section = card.read_text().split(HOW_TO_SAMPLE, 1)[1].split("\n## ", 1)[0]
     section = section.replace(json.dumps(PIPELINE), json.dumps(repo_id))
     return f"\n## With diffusers{section.rstrip()}\n"
-
-
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Names in the repository, and files; without the card."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix().removeprefix(f"{PIPELINE}/")
-        if path.is_file() and name != CARD:
-            yield name, path
 
 
 def card_data(repo_id: str, metadata: Mapping[str, Any], *, has_pipeline: bool) -> str:

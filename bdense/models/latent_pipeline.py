@@ -100,11 +100,6 @@ class LatentPipeline:
         return self.kind.name
 
     @property
-    def part(self) -> str:
-        """Folder of the network."""
-        return str(self.denoiser.model.part)
-
-    @property
     def facts(self) -> dict[str, Any]:
         """What the student's metadata have to say of the teacher's pipeline."""
         condition = condition_of(self.denoiser.model)
@@ -117,6 +112,8 @@ class LatentPipeline:
 
     def write(self, folder: Path) -> None:
         """Write everything but the card into an empty folder."""
+        import diffusers
+
         network: Any = self.denoiser.model
         part, codec_part = network.part, self.kind.codec_part
         codec: Any = load_codec(self.teacher)
@@ -137,8 +134,10 @@ class LatentPipeline:
         if self.kind.takes_classes and (labels := self._labels()):
             parts["id2label"] = labels
         for file in folder.glob(f"*/{CONFIG}"):
-            _drop_origin(file)
-        version = {"_class_name": self.name, "_diffusers_version": _version()}
+            config = read_json(file)
+            config.pop("_name_or_path", None)  # where it was loaded from on this machine
+            file.write_text(json.dumps(config, indent=2) + "\n")
+        version = {"_class_name": self.name, "_diffusers_version": diffusers.__version__}
         (folder / INDEX).write_text(json.dumps(version | parts, indent=2) + "\n")
 
     def write_scheduler(self, folder: Path) -> list[str]:
@@ -253,16 +252,3 @@ def _require_condition(network: DiffusersNetwork, kind: _Kind, guidance: float) 
             f"the student is guided by {guidance:g} and has {network.label_dim} classes, but "
             f"{kind.name} guides only networks of {_IMAGENET}; export it with export_folder"
         )
-
-
-def _drop_origin(config: Path) -> None:
-    """Remove where a part was loaded from: a path of this machine."""
-    kept = read_json(config)
-    kept.pop("_name_or_path", None)
-    config.write_text(json.dumps(kept, indent=2) + "\n")
-
-
-def _version() -> str:
-    import diffusers
-
-    return str(diffusers.__version__)

@@ -15,10 +15,10 @@ from torch import Tensor
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError, listed
 from bdense.files import require_new
-from bdense.models.card import lora_card
+from bdense.models.diffusers_export import write_pipeline
 from bdense.models.diffusers_files import LORA_WEIGHTS, folder_of, public_name
 from bdense.models.diffusers_teacher import read_diffusers
-from bdense.models.folder import export_for_diffusers, measured_sampler, require_one_branch
+from bdense.models.folder import measured_sampler, require_one_branch
 from bdense.models.latent_pipeline import latent_pipeline
 
 _PIPELINE = "StableDiffusionPipeline"
@@ -54,21 +54,17 @@ def export_lora(
             "whole pipeline, without lora"
         )
     adapters = _adapters(denoiser, read_diffusers(teacher, place)[0])
-    known = {"teacher": public_name(teacher, place), **metadata, **pipeline.facts}
+    known = {"teacher": public_name(teacher, place), **metadata}
 
     def write(scratch: Path) -> None:
-        _save(scratch, adapters)
+        from diffusers import StableDiffusionPipeline
+
+        StableDiffusionPipeline.save_lora_weights(
+            scratch, unet_lora_layers=adapters, weight_name=LORA_WEIGHTS
+        )
         pipeline.write_scheduler(scratch)
 
-    return export_for_diffusers(
-        folder,
-        denoiser,
-        known,
-        weights=LORA_WEIGHTS,
-        call=pipeline.call,
-        card=lora_card(folder.name, denoiser, known, pipeline.call, pipeline.example),
-        write=write,
-    )
+    return write_pipeline(folder, denoiser, known, pipeline, write, lora=True)
 
 
 def low_rank(change: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
@@ -122,11 +118,3 @@ def _adapters(student: NetworkDenoiser, teacher: NetworkDenoiser) -> dict[str, T
         found[f"{layer}.lora_A.weight"] = padded[0].reshape(rank, *shape[1:])
         found[f"{layer}.lora_B.weight"] = padded[1].reshape(*padded[1].shape, *(1 for _ in kernel))
     return found
-
-
-def _save(folder: Path, adapters: Mapping[str, Tensor]) -> None:
-    from diffusers import StableDiffusionPipeline
-
-    StableDiffusionPipeline.save_lora_weights(
-        folder, unet_lora_layers=dict(adapters), weight_name=LORA_WEIGHTS
-    )

@@ -97,7 +97,14 @@ def read_edm_pickle(path: Path) -> ForeignNetwork:
     require_no_pipe(path)
     try:
         with path.open("rb") as file:
-            _check_opcodes(file)
+            if file.read(1) != pickle.PROTO:
+                raise CheckpointError(
+                    "not a pickle of protocol 2 or later; give a .pkl file as published by "
+                    "NVlabs/edm"
+                )
+            file.seek(0)
+            # The whole pickle as data, before any of its opcodes runs.
+            _Scan(_REFUSED_OPCODES).read(file)
             file.seek(0)
             reader = _Reader(file)
             network = _network(reader.load())
@@ -116,16 +123,6 @@ def read_edm_pickle(path: Path) -> ForeignNetwork:
         raise CheckpointError(
             f"{path}: not a complete EDM or SFD pickle ({error}); download or copy the file again"
         ) from error
-
-
-def _check_opcodes(file: BinaryIO) -> None:
-    """Scan the whole pickle as data, before any of its opcodes runs."""
-    if file.read(1) != pickle.PROTO:
-        raise CheckpointError(
-            "not a pickle of protocol 2 or later; give a .pkl file as published by NVlabs/edm"
-        )
-    file.seek(0)
-    _Scan(_REFUSED_OPCODES).read(file)
 
 
 class _Scan:

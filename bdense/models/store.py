@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            _require_small(path, header, file.keys())
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            # It would be read as far more than its bytes.
+            if len(header.get(HEADER_KEY, "")) > _MOST_LETTERS or len(names) > _MOST_TENSORS:
+                raise CheckpointError(
+                    f"{path}: its header has more than {_MOST_LETTERS} letters or {_MOST_TENSORS} "
+                    "tensors; no model's has"
+                )
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         fault = _system_error(error, path)
         if isinstance(fault, OSError) and fault.errno in _PASSING:
@@ -103,15 +109,6 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "reads it"
         )
     return tensors, metadata
-
-
-def _require_small(path: Path, header: Mapping[str, str], names: Collection[str]) -> None:
-    """Refuse a header that is read as far more than its bytes."""
-    if len(header.get(HEADER_KEY, "")) > _MOST_LETTERS or len(names) > _MOST_TENSORS:
-        raise CheckpointError(
-            f"{path}: its header has more than {_MOST_LETTERS} letters or {_MOST_TENSORS} "
-            "tensors; no model's has"
-        )
 
 
 def other_run(path: Path, identity: Mapping[str, Any]) -> str:

@@ -272,12 +272,15 @@ _LDM_CITATION = (
 )
 _ADM_CITATION = "Dhariwal & Nichol 2021, Diffusion Models Beat GANs, arXiv 2105.05233"
 _COCO_CITATION = "Lin et al. 2014, Microsoft COCO: Common Objects in Context, arXiv 1405.0312"
-_LATENT_PROCESS = {
+_DDPM_PROCESS = {
     "precond": "ddpm",
     "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
     "prediction_type": "epsilon",
 }
+_LATENT_PROCESS = _DDPM_PROCESS | {"beta_schedule": "scaled_linear"}
 _KL = {"class": "AutoencoderKL", "scaling_factor": 0.18215, "image_channels": 3}
 _DDPM = HubCheckpoint(
     name="google/ddpm-cifar10-32",
@@ -285,12 +288,7 @@ _DDPM = HubCheckpoint(
     citation="Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv 2006.11239",
     # Its scheduler_config.json and config.json; without the class and version of the library.
     architecture={
-        "precond": "ddpm",
-        "num_train_timesteps": 1000,
-        "beta_schedule": "linear",
-        "beta_start": 1e-4,
-        "beta_end": 0.02,
-        "prediction_type": "epsilon",
+        **_DDPM_PROCESS,
         "network": "UNet2DModel",
         "config": {
             "img_channels": 3,
@@ -299,12 +297,7 @@ _DDPM = HubCheckpoint(
                 "attention_head_dim": None,
                 "block_out_channels": [128, 256, 256, 256],
                 "center_input_sample": False,
-                "down_block_types": [
-                    "DownBlock2D",
-                    "AttnDownBlock2D",
-                    "DownBlock2D",
-                    "DownBlock2D",
-                ],
+                "down_block_types": ["DownBlock2D", "AttnDownBlock2D", *["DownBlock2D"] * 2],
                 "downsample_padding": 0,
                 "flip_sin_to_cos": False,
                 "freq_shift": 1,
@@ -357,10 +350,7 @@ _DIT = HubCheckpoint(
     citation="Peebles & Xie 2022, Scalable Diffusion Models with Transformers, arXiv 2212.09748",
     part="transformer",
     architecture={
-        **_LATENT_PROCESS,
-        "beta_schedule": "linear",
-        "beta_start": 1e-4,
-        "beta_end": 0.02,
+        **_DDPM_PROCESS,
         "learned_variance": True,
         "network": "DiTTransformer2DModel",
         "config": {

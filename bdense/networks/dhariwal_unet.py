@@ -5,7 +5,7 @@ B batch, K branches, C image channels, H x W pixels, E embedding channels.
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -61,23 +61,15 @@ class DhariwalUNet(UNet):
             embedding = PositionalEmbedding(config.model_channels)
             self._build_step_embedding(embedding, emb_channels, KAIMING)
         cout = config.model_channels * config.channel_mult[0]
-        width = self._build_levels(Conv2d(config.img_channels, cout, 3, init=KAIMING), cout)
-        self.out_norm = GroupNorm(width)
-        self.out_conv = Conv2d(width, self.out_channels, 3, init=ZERO)
-
-    def _block(self, cin: int, cout: int, **options: Any) -> UNetBlock:  # noqa: ANN401
-        config = self.config
-        return UNetBlock(
-            cin,
+        width = self._build_levels(
+            Conv2d(config.img_channels, cout, 3, init=KAIMING),
             cout,
-            config.model_channels * config.channel_mult_emb,
-            **options,
-            dropout=config.dropout,
-            step_condition=config.step_condition,
             init=KAIMING,
             init_zero=ZERO,
             init_attention=KAIMING,
         )
+        self.out_norm = GroupNorm(width)
+        self.out_conv = Conv2d(width, self.out_channels, 3, init=ZERO)
 
     def _decode(
         self, x: Tensor, skips: list[Tensor], emb: Tensor, emb_step: Tensor | None

@@ -91,7 +91,6 @@ class Conv2d(nn.Module):
         init: Init = XAVIER,
     ) -> None:
         super().__init__()
-        self.in_channels = in_channels
         self.out_channels = out_channels
         self.up = up
         self.down = down
@@ -152,19 +151,11 @@ class Conv2d(nn.Module):
         return F.conv2d(x, taps, groups=x.shape[1], stride=2, padding=border)
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(nn.GroupNorm):
     """Group normalisation with at most 32 groups of at least 4 channels."""
 
     def __init__(self, num_channels: int, *, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.num_groups = min(32, num_channels // 4)
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(num_channels))
-        self.bias = nn.Parameter(torch.zeros(num_channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W], same shape out."""
-        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        super().__init__(min(32, num_channels // 4), num_channels, eps)
 
 
 class PositionalEmbedding(nn.Module):
@@ -182,7 +173,7 @@ class PositionalEmbedding(nn.Module):
         """[B] -> [B, num_channels]: all cosines, then all sines."""
         half = self.num_channels // 2
         exponent = torch.arange(half, dtype=torch.float32, device=x.device)
-        exponent = exponent / (half - (1 if self.endpoint else 0))
+        exponent = exponent / (half - self.endpoint)
         phase = x.outer((1 / 10000.0) ** exponent.to(x.dtype))
         return torch.cat([phase.cos(), phase.sin()], dim=1)
 

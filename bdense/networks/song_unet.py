@@ -5,7 +5,7 @@ B batch, K branches, C image channels, H x W pixels, E embedding channels.
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,6 @@ from bdense.errors import InputError
 from bdense.knobs import knob, knob_of
 from bdense.networks.layers import (
     NEARLY_ZERO,
-    XAVIER,
     Conv2d,
     FourierEmbedding,
     GroupNorm,
@@ -92,25 +91,16 @@ class SongUNet(UNet):
         self.map_layer1 = Linear(emb_channels, emb_channels)
         if config.step_condition:
             embedding = PositionalEmbedding(noise_channels, endpoint=True)
-            self._build_step_embedding(embedding, emb_channels, XAVIER)
-        first = Conv2d(config.img_channels, config.model_channels, 3)
-        self._build_levels(first, config.model_channels)
-
-    def _block(self, cin: int, cout: int, **options: Any) -> UNetBlock:  # noqa: ANN401
-        config = self.config
-        return UNetBlock(
-            cin,
-            cout,
-            config.model_channels * config.channel_mult_emb,
-            **options,
+            self._build_step_embedding(embedding, emb_channels)
+        self._build_levels(
+            Conv2d(config.img_channels, config.model_channels, 3),
+            config.model_channels,
             num_heads=1,
-            dropout=config.dropout,
             skip_scale=math.sqrt(0.5),
             eps=1e-6,
             resample_filter=config.resample_filter,
             resample_proj=True,
             adaptive_scale=False,
-            step_condition=config.step_condition,
             init_attention=Init(weight=math.sqrt(0.2)),
         )
 

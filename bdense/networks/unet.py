@@ -125,10 +125,6 @@ class UNet(TakesSteps, Network):
         """Make all layers."""
         raise NotImplementedError
 
-    def _block(self, cin: int, cout: int, **options: Any) -> UNetBlock:  # noqa: ANN401
-        """A block with this network's options and ``up``, ``down`` or ``attention``."""
-        raise NotImplementedError
-
     def _attends(self, side: int, index: int) -> bool:
         """Whether that block of the decoder attends."""
         return side in self.config.attn_resolutions
@@ -139,9 +135,18 @@ class UNet(TakesSteps, Network):
     def _after_level(self, level: int, side: int, cout: int) -> None:
         """What follows a level of the decoder."""
 
-    def _build_levels(self, first: nn.Module, cout: int) -> int:
-        """Fill ``enc``, which begins with ``first``, and ``dec``; returns the last channels."""
+    def _build_levels(self, first: nn.Module, cout: int, **options: Any) -> int:  # noqa: ANN401
+        """Fill ``enc``, which begins with ``first``, and ``dec``; returns the last channels.
+
+        ``options`` are those that all blocks of this network have.
+        """
         config = self.config
+        emb_channels = config.model_channels * config.channel_mult_emb
+        options |= {"dropout": config.dropout, "step_condition": config.step_condition}
+
+        def made(cin: int, cout: int, **place: Any) -> UNetBlock:  # noqa: ANN401
+            return UNetBlock(cin, cout, emb_channels, **options, **place)
+
         self.enc = nn.ModuleDict()
         self.dec = nn.ModuleDict()
         skips = [cout]
@@ -150,26 +155,26 @@ class UNet(TakesSteps, Network):
             if level == 0:
                 self.enc[f"{side}x{side}_conv"] = first
             else:
-                self.enc[f"{side}x{side}_down"] = self._block(cout, cout, down=True)
+                self.enc[f"{side}x{side}_down"] = made(cout, cout, down=True)
                 skips.append(cout)
                 self._after_down(side, cout)
             for index in range(config.num_blocks):
                 cin, cout = cout, config.model_channels * mult
                 attention = side in config.attn_resolutions
-                block = self._block(cin, cout, attention=attention)
+                block = made(cin, cout, attention=attention)
                 self.enc[f"{side}x{side}_block{index}"] = block
                 skips.append(cout)
         last = len(config.channel_mult) - 1
         for level, mult in reversed(list(enumerate(config.channel_mult))):
             side = config.img_resolution >> level
             if level == last:
-                self.dec[f"{side}x{side}_in0"] = self._block(cout, cout, attention=True)
-                self.dec[f"{side}x{side}_in1"] = self._block(cout, cout)
+                self.dec[f"{side}x{side}_in0"] = made(cout, cout, attention=True)
+                self.dec[f"{side}x{side}_in1"] = made(cout, cout)
             else:
-                self.dec[f"{side}x{side}_up"] = self._block(cout, cout, up=True)
+                self.dec[f"{side}x{side}_up"] = made(cout, cout, up=True)
             for index in range(config.num_blocks + 1):
                 cin, cout = cout + skips.pop(), config.model_channels * mult
-                block = self._block(cin, cout, attention=self._attends(side, index))
+                block = made(cin, cout, attention=self._attends(side, index))
                 self.dec[f"{side}x{side}_block{index}"] = block
             self._after_level(level, side, cout)
         return cout

@@ -5,7 +5,7 @@ A gain smaller than the least detectable difference is noise.
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from optuna.trial import TrialState
@@ -28,7 +28,7 @@ ENDED_EARLY = "ended_early"  # the study's attribute
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LargestGain:
-    """What the best point may still gain.
+    """What the best point may still gain, as the study's attribute and ``best --json`` hold it.
 
     Attributes:
         arm: Name of the recommended arm.
@@ -41,11 +41,6 @@ class LargestGain:
     gain: float
     least_difference: float
     trials: int
-
-    @property
-    def is_too_small(self) -> bool:
-        """Whether it could not be told from noise."""
-        return self.gain < self.least_difference
 
     def text(self) -> str:
         """For people, where it ended the search."""
@@ -64,10 +59,6 @@ class LargestGain:
         stored = study.search.attribute(ENDED_EARLY)
         is_over = stored is not None and study.search.budget < study.spec.search.points
         return cls(**stored) if is_over else None
-
-    def as_dict(self) -> dict[str, Any]:
-        """As the study's attribute and ``best --json`` hold it."""
-        return asdict(self)
 
 
 def largest_gain(study: Study) -> LargestGain | None:
@@ -122,8 +113,8 @@ def stop_or_plan(study: Study) -> bool:
         return False
     if plan.stop:
         found = largest_gain(study)
-        if found is not None and found.is_too_small:
-            study.search.change(ENDED_EARLY, lambda _: found.as_dict())
+        if found is not None and found.gain < found.least_difference:  # that would be noise
+            study.search.change(ENDED_EARLY, lambda _: asdict(found))
             study.search.start_no_more()
             return False
     if plan.race > 0 and plan_replicate(study):

@@ -36,6 +36,7 @@ from search.storage.tables import (
     USER_ATTRIBUTES,
     VALUES,
     attributes_by_owner,
+    has,
 )
 
 _T = TypeVar("_T")
@@ -107,11 +108,8 @@ class LedgerReader:
         self._leases = Leases(storage.engine, study._study_id, self.ttl)
         self._mine = TRIALS.c.study_id == study._study_id
         maximises = retrying(lambda: study.direction) is StudyDirection.MAXIMIZE
-        lowest = _LOWEST_FIRST
-        self._best_first = (
-            *(sa.desc(each) if maximises else each for each in lowest),
-            TRIALS.c.number,
-        )
+        best = map(sa.desc, _LOWEST_FIRST) if maximises else _LOWEST_FIRST
+        self._best_first = (*best, TRIALS.c.number)
 
     @classmethod
     def open_reading(cls, url: str, study_name: str) -> Self:
@@ -270,21 +268,17 @@ class LedgerReader:
         keys_of_reasons = ("reason", OUT_OF_BOUNDS, SURPLUS)
         reasons = self._of_mine(USER_ATTRIBUTES, USER_ATTRIBUTES.c.key.in_(keys_of_reasons))
         planned = self._of_mine(SYSTEM_ATTRIBUTES, SYSTEM_ATTRIBUTES.c.key == FIXED)
-        has_plan = sa.exists().where(
-            SYSTEM_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id, SYSTEM_ATTRIBUTES.c.key == FIXED
-        )
         ids = sa.select(TRIALS.c.trial_id, sa.cast(FOREIGN, sa.Boolean).label("foreign"))
         ids = ids.where(self._mine).order_by(TRIALS.c.number)
         with self.storage.engine.connect() as connection:
             keys = {row.trial_id: row.foreign for row in connection.execute(ids)}
-            fixed = {
-                key: each[FIXED] for key, each in attributes_by_owner(connection, planned).items()
-            }
-            suggested = _params(connection, self._of_mine(PARAMS, ~has_plan))
+            asked = _params(connection, self._of_mine(PARAMS, ~has(SYSTEM_ATTRIBUTES, FIXED)))
+            for key, each in attributes_by_owner(connection, planned).items():
+                asked[key] = each[FIXED]
             why = attributes_by_owner(connection, reasons)
         return [
             (
-                fixed.get(key, suggested.get(key, {})),
+                asked.get(key, {}),
                 NOT_COUNTED if foreign else _reason(why[key]) if key in why else None,
             )
             for key, foreign in keys.items()

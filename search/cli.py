@@ -148,7 +148,7 @@ VERBS = {
     "fetch": Verb(
         help="download the teacher, data, reference and feature extractor that a study file names",
         example="bdense-search fetch studies/cifar10-nfe2.yaml",
-        function="search.verbs.fetch:fetch",
+        function="search.verbs.launch:fetch",
         configs=(FileOptions,),
     ),
     "storage": Verb(

@@ -172,17 +172,14 @@ def log_length(method: Mapping[str, Any], of: Mapping[str, Any]) -> float:
 
 
 def _priors(study: Study, own: Sequence[Observation]) -> list[Observation]:
+    """Priors whose noise is as large as they disagree with a study's own values."""
     found: list[Observation] = []
     for name in study.spec.search.prior:
-        found += _discounted([each for _, each in prior_trials(study, name)], own)
+        prior = [each for _, each in prior_trials(study, name)]
+        # The whole prior counts as one value with that error.
+        noise = disagreement(prior, own) * math.sqrt(len(prior)) if prior else 0.0
+        found += [replace(each, noise=noise) for each in prior]
     return found
-
-
-def _discounted(prior: Sequence[Observation], own: Sequence[Observation]) -> list[Observation]:
-    """A prior whose noise is as large as it disagrees with a study's own values."""
-    # The whole prior counts as one value with that error.
-    noise = disagreement(prior, own) * math.sqrt(len(prior)) if prior else 0.0
-    return [replace(each, noise=noise) for each in prior]
 
 
 def disagreement(prior: Sequence[Observation], own: Sequence[Observation]) -> float:

@@ -1,4 +1,4 @@
-"""``bdense-search launch``: start or continue a study, or print its cost."""
+"""``launch`` a study, or print its cost; ``fetch`` what it needs before its workers do."""
 
 import contextlib
 from pathlib import Path
@@ -14,7 +14,7 @@ from search.storage.engine import resolve_storage_url
 from search.study.study import Study
 from search.study.summary import headline
 from search.verbs.common import use_workers
-from search.verbs.options import DryRun, LaunchOptions, Workers
+from search.verbs.options import DryRun, FileOptions, LaunchOptions, Workers
 from search.worker.trainer import trainer_of
 
 
@@ -53,3 +53,11 @@ def dry_run(spec: StudySpec, workers: int | None) -> None:
     if spec.evaluation.images != "auto":
         print(f"# fingerprint {spec.fingerprint()}")
     print(as_yaml(spec), end="")
+
+
+def fetch(asked: FileOptions) -> None:
+    """Download what is missing, and name each part."""
+    spec = read_spec(asked.study)
+    for line in trainer_of(spec).fetch(spec):
+        print(line, flush=True)
+    print(f"{spec.name}: everything is here")

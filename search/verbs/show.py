@@ -4,7 +4,6 @@ import contextlib
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from bdense.command import Force
 from bdense.errors import InputError
@@ -64,11 +63,9 @@ def status(asked: StatusOptions) -> None:
         print(json.dumps(found | one_shot_json(study)))
         return
     print(headline(study))
-    ledgers = {study.noun: study.main}
     if study.baselines is not None:
         print(counts_line(study.baselines.counts(), study.given_noun))
-        ledgers["baseline"] = study.baselines
-    for row, ledger in ledgers.items():
+    for row, ledger in zip((study.noun, "baseline"), study.ledgers, strict=False):
         for running in ledger.running():
             print(f"{row} {running.number} {_standing(running)}")
     if (preparing := preparing_line(study.main)) is not None:
@@ -151,7 +148,6 @@ def export(asked: ExportOptions) -> None:
     from bdense.models.hub import HubRepository, pushable_later  # with torch
     from search.export import export_trial
 
-    wanted: dict[str, Any] = {"number": asked.trial, "nfe": asked.nfe, "baseline": asked.baseline}
     hub = None if asked.push is None else HubRepository(asked.push)
     if hub is not None:
         hub.require_new()
@@ -164,7 +160,9 @@ def export(asked: ExportOptions) -> None:
         if url is not None:
             scratch = tempfile.TemporaryDirectory(prefix="bdense-export-")
             folder = Path(until_uploaded.enter_context(scratch)) / "model"
-        written = export_trial(study, folder, **wanted)
+        written = export_trial(
+            study, folder, number=asked.trial, nfe=asked.nfe, baseline=asked.baseline
+        )
         if url is not None:
             upload(folder, url)
         say(written.text())

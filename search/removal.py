@@ -24,14 +24,13 @@ def clean(
 ) -> dict[str, int]:
     """Delete files that a study need not keep, see ``search.api.OpenStudy.clean``."""
     freed = {}
-    if students:
-        _search(study, "students")  # refused before anything is deleted
+    search = _search(study, "students") if students else None
     if keep:
         _keep(study, keep)
     if checkpoints:
         freed["checkpoints"] = sum(map(clean_checkpoints, study.ledgers))
-    if students:
-        freed["students"] = clean_students(_search(study, "students"), study.spec.keep_students)
+    if search is not None:
+        freed["students"] = clean_students(search, study.spec.keep_students)
     if not (keep or checkpoints or students):
         freed["trajectories"] = _clean_trajectories(study)
     return freed

@@ -107,8 +107,8 @@ def posterior_means(
     at, asked, values, members, noises = _arrays(evaluations, points)
     if _has_no_curve(at):
         return _means_by_point(at, values, members, asked)
-    means = _fitted_curve(at, values, members, noises).means(asked)
-    return [float(mean) for mean in means]
+    process, level, scale = _fitted_curve(at, values, members, noises)
+    return [float(mean) for mean in level + scale * process.predict(asked)]
 
 
 def posterior(
@@ -131,7 +131,15 @@ def posterior(
         covariance = np.zeros((len(asked), len(asked)))
         np.fill_diagonal(covariance, math.inf)
         return Posterior(means=means, covariance=covariance, noise=0.0)
-    return _fitted_curve(at, values, members, noises).posterior(asked)
+    process, level, scale = _fitted_curve(at, values, members, noises)
+    means, covariance = process.predict(asked, return_cov=True)
+    noise = process.kernel_.k2.noise_level
+    return Posterior(
+        means=level + scale * means,
+        # scikit-learn's is that of values.
+        covariance=scale**2 * (covariance - noise * np.eye(len(asked))),
+        noise=scale * math.sqrt(noise),
+    )
 
 
 def candidates(
@@ -255,35 +263,12 @@ def _means_by_point(at: Array, values: Array, members: Array, asked: Array) -> l
     return [float(means[index[0]] if len(index) else values.mean()) for index in found]
 
 
-@dataclass(frozen=True, slots=True)
-class _Curve:
-    """FIDs as level + scale * a process of mean 0."""
+def _fitted_curve(
+    at: Array, values: Array, members: Array, noises: Array
+) -> tuple[Any, float, float]:
+    """A process of mean 0, the level and the scale: FIDs are level + scale * process.
 
-    process: Any
-    level: float
-    scale: float
-
-    def means(self, asked: Array) -> Array:
-        """[m] posterior means."""
-        means: Array = self.level + self.scale * self.process.predict(asked)
-        return means
-
-    def posterior(self, asked: Array) -> Posterior:
-        """With the covariance of the noise-free values."""
-        means, covariance = self.process.predict(asked, return_cov=True)
-        noise = self.process.kernel_.k2.noise_level
-        return Posterior(
-            means=self.level + self.scale * means,
-            # scikit-learn's is that of values.
-            covariance=self.scale**2 * (covariance - noise * np.eye(len(asked))),
-            noise=self.scale * math.sqrt(noise),
-        )
-
-
-def _fitted_curve(at: Array, values: Array, members: Array, noises: Array) -> _Curve:
-    """The curve and the groups' offsets.
-
-    Offsets need a kernel and a kernel's fit needs offsets, hence rounds.
+    Groups' offsets need a kernel and a kernel's fit needs offsets, hence rounds.
     """
     kept = _kept(members)
     at, values, members, noises = at[kept], values[kept], members[kept], noises[kept]
@@ -300,7 +285,7 @@ def _fitted_curve(at: Array, values: Array, members: Array, noises: Array) -> _C
         # Groups apart from one another; their common level hardly moves the curve.
         if np.ptp(offsets - before) < 5e-3 * scale:
             break
-    return _Curve(process, float(before.mean()), scale)
+    return process, float(before.mean()), scale
 
 
 def _kept(members: Array) -> npt.NDArray[np.intp]:

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from optuna.trial import TrialState
-
 from bdense.weights.space import BASELINE, Choice
 from search.analysis.surrogate import Observation, Point, posterior
 from search.spec.study import StudySpec
@@ -157,7 +155,7 @@ def prior_trials(study: Study, name: str) -> list[tuple[StoredTrial, Observation
     prior = study.sibling(name)
     if prior is None:
         return []
-    trials = prior.search.rows(TrialState.COMPLETE, ())
+    trials = prior.search.rows(keys=())
     measured = _searched(study.spec, trials)
     length = log_length(prior.spec.method.options, study.spec.method.options)
     return [

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from optuna.trial import TrialState
-
 from search.analysis.observations import observed, trial_arm
 from search.analysis.paired import CONFIDENCE
 from search.analysis.surrogate import candidates, posterior
@@ -81,7 +79,7 @@ def plan_replicate(study: Study) -> bool:
     spent = sum(arms[row.arm].trial is not None for row, _ in rows)
     earned = plan.race * min(counts.ended, plan.points) // plan.points
     left = plan.trials - counts.started
-    trials = study.search.rows(TrialState.COMPLETE, ())
+    trials = study.search.rows(keys=())
     if spent >= min(earned, left) or not trials:
         return False
     chosen = next_replicate(contenders_of(study, trials), spec.baseline_seeds)

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Self
 
 import numpy as np
-from optuna.trial import TrialState
 
 from bdense.weights.space import PLAIN, UNIFORM
 from search.analysis.comparison import Comparison, compare
@@ -68,7 +67,7 @@ def largest_gain(study: Study) -> LargestGain | None:
     if any(arms[row.arm].baseline and not ended for row, ended in study.rows()):
         return None
     least, best = noise_of(comparison).least_difference, recommend(comparison)
-    trials = study.search.rows(TrialState.COMPLETE, ())
+    trials = study.search.rows(keys=())
     if least is None or best is None or len(trials) < MIN_TRIALS * len(spec.space.axes):
         return None
     now = observed(study, trials)

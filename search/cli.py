@@ -19,7 +19,7 @@ VERBS = {
         help="start a study, or continue it if its name is already in the storage",
         example="bdense-search launch studies/digits-nfe2.yaml --trials 32",
         function="search.verbs.launch:launch_study",
-        configs=(options.LaunchOptions, options.Workers, options.DryRun),
+        configs=(options.LaunchOptions, options.Workers),
     ),
     "stop": Verb(
         help="stop a study: its workers save and release their trials, and its launchers exit "
@@ -45,19 +45,19 @@ VERBS = {
         help="train a search's best points and both baselines again under fresh seeds",
         example="bdense-search confirm digits-nfe2 --seeds 5",
         function="search.verbs.confirm:confirm",
-        configs=(options.ConfirmOptions, options.Workers, options.DryRun),
+        configs=(options.ConfirmOptions, options.Workers),
     ),
     "promote": Verb(
         help="train a study's confirmed weights again beside its baselines, and export the model",
         example="bdense-search promote digits-nfe2 --to studies/promote-digits.yaml",
         function="search.verbs.promote:promote",
-        configs=(options.PromoteOptions, options.Workers, options.DryRun),
+        configs=(options.PromoteOptions, options.Workers),
     ),
     "transfer": Verb(
         help="measure a study's top weights under the conditions of another",
         example="bdense-search transfer digits-nfe2 --to studies/fashion-mnist-nfe2.yaml --top 5",
         function="search.verbs.confirm:transfer",
-        configs=(options.TransferOptions, options.Workers, options.DryRun),
+        configs=(options.TransferOptions, options.Workers),
     ),
     "list": Verb(
         help="list the studies of a storage",

@@ -87,15 +87,6 @@ class CommandConfig(Knobs):
         """Where the program is started."""
         return Path(self.folder or ".")
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the metric of a trial, beside files, weights and seeds."""
-        return {
-            "name": COMMAND,
-            "run": list(self.run),
-            "metric": self.metric,
-            "direction": self.direction,
-        }
-
     def words(self, values: Mapping[str, object]) -> list[str]:
         """The words of ``run`` with values in place of what is in braces."""
 

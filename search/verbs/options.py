@@ -49,7 +49,7 @@ class FileOptions(Knobs):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers(Knobs):
-    """A verb that runs rows."""
+    """A verb that runs rows, or says what it would run."""
 
     gpus: tuple[int, ...] | None = knob(
         None,
@@ -65,12 +65,6 @@ class Workers(Knobs):
         low=1,
         none="one for each GPU, else one for each resources.cpus CPUs",
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DryRun(Knobs):
-    """A verb that can say what it would run."""
-
     dry_run: bool = flag(
         "print its cost, its fingerprint and the resolved study; start nothing", short="-n"
     )

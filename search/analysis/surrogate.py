@@ -215,7 +215,7 @@ def _placed(points: Sequence[Point], around: Sequence[Point]) -> Array:
     at, ends = (
         np.array([[p[name] for name in names] for p in of], float) for of in (points, around)
     )
-    spans = np.ptp(ends, axis=0)
+    spans: Array = np.ptp(ends, axis=0)
     # Where all have one value there is no range to share out.
     return (at - ends.min(axis=0)) / np.where(spans > 0, spans, 1.0)
 

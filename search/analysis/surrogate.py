@@ -215,9 +215,10 @@ def _placed(points: Sequence[Point], around: Sequence[Point]) -> Array:
     at, ends = (
         np.array([[p[name] for name in names] for p in of], float) for of in (points, around)
     )
-    spans: Array = np.ptp(ends, axis=0)
+    lows: Array = ends.min(axis=0)
+    spans = ends.max(axis=0) - lows
     # Where all have one value there is no range to share out.
-    return (at - ends.min(axis=0)) / np.where(spans > 0, spans, 1.0)
+    return (at - lows) / np.where(spans > 0, spans, 1.0)
 
 
 def _one_hot(names: Sequence[str]) -> Array:

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
@@ -26,13 +25,6 @@ class ChildError(BdenseError):
         self.status = status
 
 
-@dataclass(frozen=True, slots=True)
-class _Raised:
-    """What a child's call raised."""
-
-    error: Exception
-
-
 def in_child(call: Callable[[], T], seconds: float | None = None, *, quiet: bool = False) -> T:
     """Call in a child process, and return or raise what the call does.
 
@@ -52,7 +44,7 @@ def in_child(call: Callable[[], T], seconds: float | None = None, *, quiet: bool
     try:
         if not ours.poll(seconds):
             raise ChildError(f"no answer within {seconds:g} seconds")
-        answer: T | _Raised = ours.recv()
+        answer: tuple[Exception | None, T] = ours.recv()
     except EOFError:
         child.join()
         status = child.exitcode or 0
@@ -61,9 +53,10 @@ def in_child(call: Callable[[], T], seconds: float | None = None, *, quiet: bool
     finally:
         child.kill()
         child.join()
-    if isinstance(answer, _Raised):
-        raise answer.error
-    return answer
+    error, found = answer
+    if error is not None:
+        raise error
+    return found
 
 
 def _answer(to: Connection, call: Callable[[], object], quiet: bool) -> None:
@@ -73,8 +66,9 @@ def _answer(to: Connection, call: Callable[[], object], quiet: bool) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
+    answer: tuple[Exception | None, object]  # what the call raised or returned
     try:
-        answer = call()
+        answer = None, call()
     except Exception as error:  # noqa: BLE001  the parent raises it
-        answer = _Raised(portable(error, "in a child process"))
+        answer = portable(error, "in a child process"), None
     to.send(answer)

@@ -12,117 +12,94 @@ from search.log import say, start_logging
 from search.redaction import redact, redact_url
 from search.storage.engine import DATABASE_ERRORS, as_storage_error, resolve_storage_url
 from search.storage.stop_flags import CONTINUE
-from search.verbs.options import (
-    BestOptions,
-    CleanOptions,
-    ConfirmOptions,
-    DashboardOptions,
-    DeleteOptions,
-    DoctorOptions,
-    DryRun,
-    EnqueueOptions,
-    ExportOptions,
-    FileOptions,
-    LaunchOptions,
-    ListOptions,
-    LogsOptions,
-    PromoteOptions,
-    ReportOptions,
-    StatusOptions,
-    StopOptions,
-    TablesOptions,
-    TransferOptions,
-    TrialsOptions,
-    Workers,
-    parameter_options,
-)
+from search.verbs import options
 
 VERBS = {
     "launch": Verb(
         help="start a study, or continue it if its name is already in the storage",
         example="bdense-search launch studies/digits-nfe2.yaml --trials 32",
         function="search.verbs.launch:launch_study",
-        configs=(LaunchOptions, Workers, DryRun),
+        configs=(options.LaunchOptions, options.Workers),
     ),
     "stop": Verb(
         help="stop a study: its workers save and release their trials, and its launchers exit "
         f"with status 130; {CONTINUE}",
         example="bdense-search stop digits-nfe2 --wait",
         function="search.verbs.steer:stop",
-        configs=(StopOptions,),
+        configs=(options.StopOptions,),
     ),
     "enqueue": Verb(
         help="add a point to a search, to run before any other; it counts in the budget once it "
         "starts",
         example="bdense-search enqueue digits-nfe2 --a 1.386 --b=-4.274",
         function="search.verbs.steer:enqueue",
-        configs=lambda _: (EnqueueOptions, parameter_options()),
+        configs=lambda _: (options.EnqueueOptions, options.parameter_options()),
     ),
     "logs": Verb(
         help="show what happened to a trial: its attempts, and its loss per interval and branch",
         example="bdense-search logs digits-nfe2 7 --follow",
         function="search.verbs.steer:logs",
-        configs=(LogsOptions,),
+        configs=(options.LogsOptions,),
     ),
     "confirm": Verb(
         help="train a search's best points and both baselines again under fresh seeds",
         example="bdense-search confirm digits-nfe2 --seeds 5",
         function="search.verbs.confirm:confirm",
-        configs=(ConfirmOptions, Workers, DryRun),
+        configs=(options.ConfirmOptions, options.Workers),
     ),
     "promote": Verb(
         help="train a study's confirmed weights again beside its baselines, and export the model",
         example="bdense-search promote digits-nfe2 --to studies/promote-digits.yaml",
         function="search.verbs.promote:promote",
-        configs=(PromoteOptions, Workers, DryRun),
+        configs=(options.PromoteOptions, options.Workers),
     ),
     "transfer": Verb(
         help="measure a study's top weights under the conditions of another",
         example="bdense-search transfer digits-nfe2 --to studies/fashion-mnist-nfe2.yaml --top 5",
         function="search.verbs.confirm:transfer",
-        configs=(TransferOptions, Workers, DryRun),
+        configs=(options.TransferOptions, options.Workers),
     ),
     "list": Verb(
         help="list the studies of a storage",
         example="bdense-search list --json",
         function="search.verbs.show:show_list",
-        configs=(ListOptions,),
+        configs=(options.ListOptions,),
     ),
     "status": Verb(
         help="show a study's trials by state, and what runs now",
         example="bdense-search status digits-nfe2",
         function="search.verbs.show:status",
-        configs=(StatusOptions,),
+        configs=(options.StatusOptions,),
     ),
     "trials": Verb(
         help="list a study's trials and baselines: state, FID, seconds, seed, weights",
         example="bdense-search trials digits-nfe2 --csv > trials.csv",
         function="search.verbs.show:trials",
-        configs=(TrialsOptions,),
+        configs=(options.TrialsOptions,),
     ),
     "best": Verb(
         help="show a study's best branch weights beside its baselines",
         example="bdense-search best digits-nfe2 --json",
         function="search.verbs.show:best",
-        configs=(BestOptions,),
+        configs=(options.BestOptions,),
     ),
     "report": Verb(
         help="write a study's report: one self-contained HTML file, Markdown, and their pictures",
         example="bdense-search report digits-nfe2 --out report",
         function="search.verbs.show:report",
-        configs=(ReportOptions, Force),
+        configs=(options.ReportOptions, Force),
     ),
     "export": Verb(
         help="write a kept student as a model folder: weights, config, card, samples",
         example="bdense-search export digits-nfe2 model",
         function="search.verbs.show:export",
-        configs=(ExportOptions,),
+        configs=(options.ExportOptions,),
     ),
     "dashboard": Verb(
         help="open optuna-dashboard over the storage, on 127.0.0.1, read-only",
         example="bdense-search dashboard --port 8080",
         function="search.verbs.show:dashboard",
-        configs=(DashboardOptions,),
+        configs=(options.DashboardOptions,),
     ),
     "clean": Verb(
         help="delete a study's recorded trajectories, which a later launch records again, or what "
@@ -130,26 +107,26 @@ VERBS = {
         "0.3 MB)",
         example="bdense-search clean digits-nfe2 --checkpoints --students",
         function="search.verbs.remove:clean",
-        configs=(CleanOptions,),
+        configs=(options.CleanOptions,),
     ),
     "delete": Verb(
         help="delete a study with its baselines, its confirmation, and their folders of students "
         "and pictures",
         example="bdense-search delete digits-nfe2",
         function="search.verbs.remove:delete",
-        configs=(DeleteOptions,),
+        configs=(options.DeleteOptions,),
     ),
     "doctor": Verb(
         help="check this machine, the storage and its studies for problems",
         example="bdense-search doctor digits-nfe2 --fix",
         function="search.verbs.storage:doctor",
-        configs=(DoctorOptions,),
+        configs=(options.DoctorOptions,),
     ),
     "fetch": Verb(
         help="download the teacher, data, reference and feature extractor that a study file names",
         example="bdense-search fetch studies/cifar10-nfe2.yaml",
-        function="search.verbs.fetch:fetch",
-        configs=(FileOptions,),
+        function="search.verbs.launch:fetch",
+        configs=(options.FileOptions,),
     ),
     "storage": Verb(
         help="create a study database's tables and roles, or upgrade it and its studies to this "
@@ -157,7 +134,7 @@ VERBS = {
         example="bdense-search storage init --writer bdense_rw "
         "--writer-password-file secrets/writer",
         function="search.verbs.storage:storage",
-        configs=(TablesOptions,),
+        configs=(options.TablesOptions,),
     ),
 }
 
@@ -168,12 +145,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def call() -> None:
-        options = make_parser(argv).parse_args(argv)
+        given = make_parser(argv).parse_args(argv)
         start_logging()
-        if "storage" in options:
-            _hide_password(options.storage, argv)
+        if "storage" in given:
+            _hide_password(given.storage, argv)
         try:
-            options.run(options)
+            given.run(given)
         except DATABASE_ERRORS as error:
             raise as_storage_error(error) from error
 

@@ -16,7 +16,6 @@ from typing import Any, Literal, TypeAlias
 
 import sqlalchemy as sa
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
 
 from bdense.errors import BdenseError
 from bdense.files import plain_json
@@ -131,7 +130,7 @@ class Subject:
 
     def complete(self, key: str) -> dict[int, Any]:
         """Number -> attribute of each complete row."""
-        rows = self.ledger.rows(TrialState.COMPLETE, keys=(key,))
+        rows = self.ledger.rows(keys=(key,))
         return {row.number: row.user_attrs.get(key) for row in rows}
 
 
@@ -498,7 +497,6 @@ def examine_study(url: str, name: str) -> Findings:
 
 
 def _run(check: str, call: Callable[[], Findings], *, study: str = "") -> Findings:
-    """A check's findings."""
     try:
         for found in call():
             yield replace(found, check=check, study=study)

@@ -5,12 +5,9 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from optuna.trial import TrialState
 
 from bdense.errors import InputError
 from bdense.knobs import KnobError
@@ -145,6 +142,7 @@ def export_trial(
                 f"draw it again: {shlex.join(again)}"
             )
         pictures[SAMPLES] = grid
+    whole_prompts = [prompt for prompt in result.prompts if not prompt.endswith(CUT)]
     extra = ""
     if not study.is_search:
         metadata["fid_table"] = fid_table(study)
@@ -165,16 +163,10 @@ def export_trial(
         metadata,
         pictures=pictures,
         extra_card=extra,
-        prompts=_examples(result),
+        prompts=whole_prompts[:2] or EXAMPLE_PROMPTS,
         finish=finish,
     )
     return Exported.of(study, ledger, number, folder, nfe)
-
-
-def _examples(result: TrialResult) -> Sequence[str]:
-    """Prompts for the card: those of the result that were not shortened, else usual ones."""
-    whole = [prompt for prompt in result.prompts if not prompt.endswith(CUT)]
-    return whole[:2] or EXAMPLE_PROMPTS
 
 
 def require_students(study: Study) -> None:
@@ -217,7 +209,6 @@ def fid_table(study: Study) -> list[dict[str, Any]]:
 
 
 def _conditions(fid: Judged) -> dict[str, Any]:
-    """Conditions of a FID in a model card."""
     named = ("images", "extractor", "extractor_sha256", "reference", "reference_images")
     found = fid.conditions()
     return {name: found[name] for name in named}
@@ -320,7 +311,7 @@ def _best_of(study: Study) -> tuple[Study, int]:
 
 
 def _complete_rows(ledger: Ledger) -> list[StoredTrial]:
-    trials = ledger.rows(TrialState.COMPLETE)
+    trials = ledger.rows()
     if not trials:
         raise InputError(f"no row of {ledger.name} is complete, so there is no student to export")
     return trials
@@ -337,7 +328,6 @@ def _complete(ledger: Ledger, number: int) -> StoredTrial:
 
 
 def _student(study: Study, ledger: Ledger, trial: StoredTrial, nfe: int | None) -> Path:
-    """The file of a row's student."""
     path = named_file(trial.user_attrs["student"])
     if nfe is not None:
         stages = study.spec.resolved.stages

@@ -18,7 +18,6 @@ from search.analysis.plans import (
     differing,
     fresh_seeds,
     other_budget,
-    promotion_arms,
 )
 from search.analysis.recommendation import Recommendation, recommend
 from search.errors import UnconfirmedError
@@ -37,7 +36,7 @@ from search.run.launch import run_rows
 from search.spec.file import require_variants
 from search.spec.sections import FRESH_SEEDS
 from search.spec.study import StudySpec
-from search.study.arms import Arm, arms_study
+from search.study.arms import Arm, arms_study, baseline_arms
 from search.study.study import Study
 from search.study.summary import headline
 
@@ -103,11 +102,11 @@ class Promotion:
         Raises:
             InputError: There is no confirmed winner.
         """
-        planned = self._planned(self._promoted())
-        if self._asked.weights is None:
-            winner = replace(planned.arms[-1], params={"winner_of": self._study.name})
-            planned = replace(planned, arms=[*planned.arms[:-1], winner])
-        return planned.as_spec()
+        spec = self._planned(self._promoted()).as_spec()
+        if self._asked.weights is not None:
+            return spec
+        arms = (*spec.given.arms[:-1], {"winner_of": self._study.name})
+        return replace(spec, plan=replace(spec.given, arms=arms))
 
     def run(
         self, workers: int | None, *, remark: Callable[[str], None] = say
@@ -171,8 +170,12 @@ class Promotion:
         return Promoted(model=model, recommended=found, is_new=True)
 
     def _planned(self, arm: Arm) -> PlannedArms:
-        return promotion_arms(
-            self._spec, arm, of=self._study.name, seeds=self._seeds, variants=self._variants
+        return PlannedArms(
+            spec=self._spec,
+            arms=[*baseline_arms(self._spec), arm],
+            seeds=self._seeds,
+            variants=self._variants,
+            of=self._study.name,
         )
 
     def _promoted(self) -> Arm:

@@ -24,14 +24,13 @@ def clean(
 ) -> dict[str, int]:
     """Delete files that a study need not keep, see ``search.api.OpenStudy.clean``."""
     freed = {}
-    if students:
-        _search(study, "students")  # refused before anything is deleted
+    search = _search(study, "students") if students else None
     if keep:
         _keep(study, keep)
     if checkpoints:
         freed["checkpoints"] = sum(map(clean_checkpoints, study.ledgers))
-    if students:
-        freed["students"] = clean_students(_search(study, "students"), study.spec.keep_students)
+    if search is not None:
+        freed["students"] = clean_students(search, study.spec.keep_students)
     if not (keep or checkpoints or students):
         freed["trajectories"] = _clean_trajectories(study)
     return freed
@@ -61,12 +60,16 @@ def _search(study: Study, knob: str) -> Ledger:
     return study.trials
 
 
-def _clean_trajectories(study: Study) -> int:
-    if working := held(study.ledgers):
+def _refuse_at_work(ledgers: Sequence[Ledger], name: str, why: str = "") -> None:
+    if working := held(ledgers):
         raise InputError(
-            f"{working} trials of {study.name} are worked on and read its trajectories; end them "
-            f"first: bdense-search stop {study.name} --wait"
+            f"{working} trials of {name} are worked on{why}; end them first: bdense-search "
+            f"stop {name} --wait"
         )
+
+
+def _clean_trajectories(study: Study) -> int:
+    _refuse_at_work(study.ledgers, study.name, " and read its trajectories")
     named = _folders(study.ledgers[0].attribute(TRAJECTORIES))
     folders = [folder for folder in named if folder.is_dir()]
     # Anyone who may write to the database could have named any folder of this machine.
@@ -100,14 +103,10 @@ def _refuse_readers(study: Study, folders: Collection[Path]) -> None:
     own = {ledger.name for ledger in study.ledgers}
     for other in retrying(study.ledgers[0].storage.get_all_studies):
         shared = [each for each in _folders(other.user_attrs.get(TRAJECTORIES)) if each in folders]
-        if not shared or other.study_name in own:
-            continue
-        if working := held(Study.open(study.url, other.study_name).ledgers):
-            raise InputError(
-                f"{working} trials of {other.study_name} are worked on and read the same "
-                f"trajectories, {shared[0]}; end them first: bdense-search stop "
-                f"{other.study_name} --wait"
-            )
+        if shared and other.study_name not in own:
+            ledgers = Study.open(study.url, other.study_name).ledgers
+            what = f" and read the same trajectories, {shared[0]}"
+            _refuse_at_work(ledgers, other.study_name, what)
 
 
 def to_delete(study: Study) -> list[Ledger]:
@@ -121,11 +120,7 @@ def to_delete(study: Study) -> list[Ledger]:
     confirmation = confirmation_of(study)
     ledgers = [*(() if confirmation is None else confirmation.ledgers)]
     ledgers += reversed(ledgers_with_pilot(study))
-    if working := held(ledgers):
-        raise InputError(
-            f"{working} trials of {study.name} are worked on; end them first: bdense-search stop "
-            f"{study.name} --wait"
-        )
+    _refuse_at_work(ledgers, study.name)
     return ledgers
 
 

@@ -41,8 +41,8 @@ def upload(folder: Path, url: str) -> None:
         InputError: It cannot be written, or no library for it is installed.
     """
     files, path = _opened(url)
-    sources = sorted(each for each in folder.rglob("*") if each.is_file())
-    sources.sort(key=lambda each: each == folder / _LAST)
+    sources = [each for each in folder.rglob("*") if each.is_file()]
+    sources.sort(key=lambda each: (each == folder / _LAST, each))
     try:
         for source in sources:
             target = f"{path}/{source.relative_to(folder).as_posix()}"

@@ -15,12 +15,7 @@ from optuna.storages import RDBStorage
 
 from bdense.metrics.records import FID
 from bdense.weights import space_of
-from search.analysis.plans import (
-    plan_confirmation,
-    plan_given,
-    promotion_arms,
-    transfer_arms,
-)
+from search.analysis.plans import PlannedArms, plan_confirmation, plan_given, transfer_arms
 from search.cli import main
 from search.spec.resolve import variant
 from search.spec.space import search_space
@@ -28,7 +23,7 @@ from search.spec.study import StudySpec
 from search.storage.engine import open_storage
 from search.storage.ledger import Claim, Ledger
 from search.storage.schema import open_tables
-from search.study.arms import ROW_SPACE, Arm, ArmRow
+from search.study.arms import ROW_SPACE, Arm, ArmRow, baseline_arms
 from search.study.results import TrialResult
 from search.study.study import Study
 from tests.commands import Answer, answered
@@ -125,7 +120,8 @@ def plan_promotion(
     variants: Any = ({},),
 ) -> Study:
     """Promoted weights, planned."""
-    return promotion_arms(of, arm, of=search, seeds=seeds, variants=variants).store(url)
+    arms = [*baseline_arms(of), arm]
+    return PlannedArms(spec=of, arms=arms, seeds=seeds, variants=variants, of=search).store(url)
 
 
 def finish(

@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -244,7 +245,7 @@ def test_the_json_of_status_and_best_is_documented_key_by_key(request):
     # What these two studies do not have.
     gain = LargestGain(arm="plain", gain=0.1, least_difference=0.2, trials=16)
     point = CurvePoint(params={"a": 0.0}, coordinates=[0.0], fid=3.0)
-    more = {"ended_early": gain.as_dict(), "confirmed": {"method": {}, "arms": [{"values": {}}]}}
+    more = {"ended_early": asdict(gain), "confirmed": {"method": {}, "arms": [{"values": {}}]}}
     more["one_shot"] = Curve(axes=["a"], points=[point], conditions={}).as_dict()
     of_some = ("prompts", "guidance", "decoded", "weights_plot", "kid", "prc", "clip_score")
     more["best"] = dict.fromkeys(of_some)

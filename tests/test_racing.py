@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -311,7 +312,7 @@ def test_on_a_flat_space_the_search_ends_early_and_may_be_carried_on(url):
     assert (study.left(), study.counts().planned) == (0, len(done))
     for verb in ("best", "status"):
         assert found.text() in command(verb, "digits").out
-    assert json.loads(command("best", "digits", "--json").out)["ended_early"] == found.as_dict()
+    assert json.loads(command("best", "digits", "--json").out)["ended_early"] == asdict(found)
     # The same launch again ends at once; without the rule it goes on.
     again = Simulated(url, flat, trials=24, stop=True)
     assert again.run() == []

@@ -88,12 +88,12 @@ def test_trials_are_optunas(ledger):
     """Of each state, with all attributes, some, or as they were asked for; ranks of all values."""
     for state in TrialState:
         theirs = [row_of(t) for t in ledger.study.get_trials(states=(state,))]
-        found = ledger.rows(state)
+        found = ledger.rows(state=state)
         assert found == theirs
         assert len(found) == 8
         assert [list(row.params) for row in found] == [list(row.params) for row in theirs]
 
-    found = ledger.rows(TrialState.PRUNED, ("weights", "error", "no such"))
+    found = ledger.rows(("weights", "error", "no such"), state=TrialState.PRUNED)
     theirs = ledger.study.get_trials(states=(TrialState.PRUNED,))
     assert [row.user_attrs for row in found] == [
         {key: t.user_attrs[key] for key in ("weights", "error") if key in t.user_attrs}

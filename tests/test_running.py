@@ -429,7 +429,9 @@ def test_rows_beyond_the_budget_are_no_failures():
     for _ in range(2):
         study.search.study.ask(fixed_distributions=search_space(spec()))
     taken = claim(study.search)
-    assert [row.user_attrs for row in study.search.rows(TrialState.FAIL)] == [{SURPLUS: True}]
+    assert [row.user_attrs for row in study.search.rows(state=TrialState.FAIL)] == [
+        {SURPLUS: True}
+    ]
     assert failures(study) == []
     study.search.fail(taken, "diverged", "the loss is not finite", {})
     assert failures(study) == ["trial 1 failed, diverged: the loss is not finite"]

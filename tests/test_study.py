@@ -6,7 +6,6 @@ import math
 import pytest
 from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
 from psycopg2 import DatabaseError
 from sqlalchemy.exc import OperationalError
 
@@ -329,7 +328,7 @@ def test_a_trial_of_a_search_is_trained_under_its_seeds(url, method):
     task = study.task(study.search, claim.params)
     assert task == Task(params=dict(claim.params), seed=3, latents=4)
     complete(study, study.search, claim, 2.0)
-    (row,) = study.search.rows(TrialState.COMPLETE)
+    (row,) = study.search.rows()
     assert (row.value, row.params) == (2.0, dict(claim.params))
     assert sorted(row.user_attrs.get("fids", {})) == sorted(
         str(stage.nfe) for stage in given.resolved.stages if stage.name

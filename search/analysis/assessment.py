@@ -1,6 +1,6 @@
 """What a search's results say: their noise, the arm to use, and why the search ended early."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from search.analysis.comparison import compare
@@ -37,7 +37,7 @@ class Assessment:
         return {
             "noise": self.noise.as_dict(),
             "recommended": None if self.recommended is None else self.recommended.as_dict(),
-            **({} if self.ended is None else {"ended_early": self.ended.as_dict()}),
+            **({} if self.ended is None else {"ended_early": asdict(self.ended)}),
         }
 
 

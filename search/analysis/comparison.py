@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from optuna.trial import TrialState
-
 from bdense.methods import StagePlan
 from bdense.metrics.records import FID
 from search.analysis.paired import Mean, Paired, mean_of, paired_difference, step_of
@@ -190,7 +188,7 @@ def _with_trials(
     if not (study.is_search and raced):
         return results
     spec = study.spec
-    for trial in study.search.rows(TrialState.COMPLETE, ("fid", "fids", "score")):
+    for trial in study.search.rows(("fid", "fids", "score")):
         if trial.number in raced and (figure := _figure_at(stage, trial)) is not None:
             raced[trial.number].figures[spec.seeds.training] = figure
     loss = spec.metric.loss

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from optuna.trial import TrialState
-
 from bdense.errors import InputError
 from search.analysis.comparison import (
     ArmResult,
@@ -172,7 +170,7 @@ def require_trials(study: Study) -> list[StoredTrial]:
     Raises:
         InputError: There is none.
     """
-    trials = study.search.rows(TrialState.COMPLETE, ())
+    trials = study.search.rows(keys=())
     if not trials:
         raise InputError(
             f"{headline(study)}: there is no point to choose yet; run bdense-search launch first"

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from optuna.trial import TrialState
-
 from bdense.weights.space import BASELINE, Choice
 from search.analysis.surrogate import Observation, Point, posterior
 from search.spec.study import StudySpec
@@ -157,7 +155,7 @@ def prior_trials(study: Study, name: str) -> list[tuple[StoredTrial, Observation
     prior = study.sibling(name)
     if prior is None:
         return []
-    trials = prior.search.rows(TrialState.COMPLETE, ())
+    trials = prior.search.rows(keys=())
     measured = _searched(study.spec, trials)
     length = log_length(prior.spec.method.options, study.spec.method.options)
     return [
@@ -172,17 +170,14 @@ def log_length(method: Mapping[str, Any], of: Mapping[str, Any]) -> float:
 
 
 def _priors(study: Study, own: Sequence[Observation]) -> list[Observation]:
+    """Priors whose noise is as large as they disagree with a study's own values."""
     found: list[Observation] = []
     for name in study.spec.search.prior:
-        found += _discounted([each for _, each in prior_trials(study, name)], own)
+        prior = [each for _, each in prior_trials(study, name)]
+        # The whole prior counts as one value with that error.
+        noise = disagreement(prior, own) * math.sqrt(len(prior)) if prior else 0.0
+        found += [replace(each, noise=noise) for each in prior]
     return found
-
-
-def _discounted(prior: Sequence[Observation], own: Sequence[Observation]) -> list[Observation]:
-    """A prior whose noise is as large as it disagrees with a study's own values."""
-    # The whole prior counts as one value with that error.
-    noise = disagreement(prior, own) * math.sqrt(len(prior)) if prior else 0.0
-    return [replace(each, noise=noise) for each in prior]
 
 
 def disagreement(prior: Sequence[Observation], own: Sequence[Observation]) -> float:

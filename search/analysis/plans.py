@@ -37,6 +37,9 @@ class PlannedArms:
             method.
         of: Name of the search that the arms come from.
         chosen_after: Of a confirmation, numbers of trials and candidates at the choice.
+
+    Raises:
+        InputError: The study has no use for an arm's weights, such as of other branches.
     """
 
     spec: StudySpec
@@ -45,6 +48,11 @@ class PlannedArms:
     variants: Sequence[Mapping[str, Any]] = ({},)
     of: str | None
     chosen_after: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for arm in self.arms:
+            if arm.baseline is None:
+                self.spec.require_fitting(arm.params)
 
     def store(self, url: str) -> Study:
         """The study with these rows planned, in a storage.
@@ -132,7 +140,6 @@ def transfer_arms(study: Study, to: StudySpec, *, top: int, seeds: int) -> Plann
             "to", f"names study {study.name} itself; give another's file, or confirm it instead"
         )
     arms = [*baseline_arms(to), *choose(study, require_trials(study), top)]
-    _require_fitting(arms, to)
     spec = arms_study(to, f"{to.name}{FROM}{study.name}")
     return PlannedArms(spec=spec, arms=arms, seeds=fresh_seeds(to, seeds), of=study.name)
 
@@ -146,43 +153,10 @@ def plan_given(url: str, spec: StudySpec) -> Study:
     """
     plan = spec.given
     arms = [_named(url, spec, each) for each in plan.arms]
-    _require_fitting(arms, spec)
     named = [each for each in plan.arms if isinstance(each, dict)]
     of = next((str(each["winner_of"]) for each in named if "winner_of" in each), None)
     asked = PlannedArms(spec=spec, arms=arms, seeds=plan.seeds, variants=plan.variants, of=of)
     return asked.store(url)
-
-
-def promotion_arms(
-    spec: StudySpec,
-    arm: Arm,
-    *,
-    of: str | None,
-    seeds: Sequence[int],
-    variants: Sequence[Mapping[str, Any]],
-) -> PlannedArms:
-    """The promoted weights and the baselines.
-
-    Args:
-        spec: A study of given arms.
-        arm: The promoted weights.
-        of: Name of the search they come from.
-        seeds: Training seeds.
-        variants: Settings of the method to train each under.
-
-    Raises:
-        InputError: The weights do not fit the method's number of branches.
-    """
-    _require_fitting([arm], spec)
-    arms = [*baseline_arms(spec), arm]
-    return PlannedArms(spec=spec, arms=arms, seeds=seeds, variants=variants, of=of)
-
-
-def _require_fitting(arms: Sequence[Arm], spec: StudySpec) -> None:
-    """Refuse weights that the study has no use for, such as of other branches."""
-    for arm in arms:
-        if arm.baseline is None:
-            spec.require_fitting(arm.params)
 
 
 def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list[int]:

@@ -7,8 +7,6 @@ import contextlib
 import json
 from typing import Any
 
-from optuna.trial import TrialState
-
 from bdense.errors import InputError
 from bdense.weights.space import require_point
 from search.analysis.observations import prior_trials
@@ -44,7 +42,7 @@ def _checked(url: str, spec: StudySpec, name: str) -> str:
         raise SpecError(f"plan.prior: {name} is the study itself; name earlier ones")
     try:
         prior = Study.open(url, name, reading=True)
-        trials = prior.search.rows(TrialState.COMPLETE, ())
+        trials = prior.search.rows(keys=())
     except (UnknownStudyError, NoSearchError) as error:
         raise SpecError(f"plan.prior: {error}") from error
     if not trials:

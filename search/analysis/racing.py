@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from optuna.trial import TrialState
-
 from search.analysis.observations import observed, trial_arm
 from search.analysis.paired import CONFIDENCE
 from search.analysis.surrogate import candidates, posterior
@@ -41,11 +39,6 @@ class Contender:
     seeds: frozenset[int]
     ended: int
 
-    @property
-    def is_worse(self) -> bool:
-        """Whether it is worse than the lowest beyond the noise."""
-        return self.mean > BEYOND_NOISE * self.error
-
 
 def next_replicate(
     contenders: Sequence[Contender], seeds: Sequence[int]
@@ -56,7 +49,8 @@ def next_replicate(
         contenders: By posterior mean, the lowest first.
         seeds: All there are, the trials' own first.
     """
-    racing = [each for each in contenders if not each.is_worse]
+    # Without those that are worse than the lowest beyond the noise.
+    racing = [each for each in contenders if each.mean <= BEYOND_NOISE * each.error]
     if not racing:
         return None
     # The lowest of the points with the most seeds.
@@ -84,8 +78,8 @@ def plan_replicate(study: Study) -> bool:
     arms, rows = study.arms, study.rows()
     spent = sum(arms[row.arm].trial is not None for row, _ in rows)
     earned = plan.race * min(counts.ended, plan.points) // plan.points
-    left = plan.trials - counts.ended - counts.running
-    trials = study.search.rows(TrialState.COMPLETE, ())
+    left = plan.trials - counts.started
+    trials = study.search.rows(keys=())
     if spent >= min(earned, left) or not trials:
         return False
     chosen = next_replicate(contenders_of(study, trials), spec.baseline_seeds)

@@ -63,13 +63,6 @@ class Noise:
             return None
         return self.images * (2 * self.latents / self.seeds) ** 2
 
-    @property
-    def _way_to_know(self) -> str:
-        if self.metric.is_fid:
-            return "plan.replicates: 3 measures it"
-        # A program has one baseline: a difference needs a second arm.
-        return "plan.replicates: 3 and plan.race: 2 measure it"
-
     def as_dict(self) -> dict[str, float | None]:
         """As ``best --json`` prints it."""
         return {
@@ -82,11 +75,12 @@ class Noise:
         """For people."""
         least = self.least_difference
         if least is None:
-            why = (
-                self._way_to_know
-                if self.replicates < 2
-                else f"no two of {self.replicates} replicates differ"
-            )
+            if self.replicates >= 2:
+                why = f"no two of {self.replicates} replicates differ"
+            elif self.metric.is_fid:
+                why = "plan.replicates: 3 measures it"
+            else:  # a program has one baseline, and a difference needs a second arm
+                why = "plan.replicates: 3 and plan.race: 2 measure it"
             return f"the noise of these {self.metric.plural} is not known; {why}"
         parts = [f"training seeds {self.seeds:.2g}"]
         parts += [] if self.latents is None else [f"latents {self.latents:.2g}"]
@@ -190,7 +184,8 @@ def recommend(comparison: Comparison) -> Recommendation | None:
         if (pair := comparison.against(other, best)) is not None:
             # One seed has no interval to tie in.
             how = "a tie with" if pair.tie and pair.n > 1 else "worse than"
-            reasons.append(_said(other, how, best, pair, metric))
+            difference = difference_text(pair, metric).removesuffix(", tie")
+            reasons.append(f"{other.arm.name}: {how} {best.arm.name} ({difference})")
     if comparison.differing:
         reasons.append(f"these {metric.plural} do not compare, see above")
     return Recommendation(
@@ -210,8 +205,3 @@ def _is_beaten(comparison: Comparison, one: ArmResult, best: ArmResult) -> bool:
     loss = comparison.metric.loss
     least = max(loss(pair.low), loss(pair.high)) if pair.n > 1 else loss(pair.mean)
     return least < 0
-
-
-def _said(one: ArmResult, how: str, other: ArmResult, pair: Paired, metric: Metric) -> str:
-    difference = difference_text(pair, metric).removesuffix(", tie")
-    return f"{one.arm.name}: {how} {other.arm.name} ({difference})"

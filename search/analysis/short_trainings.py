@@ -12,7 +12,6 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from optuna.trial import TrialState
 
 from bdense.weights.space import BASELINE
 from search.analysis.observations import observed, point_of, spread_points
@@ -118,7 +117,7 @@ def plan_short(study: Study) -> bool:
         short = _places(spec, [(arms[row.arm].params, ended) for row, ended in rows])
         uniform = _places(spec, [({BASELINE: spec.baselines[-1]}, True)])
         found = next_training(
-            observed(study, study.search.rows(TrialState.COMPLETE, ())).observations,
+            observed(study, study.search.rows(keys=())).observations,
             [point for _, point in spread],
             length=plan.short.length,
             whole=[point for point, _ in [*whole, *uniform]],

@@ -5,10 +5,9 @@ A gain smaller than the least detectable difference is noise.
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-from optuna.trial import TrialState
 
 from bdense.weights.space import PLAIN, UNIFORM
 from search.analysis.comparison import Comparison, compare
@@ -28,7 +27,7 @@ ENDED_EARLY = "ended_early"  # the study's attribute
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LargestGain:
-    """What the best point may still gain.
+    """What the best point may still gain, as the study's attribute and ``best --json`` hold it.
 
     Attributes:
         arm: Name of the recommended arm.
@@ -41,11 +40,6 @@ class LargestGain:
     gain: float
     least_difference: float
     trials: int
-
-    @property
-    def is_too_small(self) -> bool:
-        """Whether it could not be told from noise."""
-        return self.gain < self.least_difference
 
     def text(self) -> str:
         """For people, where it ended the search."""
@@ -65,10 +59,6 @@ class LargestGain:
         is_over = stored is not None and study.search.budget < study.spec.search.points
         return cls(**stored) if is_over else None
 
-    def as_dict(self) -> dict[str, Any]:
-        """As the study's attribute and ``best --json`` hold it."""
-        return asdict(self)
-
 
 def largest_gain(study: Study) -> LargestGain | None:
     """What a search may still gain; None before all baselines and enough trials have ended."""
@@ -77,7 +67,7 @@ def largest_gain(study: Study) -> LargestGain | None:
     if any(arms[row.arm].baseline and not ended for row, ended in study.rows()):
         return None
     least, best = noise_of(comparison).least_difference, recommend(comparison)
-    trials = study.search.rows(TrialState.COMPLETE, ())
+    trials = study.search.rows(keys=())
     if least is None or best is None or len(trials) < MIN_TRIALS * len(spec.space.axes):
         return None
     now = observed(study, trials)
@@ -122,8 +112,8 @@ def stop_or_plan(study: Study) -> bool:
         return False
     if plan.stop:
         found = largest_gain(study)
-        if found is not None and found.is_too_small:
-            study.search.change(ENDED_EARLY, lambda _: found.as_dict())
+        if found is not None and found.gain < found.least_difference:  # that would be noise
+            study.search.change(ENDED_EARLY, lambda _: asdict(found))
             study.search.start_no_more()
             return False
     if plan.race > 0 and plan_replicate(study):

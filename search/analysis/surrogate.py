@@ -6,9 +6,9 @@ posterior mean of a Gaussian process at the same points averages over neighbours
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -107,8 +107,8 @@ def posterior_means(
     at, asked, values, members, noises = _arrays(evaluations, points)
     if _has_no_curve(at):
         return _means_by_point(at, values, members, asked)
-    means = _fitted_curve(at, values, members, noises).means(asked)
-    return [float(mean) for mean in means]
+    process, level, scale = _fitted_curve(at, values, members, noises)
+    return [float(mean) for mean in level + scale * process.predict(asked)]
 
 
 def posterior(
@@ -131,7 +131,15 @@ def posterior(
         covariance = np.zeros((len(asked), len(asked)))
         np.fill_diagonal(covariance, math.inf)
         return Posterior(means=means, covariance=covariance, noise=0.0)
-    return _fitted_curve(at, values, members, noises).posterior(asked)
+    process, level, scale = _fitted_curve(at, values, members, noises)
+    means, covariance = process.predict(asked, return_cov=True)
+    noise = process.kernel_.k2.noise_level
+    return Posterior(
+        means=level + scale * means,
+        # scikit-learn's is that of values.
+        covariance=scale**2 * (covariance - noise * np.eye(len(asked))),
+        noise=scale * math.sqrt(noise),
+    )
 
 
 def candidates(
@@ -152,7 +160,7 @@ def candidates(
     Points that lie within ``LEAST_DISTANCE`` of each other are one: the better stands for both.
     """
     points = [evaluation.point for evaluation in evaluations]
-    at = _Cube.around(points).place(points)
+    at = _placed(points, points)
     chosen: list[int] = []
     for index in np.argsort(posterior_means(evaluations), kind="stable").tolist():
         if len(chosen) == count:
@@ -172,8 +180,8 @@ def _arrays(
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Places [n, d] and those asked for [m, d]; values [n], groups [n, g] and noises [n]."""
     own = [evaluation.point for evaluation in evaluations]
-    cube = _Cube.around(own)
-    at, asked = cube.place(own), cube.place(own if points is None else points)
+    at = _placed(own, own)
+    asked = at if points is None else _placed(points, own)
     lengths = np.array([evaluation.log_length for evaluation in evaluations])
     # Length alone makes no curve.
     if np.ptp(lengths) > 0 and not _has_no_curve(at):
@@ -193,38 +201,24 @@ def _has_no_curve(at: Array) -> bool:
     return len(at) < MIN_EVALUATIONS or len(np.unique(at, axis=0)) == 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Cube:
-    """The unit cube of some points' range: of each coordinate, low and high."""
-
-    ranges: dict[str, tuple[float, float]]
-
-    @classmethod
-    def around(cls, points: Sequence[Point]) -> Self:
-        """The smallest that holds them all."""
-        if not points:
-            raise InputError("no evaluations to fit a surrogate to; measure some first")
-        _require_coordinates(points, points[0].keys())
-        columns = {name: [point[name] for point in points] for name in sorted(points[0])}
-        return cls({name: (min(column), max(column)) for name, column in columns.items()})
-
-    def place(self, points: Sequence[Point]) -> Array:
-        """[m, d]: each coordinate in shares of its range."""
-        _require_coordinates(points, self.ranges.keys())
-        lows = [low for low, _ in self.ranges.values()]
-        # Where all have one value there is no range to share out.
-        spans = [(high - low) or 1.0 for low, high in self.ranges.values()]
-        at = np.array([[point[name] for name in self.ranges] for point in points], dtype=float)
-        return (at - lows) / spans
-
-
-def _require_coordinates(points: Sequence[Point], names: Set[str]) -> None:
-    for point in points:
-        if point.keys() != names or not all(map(math.isfinite, point.values())):
+def _placed(points: Sequence[Point], around: Sequence[Point]) -> Array:
+    """[m, d]: each coordinate of m points, by name, in shares of its range over ``around``."""
+    if not around:
+        raise InputError("no evaluations to fit a surrogate to; measure some first")
+    names = sorted(around[0])
+    for point in (*around, *points):
+        if sorted(point) != names or not all(map(math.isfinite, point.values())):
             raise InputError(
                 f"point {dict(point)} does not have a finite number for each of "
-                f"{', '.join(sorted(names))}; leave it out"
+                f"{', '.join(names)}; leave it out"
             )
+    at, ends = (
+        np.array([[p[name] for name in names] for p in of], float) for of in (points, around)
+    )
+    lows: Array = ends.min(axis=0)
+    spans = ends.max(axis=0) - lows
+    # Where all have one value there is no range to share out.
+    return (at - lows) / np.where(spans > 0, spans, 1.0)
 
 
 def _one_hot(names: Sequence[str]) -> Array:
@@ -255,35 +249,12 @@ def _means_by_point(at: Array, values: Array, members: Array, asked: Array) -> l
     return [float(means[index[0]] if len(index) else values.mean()) for index in found]
 
 
-@dataclass(frozen=True, slots=True)
-class _Curve:
-    """FIDs as level + scale * a process of mean 0."""
+def _fitted_curve(
+    at: Array, values: Array, members: Array, noises: Array
+) -> tuple[Any, float, float]:
+    """A process of mean 0, the level and the scale: FIDs are level + scale * process.
 
-    process: Any
-    level: float
-    scale: float
-
-    def means(self, asked: Array) -> Array:
-        """[m] posterior means."""
-        means: Array = self.level + self.scale * self.process.predict(asked)
-        return means
-
-    def posterior(self, asked: Array) -> Posterior:
-        """With the covariance of the noise-free values."""
-        means, covariance = self.process.predict(asked, return_cov=True)
-        noise = self.process.kernel_.k2.noise_level
-        return Posterior(
-            means=self.level + self.scale * means,
-            # scikit-learn's is that of values.
-            covariance=self.scale**2 * (covariance - noise * np.eye(len(asked))),
-            noise=self.scale * math.sqrt(noise),
-        )
-
-
-def _fitted_curve(at: Array, values: Array, members: Array, noises: Array) -> _Curve:
-    """The curve and the groups' offsets.
-
-    Offsets need a kernel and a kernel's fit needs offsets, hence rounds.
+    Groups' offsets need a kernel and a kernel's fit needs offsets, hence rounds.
     """
     kept = _kept(members)
     at, values, members, noises = at[kept], values[kept], members[kept], noises[kept]
@@ -300,7 +271,7 @@ def _fitted_curve(at: Array, values: Array, members: Array, noises: Array) -> _C
         # Groups apart from one another; their common level hardly moves the curve.
         if np.ptp(offsets - before) < 5e-3 * scale:
             break
-    return _Curve(process, float(before.mean()), scale)
+    return process, float(before.mean()), scale
 
 
 def _kept(members: Array) -> npt.NDArray[np.intp]:

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from optuna.trial import TrialState
-
 from bdense.metrics.records import FID
 from search.analysis.assessment import Assessment, assess
 from search.analysis.comparison import (
@@ -120,7 +118,7 @@ def overview_of(study: Study) -> Overview:
         comparisons = [] if replicates is None else [replicates]
     else:
         comparisons = comparisons_of(study)
-    rows = study.main.rows(TrialState.COMPLETE, ("prompts",))
+    rows = study.main.rows(("prompts",))
     legends = [grid_legend(row.user_attrs.get("prompts", [])) for row in rows]
     return Overview(
         study=study,

@@ -87,20 +87,14 @@ class CommandConfig(Knobs):
         """Where the program is started."""
         return Path(self.folder or ".")
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the metric of a trial, beside files, weights and seeds."""
-        return {
-            "name": COMMAND,
-            "run": list(self.run),
-            "metric": self.metric,
-            "direction": self.direction,
-        }
-
     def words(self, values: Mapping[str, object]) -> list[str]:
         """The words of ``run`` with values in place of what is in braces."""
 
         def stands_for(found: re.Match[str]) -> str:
-            return _word(values[found[1]]) if found[1] else found[0][0]
+            if not found[1]:
+                return found[0][0]
+            value = values[found[1]]
+            return repr(value) if isinstance(value, float) else str(value)
 
         return [_BRACED.sub(stands_for, word) for word in self.run]
 
@@ -169,10 +163,6 @@ class NamedWeight(Range):
                 f"{self.default:g} lies outside {self.low:g} to {self.high:g}; widen the range",
             )
 
-    def place(self, value: float) -> float:
-        """Its coordinate: the decimal logarithm, or the value itself."""
-        return math.log10(value) if self.log else value
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedSpace(SearchSpace):
@@ -231,7 +221,9 @@ class NamedSpace(SearchSpace):
 
     def coordinates(self, params: Mapping[str, Any]) -> tuple[float, ...] | None:
         values = self.values(params)
-        return tuple(w.place(values[name]) for name, w in self.weights.items())
+        return tuple(
+            math.log10(values[name]) if w.log else values[name] for name, w in self.weights.items()
+        )
 
     def label(self, params: Mapping[str, Any]) -> str:
         if BASELINE in params:
@@ -288,7 +280,3 @@ def require_runnable(
 def command_line(config: CommandConfig) -> str:
     """The program's command line, for people."""
     return f"`{shlex.join(config.run)}`"
-
-
-def _word(value: object) -> str:
-    return repr(value) if isinstance(value, float) else str(value)

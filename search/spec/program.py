@@ -137,7 +137,9 @@ class CommandWorkload:
         return replace(self.spec, method=method, facts=facts)
 
     def conditions(self) -> dict[str, Any]:
-        return {"method": self.config.identity()}
+        config = self.config
+        own = {"run": list(config.run), "metric": config.metric, "direction": config.direction}
+        return {"method": {"name": COMMAND, **own}}
 
     def contents(self) -> dict[str, str]:
         """Digest of each file that decides the program's metric.

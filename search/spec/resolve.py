@@ -251,18 +251,13 @@ _HIDDEN = (
 
 
 def _check_weights(spec: StudySpec) -> None:
+    """What the surrogate decides needs coordinates; stop also needs uniform weights as a point."""
     if not spec.is_search:
         return
-    space = spec.weight_space
+    plan, space = spec.search, spec.weight_space
     space.check(spec.resolved.num_branches)
     if execution(spec).is_compiled and space.needs_gradients:
         raise InputError(f"weights: {_HIDDEN}")
-    _check_race(spec)
-
-
-def _check_race(spec: StudySpec) -> None:
-    """What the surrogate decides needs coordinates; stop also needs uniform weights as a point."""
-    plan, space = spec.search, spec.space
     asked = {"race": plan.race, "stop": plan.stop, "short": plan.short is not None}
     if not space.axes and any(asked.values()):
         name = next(name for name, is_asked in asked.items() if is_asked)

@@ -150,7 +150,7 @@ def open_storage(
             return _open_postgres(make, resolved, reading=reading)
         refuse_network_file_system(path)
         return _open_sqlite(make, path, reading=reading)
-    except (SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
+    except (*DATABASE_ERRORS, OSError, RuntimeError) as error:
         # RuntimeError: Optuna found a schema of another version.
         raise cannot_open(resolved, error) from None
 
@@ -199,7 +199,7 @@ def retrying(call: Callable[[], _T]) -> _T:
     while True:
         try:
             return call()
-        except (SQLAlchemyError, StorageInternalError) as error:
+        except DATABASE_ERRORS as error:
             if _code(error) == _DISK_FULL:
                 raise as_storage_error(error) from None
             if refused := _refusal_of(error):

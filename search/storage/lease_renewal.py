@@ -9,6 +9,7 @@ from typing import Self
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from bdense.errors import StoppedError
 from search.errors import LeaseLostError, StorageError
 from search.storage.engine import one_line
 from search.storage.leases import Claim, Leases
@@ -32,9 +33,7 @@ class LeaseRenewal:
         self._leases = leases
         self._study = study
         self._launch = launch
-        self._refusal: StorageError | None = None
-        self._lost = threading.Event()
-        self._stopped = threading.Event()
+        self._ended: StoppedError | LeaseLostError | StorageError | None = None
         self._stopping = False
         self._progress: str | None = None
         self._changed = threading.Condition()
@@ -54,11 +53,6 @@ class LeaseRenewal:
             self._changed.notify()
         self._thread.join(_JOIN_SECONDS)
 
-    @property
-    def lost(self) -> bool:
-        """Whether another worker is known to have the lease."""
-        return self._lost.is_set()
-
     def check(self) -> None:
         """Raise if the work must end; costs nothing.
 
@@ -67,12 +61,8 @@ class LeaseRenewal:
             StoppedError: The study, or this launch's workers, were asked to stop.
             StorageError: The database is gone for good.
         """
-        if self._refusal is not None:
-            raise self._refusal
-        if self._lost.is_set():
-            raise lost_error(self.claim)
-        if self._stopped.is_set():
-            raise stopped_error(self._study)
+        if self._ended is not None:
+            raise self._ended
 
     def report(self, progress: str) -> None:
         """Store a text beside the trial, at most 200 characters and once a second; never waits."""
@@ -89,12 +79,12 @@ class LeaseRenewal:
             try:
                 ours, stop = self._leases.renew_and_read(self.claim, progress, HALT)
                 if not ours:
-                    self._lost.set()
+                    self._ended = lost_error(self.claim)
                     return
                 if stop and Stops.of(json.loads(stop)).reaches(self._launch):
-                    self._stopped.set()
+                    self._ended = stopped_error(self._study)
             except StorageError as error:  # waiting does not help
-                self._refusal = error
+                self._ended = error
                 return
             except SQLAlchemyError as error:
                 # The lease may outlive the outage; the work goes on in any case.

@@ -27,15 +27,14 @@ from search.storage.tables import (
     FOREIGN,
     KIND_OF_VALUE,
     LEFT_OUT,
-    OUT_OF_BOUNDS,
     PARAMS,
     STATE,
-    SURPLUS,
     SYSTEM_ATTRIBUTES,
     TRIALS,
     USER_ATTRIBUTES,
     VALUES,
     attributes_by_owner,
+    has,
 )
 
 _T = TypeVar("_T")
@@ -107,11 +106,8 @@ class LedgerReader:
         self._leases = Leases(storage.engine, study._study_id, self.ttl)
         self._mine = TRIALS.c.study_id == study._study_id
         maximises = retrying(lambda: study.direction) is StudyDirection.MAXIMIZE
-        lowest = _LOWEST_FIRST
-        self._best_first = (
-            *(sa.desc(each) if maximises else each for each in lowest),
-            TRIALS.c.number,
-        )
+        best = map(sa.desc, _LOWEST_FIRST) if maximises else _LOWEST_FIRST
+        self._best_first = (*best, TRIALS.c.number)
 
     @classmethod
     def open_reading(cls, url: str, study_name: str) -> Self:
@@ -198,12 +194,14 @@ class LedgerReader:
         found = self._rows(query.order_by(TRIALS.c.number))
         return {row.number: TrialState[row.state] for row in found}
 
-    def rows(self, state: TrialState, keys: Collection[str] | None = None) -> list[StoredTrial]:
-        """Every trial in that state, by number; does not load the others.
+    def rows(
+        self, keys: Collection[str] | None = None, *, state: TrialState = TrialState.COMPLETE
+    ) -> list[StoredTrial]:
+        """Every complete trial, or in another state, by number; does not load the others.
 
         Args:
-            state: Optuna's state.
             keys: Attributes to read, which are most of the cost; None for all.
+            state: Optuna's state.
         """
         query = trials_in(state).where(self._mine).order_by(TRIALS.c.number)
         return self._read(query, keys)
@@ -267,27 +265,19 @@ class LedgerReader:
         A row that counts nowhere has the reason ``NOT_COUNTED``. An error of the database is not
         retried, so that it can be called under the study's lock.
         """
-        keys_of_reasons = ("reason", OUT_OF_BOUNDS, SURPLUS)
-        reasons = self._of_mine(USER_ATTRIBUTES, USER_ATTRIBUTES.c.key.in_(keys_of_reasons))
+        reasons = self._of_mine(USER_ATTRIBUTES, USER_ATTRIBUTES.c.key == "reason")
         planned = self._of_mine(SYSTEM_ATTRIBUTES, SYSTEM_ATTRIBUTES.c.key == FIXED)
-        has_plan = sa.exists().where(
-            SYSTEM_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id, SYSTEM_ATTRIBUTES.c.key == FIXED
-        )
-        ids = sa.select(TRIALS.c.trial_id, sa.cast(FOREIGN, sa.Boolean).label("foreign"))
+        ids = sa.select(TRIALS.c.trial_id, sa.cast(LEFT_OUT, sa.Boolean).label("left_out"))
         ids = ids.where(self._mine).order_by(TRIALS.c.number)
         with self.storage.engine.connect() as connection:
-            keys = {row.trial_id: row.foreign for row in connection.execute(ids)}
-            fixed = {
-                key: each[FIXED] for key, each in attributes_by_owner(connection, planned).items()
-            }
-            suggested = _params(connection, self._of_mine(PARAMS, ~has_plan))
+            keys = {row.trial_id: row.left_out for row in connection.execute(ids)}
+            asked = _params(connection, self._of_mine(PARAMS, ~has(SYSTEM_ATTRIBUTES, FIXED)))
+            for key, each in attributes_by_owner(connection, planned).items():
+                asked[key] = each[FIXED]
             why = attributes_by_owner(connection, reasons)
         return [
-            (
-                fixed.get(key, suggested.get(key, {})),
-                NOT_COUNTED if foreign else _reason(why[key]) if key in why else None,
-            )
-            for key, foreign in keys.items()
+            (asked.get(key, {}), NOT_COUNTED if left_out else why.get(key, {}).get("reason"))
+            for key, left_out in keys.items()
         ]
 
     def _complete(self) -> sa.Select[Any]:
@@ -383,11 +373,6 @@ def trials_in(state: TrialState) -> sa.Select[Any]:
 
 def _value(row: Any) -> Any:  # noqa: ANN401 - a row of SQLAlchemy's
     return _INFINITE.get(row.kind, row.value)
-
-
-def _reason(attributes: dict[str, Any]) -> str:
-    counts = attributes.keys().isdisjoint((OUT_OF_BOUNDS, SURPLUS))
-    return str(attributes["reason"]) if counts else NOT_COUNTED
 
 
 def _params(connection: sa.Connection, query: sa.Select[Any]) -> dict[int, dict[str, Any]]:

@@ -65,9 +65,8 @@ def open_tables(url: str) -> RDBStorage:
         with exclusive(storage.engine, "schema"):
             _OURS.create_all(storage.engine)
             require_schema(storage.engine, url)
-            with storage.engine.begin() as connection:
-                if _stored_version(connection) is None:  # the tables are new
-                    connection.execute(sa.insert(_VERSION).values(version=SCHEMA))
+            if _version_in(storage.engine) is None:  # the tables are new
+                _store_version(storage.engine)
     except SQLAlchemyError as error:
         raise cannot_open(url, error) from None
     return storage
@@ -92,7 +91,9 @@ def upgrade(url: str) -> list[str]:
         with exclusive(storage.engine, "schema"):
             require_own(storage.engine, url)
             _OURS.create_all(storage.engine)
-            _refuse_newer(storage.engine, url)
+            version = _version_in(storage.engine)
+            if version is not None and version > SCHEMA:
+                raise _other_version(url, version)
             if held := _held(storage.engine):
                 raise InputError(
                     f"{held} trials of {redact(url)} are running, perhaps on workers of another "
@@ -103,7 +104,10 @@ def upgrade(url: str) -> list[str]:
             if before != head:
                 storage.upgrade()
                 done.append(f"Optuna's tables: from {before} to {head}")
-            done += _upgrade_ours(storage.engine, url)
+            if version != SCHEMA:
+                _renew_ours(storage.engine)
+                old = "before 1" if version is None else version
+                done.append(f"bdense's tables: from {old} to {SCHEMA}")
     except SQLAlchemyError as error:
         raise cannot_open(url, error) from None
     return done or ["the tables have this version already"]
@@ -175,8 +179,7 @@ def require_schema(engine: sa.Engine, url: str) -> None:
     require_own(engine, url)
     if not sa.inspect(engine).has_table(_VERSION.name):
         return
-    with engine.connect() as connection:
-        version = _stored_version(connection)
+    version = _version_in(engine)
     if version is not None and version != SCHEMA:
         raise _other_version(url, version)
 
@@ -198,43 +201,33 @@ def require_own(engine: sa.Engine, url: str) -> None:
             )
 
 
-def _upgrade_ours(engine: sa.Engine, url: str) -> list[str]:
-    with engine.begin() as connection:
-        version = _stored_version(connection)
-        if version == SCHEMA:
-            return []
-        _mark_leased(connection)
-    # Otherwise their rows only matter to running workers, and there are none.
-    _OURS.drop_all(engine)
-    _OURS.create_all(engine)
-    with engine.begin() as connection:
-        connection.execute(sa.insert(_VERSION).values(version=SCHEMA))
-    return [f"bdense's tables: from {'before 1' if version is None else version} to {SCHEMA}"]
+def _renew_ours(engine: sa.Engine) -> None:
+    """Make our tables anew, and mark running trials that had a lease as begun here.
 
-
-def _refuse_newer(engine: sa.Engine, url: str) -> None:
-    with engine.connect() as connection:
-        version = _stored_version(connection)
-    if version is not None and version > SCHEMA:
-        raise _other_version(url, version)
-
-
-def _mark_leased(connection: sa.Connection) -> None:
-    """Mark running trials that have a lease as begun here, so that they outlive its table."""
+    Otherwise their rows only matter to running workers, and there are none.
+    """
     begun = sa.select(TRIALS.c.trial_id, sa.literal(BEGUN), sa.literal("true")).where(
         STATE == "RUNNING",
         TRIALS.c.trial_id.in_(sa.select(LEASE.c.trial_id)),
         ~has(SYSTEM_ATTRIBUTES, BEGUN),
     )
     names = ["trial_id", "key", "value_json"]
-    connection.execute(sa.insert(SYSTEM_ATTRIBUTES).from_select(names, begun))
+    with engine.begin() as connection:
+        connection.execute(sa.insert(SYSTEM_ATTRIBUTES).from_select(names, begun))
+    _OURS.drop_all(engine)
+    _OURS.create_all(engine)
+    _store_version(engine)
 
 
-def _stored_version(connection: sa.Connection) -> int | None:
-    version: int | None = connection.execute(
-        sa.select(sa.func.max(_VERSION.c.version))
-    ).scalar_one()
+def _version_in(engine: sa.Engine) -> int | None:
+    with engine.connect() as connection:
+        version: int | None = connection.scalar(sa.select(sa.func.max(_VERSION.c.version)))
     return version
+
+
+def _store_version(engine: sa.Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(sa.insert(_VERSION).values(version=SCHEMA))
 
 
 def _held(engine: sa.Engine) -> int:

@@ -11,7 +11,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -49,7 +49,7 @@ class Launch:
         stops = _first_count(ledgers[0].name, now)
         for ledger in ledgers:
             if stops == now and _stored(ledger).asked is not None:
-                ledger.change(HALT, lambda old: Stops.of(old).as_dict() | {"asked": None})
+                ledger.change(HALT, lambda old: asdict(replace(Stops.of(old), asked=None)))
         return cls(name=uuid.uuid4().hex[:8], stops=stops)
 
 
@@ -89,10 +89,6 @@ class Stops:
         launches = tuple(stored.get("launches", ()))
         return cls(count=stored.get("count", 0), asked=stored.get("asked"), launches=launches)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The form that the database stores."""
-        return {"count": self.count, "asked": self.asked, "launches": list(self.launches)}
-
     def reaches(self, launch: Launch) -> bool:
         """Whether that launch and its workers must end."""
         return self.count > launch.stops or launch.name in self.launches
@@ -106,7 +102,7 @@ def ask_all(ledgers: "Sequence[Ledger]") -> None:
 
     def asked(old: Any) -> dict[str, Any]:  # noqa: ANN401
         stops = Stops.of(old)  # under the lock: another request may just have come
-        return stops.as_dict() | {"count": 1 + max(stops.count, highest), "asked": now}
+        return asdict(replace(stops, count=1 + max(stops.count, highest), asked=now))
 
     for ledger in ledgers:
         ledger.change(HALT, asked)
@@ -120,7 +116,7 @@ def ask_workers(ledgers: "Sequence[Ledger]", launch: Launch) -> None:
     def asked(old: Any) -> dict[str, Any]:  # noqa: ANN401
         stops = Stops.of(old)
         others = [name for name in stops.launches if name != launch.name]
-        return stops.as_dict() | {"launches": [*others, launch.name][-_REMEMBERED:]}
+        return asdict(replace(stops, launches=(*others, launch.name)[-_REMEMBERED:]))
 
     for ledger in ledgers:
         ledger.change(HALT, asked)

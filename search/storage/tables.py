@@ -47,19 +47,17 @@ TRIALS = sa.table(
 )
 # PostgreSQL has a type for the state, which does not compare with text.
 STATE = sa.cast(TRIALS.c.state, sa.String)
-USER_ATTRIBUTES = sa.table(
-    "trial_user_attributes", *map(sa.column, ("trial_id", "key", "value_json"))
-)
-SYSTEM_ATTRIBUTES = sa.table(
-    "trial_system_attributes", *map(sa.column, ("trial_id", "key", "value_json"))
-)
 STUDIES = sa.table("studies", *map(sa.column, ("study_id", "study_name")))
-STUDY_ATTRIBUTES = sa.table(
-    "study_user_attributes", *map(sa.column, ("study_id", "key", "value_json"))
-)
-STUDY_SYSTEM_ATTRIBUTES = sa.table(
-    "study_system_attributes", *map(sa.column, ("study_id", "key", "value_json"))
-)
+
+
+def _attributes(name: str, owner: str) -> sa.TableClause:
+    return sa.table(name, *map(sa.column, (owner, "key", "value_json")))
+
+
+USER_ATTRIBUTES = _attributes("trial_user_attributes", "trial_id")
+SYSTEM_ATTRIBUTES = _attributes("trial_system_attributes", "trial_id")
+STUDY_ATTRIBUTES = _attributes("study_user_attributes", "study_id")
+STUDY_SYSTEM_ATTRIBUTES = _attributes("study_system_attributes", "study_id")
 # PostgreSQL has a type for directions, too.
 DIRECTIONS = sa.table("study_directions", *map(sa.column, ("study_id", "direction")))
 DIRECTION = sa.cast(DIRECTIONS.c.direction, sa.String)

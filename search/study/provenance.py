@@ -20,7 +20,7 @@ def provenance_of(study: Study) -> list[str]:
         row.user_attrs
         for ledger in study.ledgers
         for state in (TrialState.COMPLETE, TrialState.PRUNED)
-        for row in ledger.rows(state, _KEYS)
+        for row in ledger.rows(_KEYS, state=state)
         if "worker" in row.user_attrs
     ]
     if not rows:

@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from optuna.exceptions import ExperimentalWarning
-from optuna.trial import TrialState
 
 from search.errors import (
     NoSearchError,
@@ -333,7 +332,7 @@ class Study:
 
     def complete_arms(self) -> list[tuple[Arm, ArmRow, StoredTrial]]:
         """Rows of given arms that have a result, in order, each with its arm."""
-        found = [] if self.given is None else self.given.rows(TrialState.COMPLETE)
+        found = [] if self.given is None else self.given.rows()
         rows, arms = [ArmRow(**trial.params) for trial in found], self.arms
         return [(arms[row.arm], row, trial) for row, trial in zip(rows, found, strict=True)]
 

@@ -130,7 +130,7 @@ def measured(spec: StudySpec, trial: StoredTrial) -> Measured:
 def complete_trials(study: Study) -> list[Measured]:
     """The complete trials of a search, in order."""
     spec = study.spec
-    return [measured(spec, trial) for trial in study.search.rows(TrialState.COMPLETE)]
+    return [measured(spec, trial) for trial in study.search.rows()]
 
 
 def baselines_of(study: Study) -> dict[str, Measured]:
@@ -271,7 +271,7 @@ def _failed(study: Study, ledger: Ledger) -> Sequence[str]:
     is_baselines = ledger is study.baselines
     done = [each.params for _, _, each in study.complete_arms()] if is_baselines else []
     variants = study.variants
-    for trial in ledger.rows(TrialState.FAIL):
+    for trial in ledger.rows(state=TrialState.FAIL):
         if SURPLUS in trial.user_attrs:
             continue
         arm = trial.user_attrs.get("arm")

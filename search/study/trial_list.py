@@ -139,7 +139,7 @@ def _rows_of(study: Study, ledger: Ledger) -> Iterator[ListedRow]:
     found = [
         (trial, state)
         for state in _STATES
-        for trial in ledger.rows(state, _READ)
+        for trial in ledger.rows(_READ, state=state)
         if SURPLUS not in trial.user_attrs
     ]
     for trial, state in sorted(found, key=lambda each: each[0].number):

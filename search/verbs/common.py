@@ -9,12 +9,12 @@ from search.spec.file import read_spec, read_tree
 from search.storage.engine import resolve_storage_url
 from search.study.study import Study
 from search.study.summary import failures, headline
-from search.verbs.options import DryRun, StudyOptions, Workers
+from search.verbs.options import StudyOptions, Workers
 
 
-def use_workers(asked: Workers, dry: DryRun) -> int | None:
+def use_workers(asked: Workers) -> int | None:
     """Take the GPUs of --gpus and check that Ray can start, if it will; returns --workers."""
-    if not dry.dry_run:
+    if not asked.dry_run:
         require_ray_folders()
     use_gpus(asked.gpus)
     return asked.workers

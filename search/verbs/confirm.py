@@ -15,18 +15,18 @@ from search.spec.file import read_spec, require_variants_in_child
 from search.study.summary import headline
 from search.verbs.common import open_search, show_rows, use_workers
 from search.verbs.launch import dry_run
-from search.verbs.options import ConfirmOptions, DryRun, TransferOptions, Workers
+from search.verbs.options import ConfirmOptions, TransferOptions, Workers
 
 
-def confirm(asked: ConfirmOptions, run: Workers, dry: DryRun) -> None:
+def confirm(asked: ConfirmOptions, run: Workers) -> None:
     """Run the confirmation, and print its verdict."""
-    workers = use_workers(run, dry)
+    workers = use_workers(run)
     study = open_search(asked)
     method = study.spec.confirm.method | ({"kimg": asked.kimg} if asked.kimg else {})
     require_variants_in_child(study.spec, [differing(study.spec, method)])
     usual = study.spec.confirm
     seeds, count = asked.seeds or usual.seeds, asked.candidates or usual.candidates
-    if dry.dry_run:
+    if run.dry_run:
         if asked.json:
             raise KnobError("json", "is for the result, and `dry_run` has none; drop one of them")
         if (stored := confirmation_of(study)) is not None:
@@ -48,13 +48,13 @@ def confirm(asked: ConfirmOptions, run: Workers, dry: DryRun) -> None:
         print(f"promote it:   bdense-search promote {study.name}")
 
 
-def transfer(asked: TransferOptions, run: Workers, dry: DryRun) -> None:
+def transfer(asked: TransferOptions, run: Workers) -> None:
     """Run the top weights under the other study's conditions, and compare them."""
-    workers = use_workers(run, dry)
+    workers = use_workers(run)
     study = open_search(asked)
     to = with_known_images(study.url, read_spec(asked.to))
     arms = transfer_arms(study, to, top=asked.top, seeds=asked.seeds)
-    if dry.dry_run:
+    if run.dry_run:
         dry_run(arms.as_spec(), workers)
         return
     planned = arms.store(study.url)

@@ -1,4 +1,4 @@
-"""``bdense-search launch``: start or continue a study, or print its cost."""
+"""``launch`` a study, or print its cost; ``fetch`` what it needs before its workers do."""
 
 import contextlib
 from pathlib import Path
@@ -14,19 +14,19 @@ from search.storage.engine import resolve_storage_url
 from search.study.study import Study
 from search.study.summary import headline
 from search.verbs.common import use_workers
-from search.verbs.options import DryRun, LaunchOptions, Workers
+from search.verbs.options import FileOptions, LaunchOptions, Workers
 from search.worker.trainer import trainer_of
 
 
-def launch_study(asked: LaunchOptions, run: Workers, dry: DryRun) -> None:
+def launch_study(asked: LaunchOptions, run: Workers) -> None:
     """Launch the study, or print what it would cost."""
-    workers = use_workers(run, dry)
+    workers = use_workers(run)
     url, by_name = resolve_storage_url(asked.storage), not is_file(asked.study)
     if by_name:
         spec = stored_spec(url, asked.study, asked.trials)
     else:
         spec = read_spec(Path(asked.study), changes_of(asked.trials))
-    if dry.dry_run:
+    if run.dry_run:
         with contextlib.suppress(UnknownStudyError, StorageError):
             stored = Study.open(url, spec.name, reading=True)
             print(f"# in the storage already: {headline(stored)}")
@@ -53,3 +53,11 @@ def dry_run(spec: StudySpec, workers: int | None) -> None:
     if spec.evaluation.images != "auto":
         print(f"# fingerprint {spec.fingerprint()}")
     print(as_yaml(spec), end="")
+
+
+def fetch(asked: FileOptions) -> None:
+    """Download what is missing, and name each part."""
+    spec = read_spec(asked.study)
+    for line in trainer_of(spec).fetch(spec):
+        print(line, flush=True)
+    print(f"{spec.name}: everything is here")

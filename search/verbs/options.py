@@ -16,9 +16,9 @@ from search.spec.sections import (
 )
 
 
-def flag(help: str) -> Any:  # noqa: ANN401  as ``knob``
+def flag(help: str, short: str = "") -> Any:  # noqa: ANN401  as ``knob``
     """A knob that is off, with an option that turns it on."""
-    return knob(False, help, form="flag")
+    return knob(False, help, form="flag", short=short)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class FileOptions(Knobs):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers(Knobs):
-    """A verb that runs rows."""
+    """A verb that runs rows, or says what it would run."""
 
     gpus: tuple[int, ...] | None = knob(
         None,
@@ -65,17 +65,8 @@ class Workers(Knobs):
         low=1,
         none="one for each GPU, else one for each resources.cpus CPUs",
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DryRun(Knobs):
-    """A verb that can say what it would run."""
-
-    dry_run: bool = knob(
-        False,
-        "print its cost, its fingerprint and the resolved study; start nothing",
-        form="flag",
-        short="-n",
+    dry_run: bool = flag(
+        "print its cost, its fingerprint and the resolved study; start nothing", short="-n"
     )
 
 

@@ -9,12 +9,12 @@ from search.spec.file import read_spec
 from search.study.wording import align
 from search.verbs.common import open_search, show_rows, use_workers
 from search.verbs.launch import dry_run
-from search.verbs.options import DryRun, PromoteOptions, Workers
+from search.verbs.options import PromoteOptions, Workers
 
 
-def promote(options: PromoteOptions, run: Workers, dry: DryRun) -> None:
+def promote(options: PromoteOptions, run: Workers) -> None:
     """Run the promotion, print its figures and export the model."""
-    workers = use_workers(run, dry)
+    workers = use_workers(run)
     study, given = open_search(options), options.seeds
     asked = Asked(
         to=None if options.to is None else read_spec(options.to),
@@ -27,7 +27,7 @@ def promote(options: PromoteOptions, run: Workers, dry: DryRun) -> None:
         out=options.out,
     )
     promotion = Promotion(study, asked)
-    if dry.dry_run:
+    if run.dry_run:
         dry_run(promotion.planned_spec(), workers)
         return
     planned, arm = promotion.run(workers, remark=functools.partial(print, flush=True))

@@ -52,7 +52,6 @@ def delete(asked: DeleteOptions) -> None:
 
 
 def _agreed(name: str) -> bool:
-    """Ask on the terminal."""
     if not sys.stdin.isatty():
         raise InputError(f"deleting {name} needs a yes: give --yes, or run it in a terminal")
     return input("Delete all of it? [y/N] ").strip().lower() in ("y", "yes")

@@ -4,7 +4,6 @@ import contextlib
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from bdense.command import Force
 from bdense.errors import InputError
@@ -30,19 +29,11 @@ from search.study.summary import best_json, counts_json, failures, foreign_rows,
 from search.study.trial_list import list_rows, rows_csv, rows_table
 from search.study.wording import counts_line, duration
 from search.uploading import is_url, require_new_url, upload
+from search.verbs import options
 from search.verbs.common import open_study
-from search.verbs.options import (
-    BestOptions,
-    DashboardOptions,
-    ExportOptions,
-    ListOptions,
-    ReportOptions,
-    StatusOptions,
-    TrialsOptions,
-)
 
 
-def show_list(asked: ListOptions) -> None:
+def show_list(asked: options.ListOptions) -> None:
     """Print a line for each study."""
     url = resolve_storage_url(asked.storage)
     found = list_studies(url)
@@ -56,7 +47,7 @@ def show_list(asked: ListOptions) -> None:
         print(f"no studies in {redact(url)}{missing}")
 
 
-def status(asked: StatusOptions) -> None:
+def status(asked: options.StatusOptions) -> None:
     """Print the numbers of rows, those that run, and why some failed."""
     study = open_study(asked, reading=True)
     if asked.json:
@@ -64,11 +55,9 @@ def status(asked: StatusOptions) -> None:
         print(json.dumps(found | one_shot_json(study)))
         return
     print(headline(study))
-    ledgers = {study.noun: study.main}
     if study.baselines is not None:
         print(counts_line(study.baselines.counts(), study.given_noun))
-        ledgers["baseline"] = study.baselines
-    for row, ledger in ledgers.items():
+    for row, ledger in zip((study.noun, "baseline"), study.ledgers, strict=False):
         for running in ledger.running():
             print(f"{row} {running.number} {_standing(running)}")
     if (preparing := preparing_line(study.main)) is not None:
@@ -98,7 +87,7 @@ def _standing(row: RunningRow) -> str:
     )
 
 
-def trials(asked: TrialsOptions) -> None:
+def trials(asked: options.TrialsOptions) -> None:
     """Print a line for each row that was started."""
     study = open_study(asked, reading=True)
     rows = list_rows(study)
@@ -116,7 +105,7 @@ def trials(asked: TrialsOptions) -> None:
         say(line)
 
 
-def best(asked: BestOptions) -> None:
+def best(asked: options.BestOptions) -> None:
     """Print the best weights, what confirms them, and which arm to use."""
     study = open_study(asked, reading=True)
     now, found = judged_summary(study)
@@ -139,19 +128,18 @@ def best(asked: BestOptions) -> None:
     print(*assess(study, found).lines(), sep="\n")
 
 
-def report(asked: ReportOptions, replacing: Force) -> None:
+def report(asked: options.ReportOptions, replacing: Force) -> None:
     """Write the report, and name its pages."""
     study = open_study(asked, reading=True)
     page = write_report(study, asked.out, force=replacing.force)
     print(page.with_name(HTML_PAGE), page, sep="\n")
 
 
-def export(asked: ExportOptions) -> None:
+def export(asked: options.ExportOptions) -> None:
     """Write the model folder, and name it."""
     from bdense.models.hub import HubRepository, pushable_later  # with torch
     from search.export import export_trial
 
-    wanted: dict[str, Any] = {"number": asked.trial, "nfe": asked.nfe, "baseline": asked.baseline}
     hub = None if asked.push is None else HubRepository(asked.push)
     if hub is not None:
         hub.require_new()
@@ -164,7 +152,9 @@ def export(asked: ExportOptions) -> None:
         if url is not None:
             scratch = tempfile.TemporaryDirectory(prefix="bdense-export-")
             folder = Path(until_uploaded.enter_context(scratch)) / "model"
-        written = export_trial(study, folder, **wanted)
+        written = export_trial(
+            study, folder, number=asked.trial, nfe=asked.nfe, baseline=asked.baseline
+        )
         if url is not None:
             upload(folder, url)
         say(written.text())
@@ -175,7 +165,7 @@ def export(asked: ExportOptions) -> None:
                 print(hub.push(folder))
 
 
-def _tell_recommended(study: Study, asked: ExportOptions) -> None:
+def _tell_recommended(study: Study, asked: options.ExportOptions) -> None:
     """Remark that the best trial was written where a baseline is recommended."""
     is_chosen = (asked.trial, asked.baseline) != (None, None)
     if is_chosen or not study.is_search or verdict_of(study) is not None:
@@ -185,7 +175,7 @@ def _tell_recommended(study: Study, asked: ExportOptions) -> None:
         say(f"{use.text()}; to write that one: --baseline {use.arm.baseline}")
 
 
-def dashboard(asked: DashboardOptions) -> None:
+def dashboard(asked: options.DashboardOptions) -> None:
     """Serve the dashboard; Ctrl-C and SIGTERM are its usual end."""
     from search.report.dashboard import serve  # slow to import
 

@@ -3,8 +3,6 @@
 import json
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from bdense.errors import BdenseError, InputError
 from bdense.knobs import Knobs
@@ -22,7 +20,6 @@ from search.report.log_lines import (
 from search.storage.ledger import MENDABLE
 from search.storage.stop_flags import ask_all, held
 from search.study.folders import row_folder
-from search.study.study import Study
 from search.study.trial_log import LOG_FILE, read_log
 from search.verbs.common import open_study
 from search.verbs.options import EnqueueOptions, LogsOptions, StopOptions
@@ -59,33 +56,26 @@ def stop(asked: StopOptions) -> None:
 
 def enqueue(asked: EnqueueOptions, parameters: Knobs) -> None:
     """Plan the point, and say when it runs."""
-    params = given_parameters(parameters, asked.set or ())
+    given = given_parameters(parameters, asked.set or ())
     # Checked against the stored spec, which workers use; the file may have changed since.
-    for line in _planned(open_study(asked), params):
-        print(line)
-
-
-def _planned(study: Study, given: Mapping[str, Any]) -> list[str]:
-    """Plan a point before any suggested one; returns lines that say what happens to it."""
+    study = open_study(asked)
     spec, trials = study.spec, study.search
     params = require_point(spec.space, given, spec.resolved.num_branches)
     text = ", ".join(f"{k} {v:g}" if isinstance(v, float) else str(v) for k, v in params.items())
     if not trials.enqueue(params, again=MENDABLE):
-        return [f"{text} is a trial of study {study.name} already; nothing is planned"]
+        print(f"{text} is a trial of study {study.name} already; nothing is planned")
+        return
+    print(f"planned in study {study.name}: {text}, before any other point")
     counts = trials.counts()
-    left = trials.budget - counts.ended - counts.running
-    lines = [f"planned in study {study.name}: {text}, before any other point"]
-    if counts.waiting > left:
-        needed = counts.ended + counts.running + counts.waiting
-        lines.append(
+    if (needed := counts.started + counts.waiting) > trials.budget:
+        print(
             f"plan.trials, {trials.budget}, leaves no room for it; to run it: "
             f"bdense-search launch {study.name} --trials {needed}"
         )
     elif not counts.running:
-        lines.append(
+        print(
             f"it is the next to run; if no launcher is at work: bdense-search launch {study.name}"
         )
-    return lines
 
 
 def logs(asked: LogsOptions) -> None:

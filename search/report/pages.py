@@ -1,8 +1,7 @@
 """A study as a page, for the dashboard's note and for both files of a report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from search.analysis.comparison import comparison_rows
 from search.report.document import (
@@ -54,7 +53,8 @@ def study_page(
             Text(found.comparison.conditions_line(), quiet=True),
         ]
     study, written = overview.study, datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    changes: list[Mapping[str, Any]] = study.main.attribute(CHANGES) or []
+    stored = study.main.attribute(CHANGES) or []
+    changes = ["{time}: {key} from {old} to {new}".format(**change) for change in stored]
     fingerprint = study.main.attribute(FINGERPRINT) or ""
     return [
         Text(f"{headline(study)}."),
@@ -67,7 +67,7 @@ def study_page(
         Section("Trials", [Table(trials)]),
         Section("Failures", [Bullets(failures(study))]),
         Section("Provenance", [Bullets(provenance_of(study))]),
-        Section("Changes", [Bullets([_change_text(each) for each in changes])]),
+        Section("Changes", [Bullets(changes)]),
         Section("Spec", [Text(f"fingerprint {fingerprint}"), Code(as_yaml(study.spec))]),
         Text(f"Written by bdense-search, {written}.", quiet=True),
     ]
@@ -108,7 +108,3 @@ def _curve(overview: Overview) -> list[Block]:
         Text("s.e.: of the difference from the lowest, over the latents of both.", quiet=True),
     ]
     return [Section("One-shot curve", shown)]
-
-
-def _change_text(change: Mapping[str, Any]) -> str:
-    return "{time}: {key} from {old} to {new}".format(**change)

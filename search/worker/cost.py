@@ -29,7 +29,7 @@ from bdense.diffusion.sampling import draw_images
 from bdense.errors import InputError, StoppedError, is_out_of_memory
 from bdense.files import write_json
 from bdense.methods import METHODS
-from bdense.methods.method import Inputs, Recordings, Stage
+from bdense.methods.method import Inputs, Stage
 from bdense.metrics.classifiers import RECIPES
 from bdense.metrics.extractors import load_extractor, missing_checkpoint
 from bdense.metrics.references import FEATURES_BATCH, features_of
@@ -55,7 +55,7 @@ from search.spec.sections import as_plain
 from search.spec.study import StudySpec
 from search.study.arms import OneShotTask, one_shot_arm
 from search.study.wording import duration
-from search.worker.assets import use_device
+from search.worker.assets import recordings_of, use_device
 from search.worker.result import package_versions
 from search.worker.teachers import described_shape
 
@@ -300,10 +300,9 @@ def _one_shot(spec: StudySpec) -> tuple[float, int]:
 
 def _stored_bytes(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> int:
     """Size of one seed's recorded trajectories; 0 where none are recorded."""
-    if spec.trajectories.mode == "live":
+    if (recordings := recordings_of(spec)) is None:
         return 0
     method, config = method_of(spec)
-    recordings = Recordings(root=cache_folder() / "trajectories", dtype=spec.trajectories.dtype)
     inputs = Inputs(recordings=recordings, metadata=known, conditions=_placeholder(teacher))
     found = method.recording(config, teacher, inputs)
     return 0 if found is None else found.nbytes

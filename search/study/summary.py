@@ -57,9 +57,9 @@ class Measured:
 
     def differing(self, other: "Measured") -> list[str]:
         """Conditions that keep two figures from being compared."""
+        figure: Any = other.result.figure  # of the same kind, in one study
         assert self.result.figure is not None
-        assert other.result.figure is not None
-        return self.result.figure.differing(other.result.figure)
+        return self.result.figure.differing(figure)
 
     def _figures(self) -> dict[str, Any]:
         result = self.result

@@ -59,7 +59,6 @@ def run(
     """Run the study's rows on Ray's workers until all have ended.
 
     Args:
-        study: The study.
         launch: This launch; requests to stop that came since it began end it.
         workers: Rows at once; None for one on each GPU, or for each ``resources.cpus``.
         on_preparing: Called with the progress of the preparations.

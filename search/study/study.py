@@ -114,10 +114,7 @@ class Study:
     def create(cls, url: str, spec: StudySpec, *, of: str | None = None) -> Self:
         """The study of a resolved spec: new, or joined if its numbers stay comparable.
 
-        Args:
-            url: The storage.
-            spec: Resolved.
-            of: Name of the search that given arms come from, which must not change.
+        ``of`` names the search that given arms come from, which must not change.
 
         Raises:
             SpecChangedError: The stored study has other conditions, which are named.

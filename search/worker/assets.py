@@ -202,12 +202,9 @@ def use_device(spec: StudySpec) -> torch.device:
 
 
 def load(spec: StudySpec, device: torch.device, report: Report | None = None) -> Assets:
-    """Teacher, extractor, reference and the teacher's FID, made now or read from the cache.
+    """A resolved study's shared parts, made now or read from the cache.
 
-    Args:
-        spec: The study, resolved.
-        device: Where its trials run.
-        report: Called with the progress.
+    ``report`` is called with the progress.
 
     Raises:
         InputError: The device does not compute ``precision``, or a file or name that the user

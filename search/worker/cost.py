@@ -96,7 +96,6 @@ def measure(
     """Measure the cost of a trial on this machine.
 
     Args:
-        spec: The study.
         download: Fetch a missing feature extractor; else its time is left out.
         patience: Seconds to wait; None waits as long as it takes.
 

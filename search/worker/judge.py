@@ -28,11 +28,7 @@ class PrunedError(Exception):
 class Judge:
     """Stores the intermediate values of a claimed row, and asks the pruner about a trial's.
 
-    Args:
-        spec: The study's.
-        ledger: The row's.
-        claim: The row.
-        prunes: Whether the pruner may end it; baselines and given arms always run to the end.
+    ``prunes`` is whether the pruner may end it; baselines and given arms always run to the end.
     """
 
     def __init__(self, spec: StudySpec, ledger: Ledger, claim: Claim, *, prunes: bool) -> None:

@@ -63,7 +63,10 @@ def study_page(
         Section("Result", result),
         *_curve(overview),
         Section("Plots", [Pictures(plots, "plots")]),
-        Section("Samples, from the same latents", _samples(overview, grids)),
+        Section(
+            "Samples, from the same latents",
+            [Text(overview.legend if grids else "", quiet=True), Pictures(grids, "grids")],
+        ),
         Section("Trials", [Table(trials)]),
         Section("Failures", [Bullets(failures(study))]),
         Section("Provenance", [Bullets(provenance_of(study))]),
@@ -90,12 +93,6 @@ def _best(overview: Overview) -> list[Block]:
     if command := sample_command(best.result):
         found.append(Code(command, "sh"))
     return found
-
-
-def _samples(overview: Overview, grids: Sequence[Picture]) -> list[Block]:
-    """The grids, and the prompts of their first rows, which are the same in all."""
-    legend = [Text(overview.legend, quiet=True)] if overview.legend and grids else []
-    return [*legend, Pictures(grids, "grids")]
 
 
 def _curve(overview: Overview) -> list[Block]:

@@ -66,12 +66,6 @@ def _require_row(ledger: Ledger, number: int) -> None:
     )
 
 
-def has_ended(ledger: Ledger, number: int) -> bool:
-    """Whether a row will not run again."""
-    state = ledger.state_of(number)
-    return state is not None and state.is_finished()
-
-
 def has_losses(event: Mapping[str, Any]) -> bool:
     """Whether it is a training event with the losses of branches."""
     return event["event"] == "training" and "branch_losses" in event

@@ -41,7 +41,6 @@ from bdense.models.zoo import (
     REFERENCES,
     ConvertedCheckpoint,
     HubCheckpoint,
-    PublicFile,
 )
 from bdense.training.loop import IterationReport, train
 from bdense.weights.log_linear import uniform_weights
@@ -319,11 +318,12 @@ def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
         *((PROMPT_SETS.get(each or ""), None) for each in prompts),
     ]
     missing = [(file, size) for file, size in wanted if file is not None and not file.is_here]
-    lines = [
-        f"{_page(file)} to {file.path}" + (f" (about {size / 2**20:,.0f} MiB)" if size else "")
-        for file, size in missing
-        if not isinstance(file, ConvertedCheckpoint)
-    ]
+    lines = []
+    for file, size in missing:
+        if not isinstance(file, ConvertedCheckpoint):
+            page = hub_page(file.name) if isinstance(file, HubCheckpoint) else file.url
+            about = f" (about {size / 2**20:,.0f} MiB)" if size else ""
+            lines.append(f"{page} to {file.path}{about}")
     if (scorer := evaluation.clip_score) is not None and not Path(scorer).exists():
         lines.append(f"{hub_page(scorer)}, the CLIP model, unless it is in the hub's cache")
     if (weights := missing_checkpoint(spec.evaluation.extractor)) is not None:
@@ -333,11 +333,6 @@ def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
         *(f"download: the launch fetches {line}" for line in lines),
         *(f"missing: the launch needs {line}" for line in made),
     ]
-
-
-def _page(file: PublicFile | HubCheckpoint) -> str:
-    """The URL that it is fetched from, perhaps at a mirror of the Hub."""
-    return hub_page(file.name) if isinstance(file, HubCheckpoint) else file.url
 
 
 def _gib(size: float) -> str:

@@ -162,7 +162,7 @@ class Row:
             },
             checkpoint_seconds=assets.spec.resources.checkpoint_seconds,
             on_iteration=self._on_iteration,
-            on_save=self._on_save,
+            on_save=lambda plan, done: self.log("checkpoint", **_named(plan), iteration=done),
             evaluations=evaluations,
         )
 
@@ -188,9 +188,6 @@ class Row:
         self.tracking.iteration(plan.name, done)
         self.tell(plan, training(done.iteration + 1, done.iterations, done.loss))
         self.attempt.check()  # last: a checkpoint for a stop holds this iteration too
-
-    def _on_save(self, plan: StagePlan, done: int) -> None:
-        self.log("checkpoint", **_named(plan), iteration=done)
 
     def tell(self, plan: StagePlan, text: str) -> None:
         """Report the progress of a stage."""

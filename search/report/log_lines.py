@@ -37,11 +37,11 @@ def logged_row(study: Study, trial: int | None, baseline: str | None) -> tuple[L
         raise KnobError("baseline", f"must be {known} here, got {baseline}")
     seed = study.spec.seeds.training
     # The last one: a launch plans a failed baseline anew.
-    arms, params = study.arms, baselines.asked()
-    for number in reversed(range(len(params))):
-        if params[number].keys() != ROW_SPACE.keys():
+    arms, numbered = study.arms, list(enumerate(baselines.asked()))
+    for number, params in reversed(numbered):
+        if params.keys() != ROW_SPACE.keys():
             continue  # foreign
-        row = ArmRow(**params[number])
+        row = ArmRow(**params)
         if (arms[row.arm].baseline, row.seed, row.variant) == (baseline, seed, 0):
             return baselines, number
     raise InputError(

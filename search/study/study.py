@@ -125,11 +125,13 @@ class Study:
             stored: Self | None = cls.open(url, spec.name)
         except UnknownStudyError:
             stored = None
-        before = stored.spec if stored is not None else None
-        if before is not None and stored is not None and stored.has_started():
-            spec = spec.with_images(before.evaluation.num_images)
-        if stored is not None and stored._forget_if_changed(spec, of):
-            stored = before = None
+        before = None
+        if stored is not None:
+            before = stored.spec
+            if stored.has_started():
+                spec = spec.with_images(before.evaluation.num_images)
+            if stored._forget_if_changed(spec, of):
+                stored = before = None
         if spec.is_search:
             return cls._create_search(url, spec, before)
         # A smaller budget, even for a moment, would end others' workers.

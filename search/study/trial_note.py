@@ -47,7 +47,7 @@ def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, st
     if result.parameters and result.weights:
         lines.append(escaped(space_of(result.parameters).label(result.parameters)))
     elif result.parameters:
-        named = [(escaped(name), f"{value:.4g}") for name, value in result.parameters.items()]
+        named = [(name, f"{value:.4g}") for name, value in result.parameters.items()]
         lines.append(markdown_table(list(zip(*named, strict=True))))
     if result.fids:
         rows = [("NFE", "FID"), *((nfe, f"{fid.value:.3f}") for nfe, fid in result.fids.items())]

@@ -367,13 +367,13 @@ def test_a_shell_whose_command_died_of_a_signal_is_tried_again(url, tmp_path):
 
 
 def test_a_lock_that_cannot_be_had_starts_nothing(tmp_path):
+    (tmp_path / guard.LOCK_FILE).mkdir()
     order = guard.Order(
         words=["touch", str(tmp_path / "ran")],
         cwd=str(tmp_path),
         signal="TERM",
         grace_seconds=1,
-        **{name: str(tmp_path / name) for name in ("given", "metric", "values", "out", "err")},
-        lock=str(tmp_path),  # a folder
+        folder=str(tmp_path),
         most_bytes=100,
     )
     words = [sys.executable, guard.__file__, json.dumps(dataclasses.asdict(order))]

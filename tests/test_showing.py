@@ -21,10 +21,11 @@ from search.study.artifacts import artifact_store
 from search.study.dashboard_note import save_note
 from search.study.folders import LOSS_PLOT, pictures
 from search.study.markdown import escaped
+from search.study.results import TrialResult
 from search.study.study import Study
 from search.study.summary import failures, headline
 from search.study.trial_log import TrialLog
-from search.study.trial_note import attach_pictures
+from search.study.trial_note import attach_pictures, trial_note
 from search.worker.row_plots import draw_losses
 from tests.measured import complete, created, open_once, result
 from tests.reported import PLOTS, remarks, reported, shown, spec_of, take
@@ -134,6 +135,11 @@ def test_a_pruned_trial_has_a_note_without_a_fid(study):
     note = note_of(study.search, claim.trial_id)
     assert f"**Pruned at 0.25 of its budget**: {escaped(reason)}" in note
     assert "**FID" not in note
+
+
+def test_the_name_of_a_program_s_parameter_is_escaped_once():
+    row = TrialResult.of(1.0, {"parameters": {"lr_x": 0.1}})
+    assert "| lr\\_x |" in trial_note("trial 0", row, [])
 
 
 def test_losses_are_drawn_from_the_log_and_a_diverged_one_left_out(tmp_path):

@@ -71,7 +71,8 @@ class Comparison:
     @property
     def differing(self) -> list[str]:
         """Conditions in which these figures differ, so that they are not compared."""
-        figures = [each for result in self.results for each in result.figures.values()]
+        # All of one kind, which the type does not say.
+        figures: list[Any] = [f for result in self.results for f in result.figures.values()]
         return sorted({key for each in figures for key in each.differing(figures[0])})
 
     def against(self, result: ArmResult, other: ArmResult | None) -> Paired | None:

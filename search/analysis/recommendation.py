@@ -149,8 +149,9 @@ def noise_of(comparison: Comparison) -> Noise:
     if one is None or other is None or pair is None:
         return Noise(metric=metric, latents=None, seeds=None, replicates=0, images=None)
     shared = one.values.keys() & other.values.keys()
-    pairs = ((other.figures[seed], one.figures[seed]) for seed in shared)
-    errors = [e for a, b in pairs if (e := a.noise_of_difference(b)) is not None]
+    figures: dict[int, Any] = dict(one.figures)  # of the same kind as the other's
+    found = (other.figures[seed].noise_of_difference(figures[seed]) for seed in shared)
+    errors = [error for error in found if error is not None]
     return Noise(
         metric=metric,
         latents=math.sqrt(statistics.fmean(e**2 for e in errors)) if errors else None,

@@ -16,7 +16,7 @@ from search.study.artifacts import attached
 from search.study.dashboard_note import save_note
 from search.study.folders import GRID
 from search.study.study import Study
-from search.study.trial_note import address, log_errors
+from search.study.trial_note import address, errors_logged
 
 LEAST_SECONDS = 20.0
 # Between two writings pass at least so many times the seconds that the last one took.
@@ -41,21 +41,19 @@ class NoteWriter:
         """Write the final note, and anew the note of the search that this study confirms."""
         self._write()
         if of := self._study.of:
-            url = self._study.url
-            log_errors("the search's note", lambda: write_note(Study.open(url, of)), reraise=())
+            with errors_logged("the search's note", reraise=()):
+                write_note(Study.open(self._study.url, of))
 
     def _write(self) -> None:
         with self._writing:
             started = time.monotonic()
-            log_errors("the study's note", self._write_if_changed, reraise=())
+            with errors_logged("the study's note", reraise=()):
+                ended = [ledger.counts().ended for ledger in self._study.ledgers]
+                if ended != self._shown:
+                    write_note(self._study)
+                    self._shown = ended
             took = time.monotonic() - started
             self._not_before = time.monotonic() + max(LEAST_SECONDS, _SHARE * took)
-
-    def _write_if_changed(self) -> None:
-        ended = [ledger.counts().ended for ledger in self._study.ledgers]
-        if ended != self._shown:
-            write_note(self._study)
-            self._shown = ended
 
 
 def write_note(study: Study) -> None:

@@ -37,11 +37,11 @@ def logged_row(study: Study, trial: int | None, baseline: str | None) -> tuple[L
         raise KnobError("baseline", f"must be {known} here, got {baseline}")
     seed = study.spec.seeds.training
     # The last one: a launch plans a failed baseline anew.
-    arms, params = study.arms, baselines.asked()
-    for number in reversed(range(len(params))):
-        if params[number].keys() != ROW_SPACE.keys():
+    arms, numbered = study.arms, list(enumerate(baselines.asked()))
+    for number, params in reversed(numbered):
+        if params.keys() != ROW_SPACE.keys():
             continue  # foreign
-        row = ArmRow(**params[number])
+        row = ArmRow(**params)
         if (arms[row.arm].baseline, row.seed, row.variant) == (baseline, seed, 0):
             return baselines, number
     raise InputError(
@@ -64,12 +64,6 @@ def _require_row(ledger: Ledger, number: int) -> None:
         f"study {ledger.name} has no trial {number}: there are {there} so far{more}, "
         "numbered from 0"
     )
-
-
-def has_ended(ledger: Ledger, number: int) -> bool:
-    """Whether a row will not run again."""
-    state = ledger.state_of(number)
-    return state is not None and state.is_finished()
 
 
 def has_losses(event: Mapping[str, Any]) -> bool:

@@ -1,8 +1,7 @@
 """A study as a page, for the dashboard's note and for both files of a report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from search.analysis.comparison import comparison_rows
 from search.report.document import (
@@ -54,7 +53,8 @@ def study_page(
             Text(found.comparison.conditions_line(), quiet=True),
         ]
     study, written = overview.study, datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    changes: list[Mapping[str, Any]] = study.main.attribute(CHANGES) or []
+    stored = study.main.attribute(CHANGES) or []
+    changes = ["{time}: {key} from {old} to {new}".format(**change) for change in stored]
     fingerprint = study.main.attribute(FINGERPRINT) or ""
     return [
         Text(f"{headline(study)}."),
@@ -63,11 +63,14 @@ def study_page(
         Section("Result", result),
         *_curve(overview),
         Section("Plots", [Pictures(plots, "plots")]),
-        Section("Samples, from the same latents", _samples(overview, grids)),
+        Section(
+            "Samples, from the same latents",
+            [Text(overview.legend if grids else "", quiet=True), Pictures(grids, "grids")],
+        ),
         Section("Trials", [Table(trials)]),
         Section("Failures", [Bullets(failures(study))]),
         Section("Provenance", [Bullets(provenance_of(study))]),
-        Section("Changes", [Bullets([_change_text(each) for each in changes])]),
+        Section("Changes", [Bullets(changes)]),
         Section("Spec", [Text(f"fingerprint {fingerprint}"), Code(as_yaml(study.spec))]),
         Text(f"Written by bdense-search, {written}.", quiet=True),
     ]
@@ -92,12 +95,6 @@ def _best(overview: Overview) -> list[Block]:
     return found
 
 
-def _samples(overview: Overview, grids: Sequence[Picture]) -> list[Block]:
-    """The grids, and the prompts of their first rows, which are the same in all."""
-    legend = [Text(overview.legend, quiet=True)] if overview.legend and grids else []
-    return [*legend, Pictures(grids, "grids")]
-
-
 def _curve(overview: Overview) -> list[Block]:
     """What a search's one-shot training found."""
     if overview.curve is None:
@@ -108,7 +105,3 @@ def _curve(overview: Overview) -> list[Block]:
         Text("s.e.: of the difference from the lowest, over the latents of both.", quiet=True),
     ]
     return [Section("One-shot curve", shown)]
-
-
-def _change_text(change: Mapping[str, Any]) -> str:
-    return "{time}: {key} from {old} to {new}".format(**change)

@@ -150,17 +150,14 @@ def study_plots(overview: "Overview") -> list[Plot]:
     if overview.is_empty:
         return []
     if now is not None:
-        return [metric_over(axis, overview.trials, now, overview.curve) for axis in _axes(now)]
+        axes = now.spec.space.axes
+        if now.spec.workload.has_students:
+            axes = axes[:1]  # of branch weights only the first
+        return [metric_over(axis, overview.trials, now, overview.curve) for axis in axes]
     stages = [each for each in comparisons if each.variant == comparisons[0].variant]
     if len({each.stage for each in stages}) > 1:
         return [fid_over_nfe(stages, overview.teacher, overview.study.name)]
     return [metric_of_arms(each, f"arms-{index}") for index, each in enumerate(comparisons)]
-
-
-def _axes(now: Summary) -> Sequence[str]:
-    """The coordinates that plots are drawn over; of branch weights only the first."""
-    axes = now.spec.space.axes
-    return axes[:1] if now.spec.workload.has_students else axes
 
 
 def _nfe(result: ArmResult) -> int:

@@ -105,14 +105,13 @@ def _copy_pictures(overview: Overview, folder: Path) -> list[Picture]:
         # Of several stages the last one's.
         grid = next((path for path in pictures(its) if path.name.endswith(GRID)), None)
         sources.append((title, grid, f"{_SAMPLES}{name}.png"))
-        if name == "best" and (its / LOSS_PLOT).is_file():
-            sources.append((f"loss of trial {number}", its / LOSS_PLOT, "loss-best.png"))
-        if name == "best" and (its / WEIGHTS_PLOT).is_file():
+        if name == "best":
             over_time = f"weights of trial {number} over its training"
+            sources.append((f"loss of trial {number}", its / LOSS_PLOT, "loss-best.png"))
             sources.append((over_time, its / WEIGHTS_PLOT, "weights-best.png"))
     found = []
     for title, source, copy in sources:
-        if source is not None:
+        if source is not None and source.is_file():
             with atomic_write(folder / copy) as scratch:
                 shutil.copyfile(source, scratch)
             found.append(Picture(title, copy))

@@ -59,7 +59,6 @@ def run(
     """Run the study's rows on Ray's workers until all have ended.
 
     Args:
-        study: The study.
         launch: This launch; requests to stop that came since it began end it.
         workers: Rows at once; None for one on each GPU, or for each ``resources.cpus``.
         on_preparing: Called with the progress of the preparations.
@@ -390,7 +389,9 @@ def cannot_use(error: Exception) -> InputError:
     address = os.environ.get("RAY_ADDRESS")
     where = f"at {address}" if address else "on this machine"
     said = " ".join(str(error).split())
-    if _is_refused(error):
+    # Ray names a refused token only in a cause of its error.
+    text = "".join(traceback.format_exception(error))
+    if "AuthenticationError" in text or "InvalidAuthToken" in text:
         return InputError(
             f"Ray {where} asks for a token, and the one here is missing or wrong; set {TOKEN}, "
             "to the same as on its head"
@@ -400,9 +401,3 @@ def cannot_use(error: Exception) -> InputError:
     if "version mismatch" in said.lower():
         advice = "install the cluster's versions of Ray and Python here"
     return InputError(f"Ray cannot be used {where}: {said}; {advice}")
-
-
-def _is_refused(error: Exception) -> bool:
-    """Whether the token was refused; Ray names that only in a cause of its error."""
-    text = "".join(traceback.format_exception(error))
-    return "AuthenticationError" in text or "InvalidAuthToken" in text

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -143,12 +143,7 @@ def attach(
             return {path.name: known[path.name] for path in files}
 
     ids = retrying(reserve)
-
-    def write() -> None:
-        for path in files:
-            _write_if_other(store, ids[path.name], path)
-
-    _in_time(write)
+    _write_in_time(store, {ids[path.name]: path for path in files})
     return ids
 
 
@@ -187,13 +182,14 @@ class _Nowhere:
         pass
 
 
-def _in_time(write: Callable[[], None]) -> None:
-    """Write to a store; any error, or no end in time, is an ArtifactError."""
+def _write_in_time(store: Store, files: Mapping[str, Path]) -> None:
+    """Write files by their ids; any error, or no end in time, is an ArtifactError."""
     errors: list[Exception] = []
 
     def work() -> None:
         try:
-            write()
+            for artifact_id, path in files.items():
+                _write_if_other(store, artifact_id, path)
         except Exception as error:  # noqa: BLE001  raised below
             errors.append(error)
 

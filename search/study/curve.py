@@ -6,7 +6,6 @@ from bdense.weights.space import BASELINE, UNIFORM
 from search.study.arms import one_shot_arm
 from search.study.results import Curve, CurvePoint, TrialResult
 from search.study.study import Study
-from search.study.wording import align
 
 _MOST_POINTS = 16  # of a table for people
 
@@ -85,8 +84,3 @@ def curve_line(curve: Curve) -> str:
         f"of one student that is told them, by {told['images']} images at NFE {told['nfe']} from "
         "latents that no trial is judged on"
     )
-
-
-def curve_text(curve: Curve) -> str:
-    """The curve for people."""
-    return "\n".join([*align(curve_rows(curve)), curve_line(curve)])

@@ -38,8 +38,6 @@ class PreparationNote:
 def preparing_line(ledger: Ledger) -> str | None:
     """What is prepared, and how long ago that was kept; None where nothing is."""
     found = ledger.attribute(PREPARING)
-    if not isinstance(found, dict):
-        return None
     with contextlib.suppress(KeyError, TypeError, ValueError):
         past = datetime.now(UTC) - datetime.fromisoformat(found["at"])
         return f"preparing, {duration(max(0.0, past.total_seconds()))} ago: {found['text']}"

@@ -7,7 +7,7 @@ import dataclasses
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
 from bdense.errors import InputError
 from bdense.metrics.records import FID, KID, CLIPScore, PrecisionRecall
@@ -18,50 +18,9 @@ from search.study.folders import named_file
 PARAMETERS = ("a", "b", "rule", "strength", "memory")
 
 
-class Judged(Protocol):
-    """What a row is judged by: a value, and the conditions that it depends on."""
-
-    @property
-    def metric(self) -> str:
-        """Its name."""
-
-    @property
-    def value(self) -> float: ...
-
-    @property
-    def nfe(self) -> int | None:
-        """Network evaluations of an image; None of a program's."""
-
-    @property
-    def images(self) -> int | None:
-        """Number of images; None of a program's."""
-
-    @property
-    def noise(self) -> float | None:
-        """Standard error of the value from the draw of the latents."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The JSON form that attributes and files store."""
-
-    def conditions(self) -> dict[str, Any]:
-        """Everything but the value, for scripts."""
-
-    def in_short(self) -> str:
-        """The conditions that several have in common, for people."""
-
-    def in_full(self) -> str:
-        """All conditions, for people."""
-
-    def differing(self, other: Any, /) -> list[str]:  # noqa: ANN401  a figure of the same kind
-        """Conditions that keep two values from being compared."""
-
-    def noise_of_difference(self, other: Any, /) -> float | None:  # noqa: ANN401  the same
-        """Standard error of the difference of two values of the same latents."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What a program of the user's says of its run; ``Judged``.
+    """What a program of the user's says of its run.
 
     Attributes:
         value: The study's metric.
@@ -75,6 +34,7 @@ class Score:
     seeds: dict[str, int]
     others: dict[str, float] = field(default_factory=dict)
 
+    # What only a FID has.
     nfe: ClassVar[None] = None
     images: ClassVar[None] = None
     noise: ClassVar[None] = None
@@ -103,6 +63,10 @@ class Score:
 
     def noise_of_difference(self, other: Self, /) -> None:
         return
+
+
+# What a row is judged by: a value, and the conditions that it depends on.
+Judged: TypeAlias = FID | Score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

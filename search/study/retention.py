@@ -50,13 +50,8 @@ def named_students(ledger: Ledger) -> set[int]:
 def clean_students(ledger: Ledger, keep: int) -> int:
     """Delete every student of a search that is not to be kept; bytes freed."""
     name, values = ledger.name, ledger.complete_values()
-    gone = values.keys() - kept_students(ledger, values, keep)
+    gone = values.keys() - best_numbers(values, keep) - named_students(ledger)
     return sum(_delete(student_files(row_folder(name, number))) for number in gone)
-
-
-def kept_students(ledger: Ledger, values: Mapping[int, float], keep: int) -> set[int]:
-    """Trials of a search whose students stay: the best ``keep`` by value, and the named ones."""
-    return best_numbers(values, keep) | named_students(ledger)
 
 
 def best_numbers(values: Mapping[int, float], keep: int) -> set[int]:

@@ -4,9 +4,10 @@ A search has two ledgers: the trials that a sampler proposes, and its baselines,
 arms in an Optuna study of their own. A study of given arms has one.
 """
 
+import itertools
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Self
@@ -112,10 +113,7 @@ class Study:
     def create(cls, url: str, spec: StudySpec, *, of: str | None = None) -> Self:
         """The study of a resolved spec: new, or joined if its numbers stay comparable.
 
-        Args:
-            url: The storage.
-            spec: Resolved.
-            of: Name of the search that given arms come from, which must not change.
+        ``of`` names the search that given arms come from, which must not change.
 
         Raises:
             SpecChangedError: The stored study has other conditions, which are named.
@@ -126,11 +124,13 @@ class Study:
             stored: Self | None = cls.open(url, spec.name)
         except UnknownStudyError:
             stored = None
-        before = stored.spec if stored is not None else None
-        if before is not None and stored is not None and stored.has_started():
-            spec = spec.with_images(before.evaluation.num_images)
-        if stored is not None and stored._forget_if_changed(spec, of):
-            stored = before = None
+        before = None
+        if stored is not None:
+            before = stored.spec
+            if stored.has_started():
+                spec = spec.with_images(before.evaluation.num_images)
+            if stored._forget_if_changed(spec, of):
+                stored = before = None
         if spec.is_search:
             return cls._create_search(url, spec, before)
         # A smaller budget, even for a moment, would end others' workers.
@@ -263,20 +263,19 @@ class Study:
             raise SpecChangedError(
                 f"another command has added arms to {self.name!r} meanwhile; run this one again"
             )
-        for change in variants:
-            for seed in seeds:
-                for arm in arms:
-                    place = known.index(arm)
-                    row = ArmRow(arm=place, seed=seed, variant=changes.index(dict(change)))
-                    called = {"arm": known[place].name}
-                    self.given.enqueue(asdict(row), called, again=MENDABLE)
-        self.given.resize(ROW_SPACE)
+        self._plan_rows(
+            ArmRow(arm=known.index(arm), seed=seed, variant=changes.index(dict(change)))
+            for change, seed, arm in itertools.product(variants, seeds, arms)
+        )
 
     def plan_failed_again(self) -> None:
         """Plan rows of given arms again that ran out of memory or failed by an error."""
+        self._plan_rows(row for row, _ in self.rows())
+
+    def _plan_rows(self, rows: Iterable[ArmRow]) -> None:
         assert self.given is not None
         arms = self.arms
-        for row, _ in self.rows():
+        for row in rows:
             self.given.enqueue(asdict(row), {"arm": arms[row.arm].name}, again=MENDABLE)
         self.given.resize(ROW_SPACE)
 
@@ -317,18 +316,14 @@ class Study:
 
     def proposed(self) -> list[tuple[dict[str, Any], bool]]:
         """Parameters of each trial of a search, and whether it has ended."""
-        record = self.search.study
-        trials = retrying(lambda: record.get_trials(deepcopy=False))
-        return [(asked_of(trial), trial.state.is_finished()) for trial in trials]
+        return _asked(self.search)
 
     def rows(self) -> list[tuple[ArmRow, bool]]:
         """Each planned row of a given arm, and whether it has ended."""
         if self.given is None:
             return []
-        record = self.given.study
-        trials = retrying(lambda: record.get_trials(deepcopy=False))
-        asked = [(asked_of(trial), trial.state.is_finished()) for trial in trials]
-        return [(ArmRow(**one), ended) for one, ended in asked if one.keys() == ROW_SPACE.keys()]
+        asked, names = _asked(self.given), ROW_SPACE.keys()
+        return [(ArmRow(**params), ended) for params, ended in asked if params.keys() == names]
 
     def complete_arms(self) -> list[tuple[Arm, ArmRow, StoredTrial]]:
         """Rows of given arms that have a result, in order, each with its arm."""
@@ -438,6 +433,12 @@ def sibling_or_none(ledger: Ledger, name: str) -> Ledger | None:
         return ledger.sibling(name)
     except UnknownStudyError:
         return None
+
+
+def _asked(ledger: Ledger) -> list[tuple[dict[str, Any], bool]]:
+    """Parameters of each row, and whether it has ended."""
+    trials = retrying(lambda: ledger.study.get_trials(deepcopy=False))
+    return [(asked_of(trial), trial.state.is_finished()) for trial in trials]
 
 
 def _ledger(url: str, spec: StudySpec, name: str, budget: int | None) -> Ledger:

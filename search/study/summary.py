@@ -57,9 +57,9 @@ class Measured:
 
     def differing(self, other: "Measured") -> list[str]:
         """Conditions that keep two figures from being compared."""
+        figure: Any = other.result.figure  # of the same kind, in one study
         assert self.result.figure is not None
-        assert other.result.figure is not None
-        return self.result.figure.differing(other.result.figure)
+        return self.result.figure.differing(figure)
 
     def _figures(self) -> dict[str, Any]:
         result = self.result
@@ -228,7 +228,8 @@ def remarks(now: Summary) -> list[str]:
             else f"is the {metric.best} of several noisy values from one training seed: best of n"
         )
         lines.append(f"The best {how}, not confirmed.")
-    shown = [*now.baselines.values(), *([now.best] if now.best is not None else [])]
+    named = now.baselines | ({} if now.best is None else {"best": now.best})
+    shown = list(named.values())
     if differing := sorted({key for each in shown for key in each.differing(shown[0])}):
         lines.append(
             f"These {metric.plural} were measured under different conditions "
@@ -236,7 +237,6 @@ def remarks(now: Summary) -> list[str]:
         )
     if shown and (figure := shown[-1].result.figure) is not None:
         lines.append(f"{metric.name}: {figure.in_short()}.")
-    named = {**now.baselines, **({"best": now.best} if now.best is not None else {})}
     lines += [
         f"{name}: {clip.text()}."
         for name, each in named.items()

@@ -3,8 +3,9 @@
 Every text from the database is escaped: anyone with write access may have chosen it.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bdense.weights import space_of
@@ -46,7 +47,7 @@ def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, st
     if result.parameters and result.weights:
         lines.append(escaped(space_of(result.parameters).label(result.parameters)))
     elif result.parameters:
-        named = [(escaped(name), f"{value:.4g}") for name, value in result.parameters.items()]
+        named = [(name, f"{value:.4g}") for name, value in result.parameters.items()]
         lines.append(markdown_table(list(zip(*named, strict=True))))
     if result.fids:
         rows = [("NFE", "FID"), *((nfe, f"{fid.value:.3f}") for nfe, fid in result.fids.items())]
@@ -72,19 +73,14 @@ def attach_pictures(ledger: Ledger, claim: Claim, folder: Path, result: TrialRes
     files = pictures(folder)
     ids: dict[str, str] = {}
     if files:
-        log_errors(
-            f"pictures of trial {claim.number}",
-            lambda: ids.update(attach(ledger.storage, claim.trial_id, files, artifact_store())),
-        )
+        with errors_logged(f"pictures of trial {claim.number}"):
+            ids = attach(ledger.storage, claim.trial_id, files, artifact_store())
     addresses = [(name, address(ledger, claim.trial_id, each)) for name, each in ids.items()]
-
-    def write() -> None:
+    with errors_logged(f"note of trial {claim.number}"):
         arm = result.arm
         title = f"trial {claim.number}" if arm is None else f"{arm}, seed {claim.params['seed']}"
         note = trial_note(title, result, addresses)
         save_note(ledger.storage, ledger.key, note, trial_id=claim.trial_id)
-
-    log_errors(f"note of trial {claim.number}", write)
 
 
 def address(ledger: Ledger, trial_id: int, artifact_id: str) -> str:
@@ -92,15 +88,13 @@ def address(ledger: Ledger, trial_id: int, artifact_id: str) -> str:
     return f"/artifacts/{ledger.key}/{trial_id}/{artifact_id}"
 
 
-def log_errors(
-    what: str,
-    call: Callable[[], None],
-    *,
-    reraise: tuple[type[Exception], ...] = (LeaseLostError, StorageError),
-) -> None:
-    """Call to store what can be done without; log all errors but those in ``reraise``."""
+@contextlib.contextmanager
+def errors_logged(
+    what: str, reraise: tuple[type[Exception], ...] = (LeaseLostError, StorageError)
+) -> Iterator[None]:
+    """Store what can be done without: errors are logged, except those in ``reraise``."""
     try:
-        call()
+        yield
     except reraise:
         raise
     except Exception as error:  # noqa: BLE001  a picture must not cost a result

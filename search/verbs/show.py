@@ -22,12 +22,12 @@ from search.storage.engine import resolve_storage_url, sqlite_file
 from search.storage.leases import RunningRow
 from search.storage.stop_flags import CONTINUE, asked_at
 from search.study.catalogue import list_studies, studies_json, studies_table
-from search.study.curve import curve_line, curve_of, curve_text, one_shot_json
+from search.study.curve import curve_line, curve_of, curve_rows, one_shot_json
 from search.study.preparing import preparing_line
 from search.study.study import Study
 from search.study.summary import best_json, counts_json, failures, foreign_rows, headline, table
 from search.study.trial_list import list_rows, rows_csv, rows_table
-from search.study.wording import counts_line, duration
+from search.study.wording import align, counts_line, duration
 from search.uploading import is_url, require_new_url, upload
 from search.verbs import options
 from search.verbs.common import open_study
@@ -124,7 +124,7 @@ def best(asked: options.BestOptions) -> None:
         else:
             print("", *found.lines(), sep="\n")
     if (curve := curve_of(study)) is not None:
-        print("", curve_text(curve), "", sep="\n")
+        print("", *align(curve_rows(curve)), curve_line(curve), "", sep="\n")
     print(*assess(study, found).lines(), sep="\n")
 
 

@@ -9,14 +9,7 @@ from bdense.knobs import Knobs
 from bdense.weights.parameters import given_parameters
 from bdense.weights.space import require_point
 from search.analysis.pilot import ledgers_with_pilot
-from search.report.log_lines import (
-    HEADER,
-    LOSSES,
-    has_ended,
-    has_losses,
-    log_line,
-    logged_row,
-)
+from search.report.log_lines import HEADER, LOSSES, has_losses, log_line, logged_row
 from search.storage.ledger import MENDABLE
 from search.storage.stop_flags import ask_all, held
 from search.study.folders import row_folder
@@ -85,7 +78,7 @@ def logs(asked: LogsOptions) -> None:
     path = row_folder(ledger.name, number) / LOG_FILE
     offset, shown, explained = 0, 0, False
     while True:
-        is_over = has_ended(ledger, number)
+        state = ledger.state_of(number)
         events, offset = read_log(path, offset)
         for event in events:
             if asked.json:
@@ -99,7 +92,7 @@ def logs(asked: LogsOptions) -> None:
                 print(log_line(event))
             shown += 1
         sys.stdout.flush()
-        if is_over or not asked.follow:
+        if not asked.follow or (state is not None and state.is_finished()):
             break
         time.sleep(POLL_SECONDS)
     if not shown:

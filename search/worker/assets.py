@@ -41,7 +41,7 @@ from search.spec.contents import fingerprint_of
 from search.spec.resolve import execution, method_of, variant
 from search.spec.study import StudySpec
 from search.study.arms import OneShotTask, Task
-from search.worker.evaluator import Evaluator, clip_scorer_of, reference_of
+from search.worker.evaluator import Evaluator, clip_scorer_of, drawn_prompts, reference_of
 from search.worker.teachers import (
     described_shape,
     embedded_prompts,
@@ -87,19 +87,14 @@ class Assets:
     @property
     def drawing_options(self) -> list[str]:
         """Options that ``bdense sample`` needs beside a student."""
-        asked = self.spec.evaluation
         pipeline = pipeline_of(self.spec) if self.evaluator.codec is not None else None
-        options = {
-            "--pipeline": pipeline,
-            "--prompts": asked.prompts or self.spec.prompts,
-        }
-        given = {name: value for name, value in options.items() if value is not None}
-        return [str(word) for option in given.items() for word in option]
+        options = [("--pipeline", pipeline), ("--prompts", drawn_prompts(self.spec))]
+        return [str(word) for option in options if option[1] is not None for word in option]
 
     @property
     def grid_prompts(self) -> list[str]:
         """Prompts of a sample grid's first row; none where images have no prompts."""
-        file = self.spec.evaluation.prompts or self.spec.prompts
+        file = drawn_prompts(self.spec)
         if file is None or self.conditions is None:
             return []
         shown = read_prompts(file)[:GRID_COLUMNS]
@@ -158,12 +153,10 @@ class Assets:
 
     def inputs(self, seed: int) -> Inputs:
         """Everything that the method's stages learn from, besides the teacher."""
-        recorded = self.spec.trajectories.mode == "recorded"
-        root, dtype = cache_folder() / "trajectories", self.spec.trajectories.dtype
         return Inputs(
             dataset=self.dataset,
             seed=seed,
-            recordings=Recordings(root=root, dtype=dtype) if recorded else None,
+            recordings=recordings_of(self.spec),
             metadata=self.metadata,
             conditions=self.conditions,
         )
@@ -174,6 +167,13 @@ class Assets:
         if inputs.recordings is None:
             return None
         return self.method.recording(self.config, self.teacher, inputs)
+
+
+def recordings_of(spec: StudySpec) -> Recordings | None:
+    """Where a study's trajectories are recorded; None where they are computed anew each time."""
+    if spec.trajectories.mode == "live":
+        return None
+    return Recordings(root=cache_folder() / "trajectories", dtype=spec.trajectories.dtype)
 
 
 def use_device(spec: StudySpec) -> torch.device:
@@ -202,12 +202,9 @@ def use_device(spec: StudySpec) -> torch.device:
 
 
 def load(spec: StudySpec, device: torch.device, report: Report | None = None) -> Assets:
-    """Teacher, extractor, reference and the teacher's FID, made now or read from the cache.
+    """A resolved study's shared parts, made now or read from the cache.
 
-    Args:
-        spec: The study, resolved.
-        device: Where its trials run.
-        report: Called with the progress.
+    ``report`` is called with the progress.
 
     Raises:
         InputError: The device does not compute ``precision``, or a file or name that the user

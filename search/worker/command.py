@@ -33,14 +33,10 @@ from search.study.folders import PROGRAM_FOLDER
 from search.study.results import Score, TrialResult
 from search.study.study import Study
 from search.worker import guard
-from search.worker.guard import Order, Outcome
+from search.worker.guard import ERR_FILE, GIVEN_FILE, METRIC_FILE, VALUES_FILE, Order, Outcome
 from search.worker.judge import PrunedError
 from search.worker.result import provenance, stored_or_made
 from search.worker.trainer import Attempt, Preparation, Report
-
-# Files of a row's folder.
-GIVEN_FILE, METRIC_FILE, VALUES_FILE = "given.json", "metric.json", "values.jsonl"
-OUT_FILE, ERR_FILE, LOCK_FILE = "stdout.log", "stderr.log", "program.lock"
 
 POLL_SECONDS = 0.1
 _SHELL_ADDS = 128  # to the number of a signal that ended a command
@@ -140,7 +136,7 @@ class _Row:
 
     def __post_init__(self) -> None:
         spec, attempt = self.trainer.spec, self.attempt
-        self.task, self.folder, self.log = attempt.task, attempt.folder, attempt.log
+        self.task, self.folder, self.log = attempt.task, attempt.folder.resolve(), attempt.log
         workload = CommandWorkload(spec)
         self.config = CommandWorkload(workload.variant(self.task.variant)).config
         self.values = _Values(self.folder / VALUES_FILE)
@@ -284,23 +280,17 @@ class _Row:
     @property
     def _named(self) -> Mapping[str, object]:
         """Values of the words in braces."""
-        folder = (self.folder / PROGRAM_FOLDER).resolve()
-        result = (self.folder / METRIC_FILE).resolve()
+        folder, result = self.folder / PROGRAM_FOLDER, self.folder / METRIC_FILE
         return {**self.weights, "seed": self.task.seed, "folder": folder, "result": result}
 
     def _order(self) -> Order:
-        config, place = self.config, self.folder.resolve()
+        config = self.config
         return Order(
             words=[config.program(), *config.words(self._named)[1:]],
             cwd=str(config.cwd),
             signal=config.checkpoint_on,
             grace_seconds=config.grace_seconds,
-            lock=str(place / LOCK_FILE),
-            given=str(place / GIVEN_FILE),
-            metric=str(place / METRIC_FILE),
-            values=str(place / VALUES_FILE),
-            out=str(place / OUT_FILE),
-            err=str(place / ERR_FILE),
+            folder=str(self.folder),
             most_bytes=round(config.log_mib * 2**20),
         )
 
@@ -309,18 +299,18 @@ class _Row:
 
         The guard adds the name of that file.
         """
-        place, task = self.folder.resolve(), self.task
+        folder, task = self.folder, self.task
         given: dict[str, Any] = {
             "study": self.trainer.spec.name,
             "arm": task.arm,
             "params": self.weights,
             "seed": task.seed,
             "evaluation_seed": task.latents,
-            "folder": str(place / PROGRAM_FOLDER),
-            "result": str(place / METRIC_FILE),
-            "values": str(place / VALUES_FILE),
+            "folder": str(folder / PROGRAM_FOLDER),
+            "result": str(folder / METRIC_FILE),
+            "values": str(folder / VALUES_FILE),
         }
-        write_json(place / GIVEN_FILE, given, indent=1)
+        write_json(folder / GIVEN_FILE, given, indent=1)
         kept_back = (*_KEPT_BACK, guard.MARK)
         kept = {name: value for name, value in os.environ.items() if name not in kept_back}
         return kept | {

@@ -29,7 +29,7 @@ from bdense.diffusion.sampling import draw_images
 from bdense.errors import InputError, StoppedError, is_out_of_memory
 from bdense.files import write_json
 from bdense.methods import METHODS
-from bdense.methods.method import Inputs, Recordings, Stage
+from bdense.methods.method import Inputs, Stage
 from bdense.metrics.classifiers import RECIPES
 from bdense.metrics.extractors import load_extractor, missing_checkpoint
 from bdense.metrics.references import FEATURES_BATCH, features_of
@@ -41,7 +41,6 @@ from bdense.models.zoo import (
     REFERENCES,
     ConvertedCheckpoint,
     HubCheckpoint,
-    PublicFile,
 )
 from bdense.training.loop import IterationReport, train
 from bdense.weights.log_linear import uniform_weights
@@ -55,7 +54,7 @@ from search.spec.sections import as_plain
 from search.spec.study import StudySpec
 from search.study.arms import OneShotTask, one_shot_arm
 from search.study.wording import duration
-from search.worker.assets import use_device
+from search.worker.assets import recordings_of, use_device
 from search.worker.result import package_versions
 from search.worker.teachers import described_shape
 
@@ -96,7 +95,6 @@ def measure(
     """Measure the cost of a trial on this machine.
 
     Args:
-        spec: The study.
         download: Fetch a missing feature extractor; else its time is left out.
         patience: Seconds to wait; None waits as long as it takes.
 
@@ -300,10 +298,9 @@ def _one_shot(spec: StudySpec) -> tuple[float, int]:
 
 def _stored_bytes(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> int:
     """Size of one seed's recorded trajectories; 0 where none are recorded."""
-    if spec.trajectories.mode == "live":
+    if (recordings := recordings_of(spec)) is None:
         return 0
     method, config = method_of(spec)
-    recordings = Recordings(root=cache_folder() / "trajectories", dtype=spec.trajectories.dtype)
     inputs = Inputs(recordings=recordings, metadata=known, conditions=_placeholder(teacher))
     found = method.recording(config, teacher, inputs)
     return 0 if found is None else found.nbytes
@@ -321,11 +318,12 @@ def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
         *((PROMPT_SETS.get(each or ""), None) for each in prompts),
     ]
     missing = [(file, size) for file, size in wanted if file is not None and not file.is_here]
-    lines = [
-        f"{_page(file)} to {file.path}" + (f" (about {size / 2**20:,.0f} MiB)" if size else "")
-        for file, size in missing
-        if not isinstance(file, ConvertedCheckpoint)
-    ]
+    lines = []
+    for file, size in missing:
+        if not isinstance(file, ConvertedCheckpoint):
+            page = hub_page(file.name) if isinstance(file, HubCheckpoint) else file.url
+            about = f" (about {size / 2**20:,.0f} MiB)" if size else ""
+            lines.append(f"{page} to {file.path}{about}")
     if (scorer := evaluation.clip_score) is not None and not Path(scorer).exists():
         lines.append(f"{hub_page(scorer)}, the CLIP model, unless it is in the hub's cache")
     if (weights := missing_checkpoint(spec.evaluation.extractor)) is not None:
@@ -335,11 +333,6 @@ def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
         *(f"download: the launch fetches {line}" for line in lines),
         *(f"missing: the launch needs {line}" for line in made),
     ]
-
-
-def _page(file: PublicFile | HubCheckpoint) -> str:
-    """The URL that it is fetched from, perhaps at a mirror of the Hub."""
-    return hub_page(file.name) if isinstance(file, HubCheckpoint) else file.url
 
 
 def _gib(size: float) -> str:

@@ -162,7 +162,7 @@ class Row:
             },
             checkpoint_seconds=assets.spec.resources.checkpoint_seconds,
             on_iteration=self._on_iteration,
-            on_save=self._on_save,
+            on_save=lambda plan, done: self.log("checkpoint", **_named(plan), iteration=done),
             evaluations=evaluations,
         )
 
@@ -188,9 +188,6 @@ class Row:
         self.tracking.iteration(plan.name, done)
         self.tell(plan, training(done.iteration + 1, done.iterations, done.loss))
         self.attempt.check()  # last: a checkpoint for a stop holds this iteration too
-
-    def _on_save(self, plan: StagePlan, done: int) -> None:
-        self.log("checkpoint", **_named(plan), iteration=done)
 
     def tell(self, plan: StagePlan, text: str) -> None:
         """Report the progress of a stage."""
@@ -240,27 +237,24 @@ class Row:
         plot = self.folder / WEIGHTS_PLOT
         if history is not None:
             draw_history(history, self.space.label(task.params), plot)
-        last = fids.get(str(self.stages[-1].nfe)) if measured is not None else None
+        metrics = {} if measured is None else vars(measured)
         stored = {} if BASELINE in task.params else self.space.stored(task.params, self.branches)
         return TrialResult(
-            value=None if last is None else last.value,
+            value=None if measured is None else measured.fid.value,
             weights=weights,
             parameters=stored,
-            fid=last,
             fids=fids if len(self.stages) > 1 else {},
             teacher_fid=assets.teacher_fid,
-            kid=None if measured is None else measured.kid,
-            prc=None if measured is None else measured.prc,
-            clip_score=None if measured is None else measured.clip_score,
             intermediate=intermediate,
             weights_over_time=history,
             weights_plot=None if history is None else below_runs(plot),
-            student=None if last is None else below_runs(path),
+            student=None if measured is None else below_runs(path),
             drawing_options=assets.drawing_options,
-            prompts=[] if last is None else assets.grid_prompts,
+            prompts=[] if measured is None else assets.grid_prompts,
             arm=task.arm,
             variant=dict(task.variant),
             timings={name: round(value, 3) for name, value in self.seconds.items()},
+            **metrics,
             **provenance(assets.fingerprint, self.seeds, assets.device_name),
         )
 

@@ -121,6 +121,11 @@ class Evaluator:
         return replace(found, guidance=self.spec.guidance)
 
 
+def drawn_prompts(spec: StudySpec) -> str | None:
+    """The file of prompts that images are drawn under; None where there is none."""
+    return spec.evaluation.prompts or spec.prompts
+
+
 def reference_of(spec: StudySpec, dataset: Dataset | None, extractor: Extractor) -> Reference:
     """Statistics of the study's reference file, or of its data set."""
     if spec.evaluation.reference is not None:
@@ -134,5 +139,5 @@ def clip_scorer_of(spec: StudySpec, device: torch.device) -> CLIPScorer | None:
     """The study's CLIP scorer with its prompts; None where no model is named."""
     if (model := spec.evaluation.clip_score) is None:
         return None
-    file = spec.evaluation.prompts or spec.prompts
+    file = drawn_prompts(spec)
     return load_clip_scorer(model, [] if file is None else read_prompts(file), device)

@@ -30,6 +30,9 @@ from types import FrameType
 from typing import Any, Literal
 
 ASK, KILL = b"a", b"k"
+# Files of a row's folder: what a program is given and writes, and the logs of its outputs.
+GIVEN_FILE, METRIC_FILE, VALUES_FILE = "given.json", "metric.json", "values.jsonl"
+OUT_FILE, ERR_FILE, LOCK_FILE = "stdout.log", "stderr.log", "program.lock"
 # Names what a program was given, to it and to all that it starts.
 MARK = "BDENSE_TRIAL"
 _POLL_SECONDS = 0.05
@@ -49,11 +52,8 @@ class Order:
         cwd: Where it is started.
         signal: Name of the signal that asks it to save and end, without SIG.
         grace_seconds: Time for it to save and end.
-        lock: File that is locked while the program lives.
-        given: The file of ``MARK``.
-        metric: File for its metric; one of an earlier attempt is deleted.
-        values: File for its values; half a line of an earlier attempt is cut off.
-        out, err: Files for its outputs.
+        folder: The row's. A metric of an earlier attempt is deleted, half a line of its values is
+            cut off, and the lock file is locked while the program lives.
         most_bytes: Size of each output's log, which keeps the end of it in two files.
     """
 
@@ -61,12 +61,7 @@ class Order:
     cwd: str
     signal: str
     grace_seconds: float
-    lock: str
-    given: str
-    metric: str
-    values: str
-    out: str
-    err: str
+    folder: str
     most_bytes: int
 
 
@@ -94,8 +89,8 @@ class Outcome:
 class _Kept:
     """A log file of bounded size: its current half, and the half before it."""
 
-    def __init__(self, path: str, most_bytes: int) -> None:
-        self._path, self._half = Path(path), max(most_bytes // 2, 1)
+    def __init__(self, path: Path, most_bytes: int) -> None:
+        self._path, self._half = path, max(most_bytes // 2, 1)
         self.tail = b""
 
     def write(self, data: bytes) -> None:
@@ -110,10 +105,9 @@ class _Kept:
 
 class _Guard:
     def __init__(self, order: Order) -> None:
-        self._order = order
+        self._order, self._folder = order, Path(order.folder)
         self._kept = {
-            "out": _Kept(order.out, order.most_bytes),
-            "err": _Kept(order.err, order.most_bytes),
+            name: _Kept(self._folder / name, order.most_bytes) for name in (OUT_FILE, ERR_FILE)
         }
         self._selector = selectors.DefaultSelector()
         self._selector.register(sys.stdin, selectors.EVENT_READ, "orders")
@@ -126,22 +120,22 @@ class _Guard:
         self._asked = True
 
     def run(self) -> Outcome:
-        order = self._order
+        order, given = self._order, str(self._folder / GIVEN_FILE)
         try:
             if not self._locked():
                 return Outcome(status=None, hindered="asked")
         except OSError as error:
-            why = f"{order.lock} cannot be locked: {error.strerror}"
+            why = f"{self._folder / LOCK_FILE} cannot be locked: {error.strerror}"
             return Outcome(status=None, hindered="lock", last_words=why)
         _prctl(_SET_CHILD_SUBREAPER, 1)
-        _end_marked(order.given)
+        _end_marked(given)
         try:
-            Path(order.metric).unlink(missing_ok=True)
-            _cut_half_a_line(Path(order.values))
+            (self._folder / METRIC_FILE).unlink(missing_ok=True)
+            _cut_half_a_line(self._folder / VALUES_FILE)
             program = subprocess.Popen(
                 order.words,
                 cwd=order.cwd,
-                env={**os.environ, MARK: order.given},
+                env={**os.environ, MARK: given},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -151,21 +145,21 @@ class _Guard:
         except OSError as error:
             why = f"{error.filename or order.words[0]}: {error.strerror}"
             return Outcome(status=None, hindered="start", last_words=why)
-        for name, pipe in (("out", program.stdout), ("err", program.stderr)):
+        for name, pipe in ((OUT_FILE, program.stdout), (ERR_FILE, program.stderr)):
             assert pipe is not None
             os.set_blocking(pipe.fileno(), False)
             self._selector.register(pipe, selectors.EVENT_READ, name)
         killed = self._follow(program)
         children = _end_group(program.pid) and not killed
         self._drain()
-        last_words = self._kept["err"].tail.decode(errors="replace")
+        last_words = self._kept[ERR_FILE].tail.decode(errors="replace")
         return Outcome(
             status=program.returncode, killed=killed, children=children, last_words=last_words
         )
 
     def _locked(self) -> bool:
         """Wait until the program of an earlier worker has ended; False where asked to end."""
-        self._lock = Path(self._order.lock).open("a")  # noqa: SIM115  until this process ends
+        self._lock = (self._folder / LOCK_FILE).open("a")  # until this process ends
         while not (self._ends or self._asked):
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,7 +9,6 @@ decision is stored with them.
 import copy
 from typing import Any
 
-from optuna import Study
 from optuna.storages import BaseStorage
 
 from search.spec.space import make_pruner
@@ -29,11 +28,7 @@ class PrunedError(Exception):
 class Judge:
     """Stores the intermediate values of a claimed row, and asks the pruner about a trial's.
 
-    Args:
-        spec: The study's.
-        ledger: The row's.
-        claim: The row.
-        prunes: Whether the pruner may end it; baselines and given arms always run to the end.
+    ``prunes`` is whether the pruner may end it; baselines and given arms always run to the end.
     """
 
     def __init__(self, spec: StudySpec, ledger: Ledger, claim: Claim, *, prunes: bool) -> None:
@@ -60,10 +55,12 @@ class Judge:
         decision: dict[str, Any] | None = trial.system_attrs.get(key)
         if decision is None:
             notes: dict[str, Any] = {}
+            noting = copy.copy(study)
+            noting._storage = _Noting(storage, notes)  # type: ignore[assignment]
 
             def ask() -> bool:
                 notes.clear()
-                return pruner.prune(_noting(study, notes), storage.get_trial(trial_id))
+                return pruner.prune(noting, storage.get_trial(trial_id))
 
             poor = retrying(ask)
             decision = {"poor": bool(poor), "notes": notes}  # JSON does not take NumPy's bool
@@ -78,15 +75,8 @@ def _store(storage: BaseStorage, trial_id: int, key: str, value: Any) -> None:  
     retrying(lambda: storage.set_trial_system_attr(trial_id, key, value))
 
 
-def _noting(study: Study, notes: dict[str, Any]) -> Study:
-    """The study with a storage that puts a pruner's notes into ``notes``."""
-    noting = copy.copy(study)
-    noting._storage = _Noting(study._storage, notes)  # type: ignore[assignment]
-    return noting
-
-
 class _Noting:
-    """A storage that keeps new attributes of the judged trial to itself."""
+    """A storage that puts new attributes of the judged trial into ``notes``."""
 
     def __init__(self, storage: BaseStorage, notes: dict[str, Any]) -> None:
         self._storage = storage

@@ -22,7 +22,7 @@ from search.study.folders import row_folder
 from search.study.results import TrialResult
 from search.study.retention import drop_checkpoints
 from search.study.trial_log import TrialLog
-from search.study.trial_note import attach_pictures, log_errors
+from search.study.trial_note import attach_pictures, errors_logged
 from search.worker.disk import disk_error
 from search.worker.result import package_versions
 from search.worker.row_plots import draw_losses
@@ -74,7 +74,8 @@ def work_on_row(
             result = replace(result, timings={**result.timings, **service})
             # Before the end: a finished trial accepts no pictures.
             with ledger.holding(claim):
-                log_errors(f"loss curve of trial {claim.number}", lambda: draw_losses(folder))
+                with errors_logged(f"loss curve of trial {claim.number}"):
+                    draw_losses(folder)
                 attach_pictures(ledger, claim, folder, result)
             attrs = result.attrs() | {"tries": claim.tries}
             if result.value is None:

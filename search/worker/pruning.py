@@ -33,7 +33,12 @@ class IntermediateFIDs:
     def __init__(self, row: "Row") -> None:
         self._row, self._assets = row, row.assets
         self._path = row.folder / INTERMEDIATE_FILE
-        self._after = self._asked_for()
+        spec = row.assets.spec
+        self._images = spec.plan.images or spec.evaluation.num_images
+        self._total = spec.resolved.stages[0].num_updates
+        # Updates after which a student is measured, and their fractions.
+        at = spec.plan.at if row.attempt.judge.prunes else ()
+        self._after = {round(fraction * self._total): fraction for fraction in at}
         self._found = self._stored()
         self.seconds = 0.0
 
@@ -62,17 +67,6 @@ class IntermediateFIDs:
         name = "pruner" if pruner is None else pruner.name
         return PrunedError(f"{name}: {why}", self.found[-1].fraction if self._found else None)
 
-    def _asked_for(self) -> dict[int, float]:
-        """Updates after which a student is measured, and their fractions."""
-        spec = self._assets.spec
-        if not self._row.attempt.judge.prunes:
-            return {}
-        total = spec.resolved.stages[0].num_updates
-        return {round(fraction * total): fraction for fraction in spec.search.at}
-
-    def _images(self) -> int:
-        return self._assets.spec.search.images or self._assets.spec.evaluation.num_images
-
     def _stored(self) -> dict[int, IntermediateFID]:
         """What an earlier attempt stored and the plan still wants."""
         if not self._path.exists():
@@ -83,7 +77,7 @@ class IntermediateFIDs:
         return {
             after: each
             for after, each in kept.items()
-            if after in self._after and each.fid.images == self._images()
+            if after in self._after and each.fid.images == self._images
         }
 
     def _evaluate(self, stage: Stage, after: int, student: NetworkDenoiser) -> None:
@@ -106,8 +100,8 @@ class IntermediateFIDs:
             )
 
     def _measured(self, sampler: Sampler, after: int, student: NetworkDenoiser) -> IntermediateFID:
-        assets, attempt, images = self._assets, self._row.attempt, self._images()
-        total = assets.spec.resolved.stages[0].num_updates
+        assets, attempt = self._assets, self._row.attempt
+        images, total = self._images, self._total
         fid = assets.evaluator.measure(
             student,
             sampler,

@@ -52,19 +52,12 @@ def read_result(folder: Path, identity: Mapping[str, Any]) -> TrialResult | None
     return TrialResult.of(stored["value"], stored["attrs"])
 
 
-def write_result(folder: Path, identity: Mapping[str, Any], result: TrialResult) -> None:
-    """Write a row's result to its folder and delete its checkpoint."""
-    stored = {"value": result.value, "attrs": result.attrs(), "identity": identity}
-    write_json(folder / RESULT, stored)
-    drop_checkpoints(folder)
-
-
 def stored_or_made(
     attempt: Attempt, fingerprint: str, make: Callable[[], TrialResult]
 ) -> TrialResult:
     """A row's result: what an earlier attempt wrote for this very row, else what ``make`` returns.
 
-    It is written to the row's folder before it is returned.
+    It is written to the row's folder, and the checkpoint deleted, before it is returned.
     """
     folder, identity = attempt.folder, attempt.task.identity(fingerprint)
     take_folder(folder, identity)
@@ -72,7 +65,9 @@ def stored_or_made(
     if (done := read_result(folder, identity)) is not None:
         return done
     result = make()
-    write_result(folder, identity, result)
+    stored = {"value": result.value, "attrs": result.attrs(), "identity": identity}
+    write_json(folder / RESULT, stored)
+    drop_checkpoints(folder)
     return result
 
 

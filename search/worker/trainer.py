@@ -92,7 +92,6 @@ class Trainer(Protocol):
         """Make what the rows share, once for all workers, and check that this machine can.
 
         Args:
-            study: The study.
             together: Rows at once on one machine.
             report: Called with the progress, from inside a step.
 

@@ -6,7 +6,6 @@ Spec and rows come from the database.
 import functools
 import random
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +112,8 @@ class Worker:
         if ledger is self._study.given:
             return ledger.claim(ROW_SPACE, None)
         space, sampler = search_space(self._spec), functools.partial(make_sampler, self._spec)
-        return ledger.claim(space, sampler, self._excess)
+        bounded, branches = self._spec.space, self._spec.resolved.num_branches
+        return ledger.claim(space, sampler, lambda params: bounded.excess(params, branches))
 
     def work(self, claimed: Claimed) -> None:
         """Train and measure a row, or give it back; a search keeps its best students only.
@@ -151,9 +151,6 @@ class Worker:
             keep_best_students(ledger, self._spec.keep_students, claim.number)
         else:
             copy_baselines(study)
-
-    def _excess(self, params: Mapping[str, object]) -> float:
-        return self._spec.space.excess(params, self._spec.resolved.num_branches)
 
     def _require_same_conditions(self, claimed: Claimed) -> None:
         """Refuse to measure under another fingerprint than the study's, and release the row."""

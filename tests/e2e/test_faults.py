@@ -1,4 +1,4 @@
-"""A study of fixed points under faults, one every few seconds, over real processes.
+"""A study of fixed points under faults, one every few trials, over real processes.
 
 BDENSE_FAULT_SEED gives the draw of an earlier run again, BDENSE_FAULT_TRIALS another size. Faults
 are paced by the trials that complete, so that a slow machine meets no more of them a trial.

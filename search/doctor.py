@@ -18,7 +18,6 @@ import sqlalchemy as sa
 from optuna.storages import RDBStorage
 
 from bdense.errors import BdenseError
-from bdense.files import plain_json
 from search.child import in_child
 from search.errors import StorageError, UnknownStudyError
 from search.places import cache_folder, runs_folder
@@ -40,7 +39,6 @@ from search.storage.tables import LEASE, RELEASED, STUDIES, SYSTEM_ATTRIBUTES, T
 from search.study.artifacts import artifact_store, artifacts_place, is_stored
 from search.study.folders import named_file, row_folder, study_folder
 from search.study.retention import (
-    IDENTITY,
     RESULT,
     UNFINISHED_FILE,
     best_numbers,
@@ -49,6 +47,7 @@ from search.study.retention import (
 )
 from search.study.study import FINGERPRINT, Study
 from search.study.summary import foreign_rows
+from search.worker.result import is_folder_of
 
 Level: TypeAlias = Literal["ok", "warning", "problem", "mended"]
 
@@ -339,11 +338,14 @@ def files(subject: Subject) -> Findings:
 
 def leftovers(subject: Subject) -> Findings:
     """Whether rows that have ended left checkpoints."""
-    found, asked = [], subject.ledger.asked()
-    for number in subject.ledger.ended():
+    study, ledger, found = subject.study, subject.ledger, []
+    asked, fingerprint = ledger.asked(), study.main.attribute(FINGERPRINT)
+    for number in ledger.ended():
         folder = subject.row(number)
-        if (paths := checkpoints(folder)) and _is_own(subject, asked[number], folder):
-            found += paths
+        if paths := checkpoints(folder):
+            identity = study.task(ledger, asked[number]).identity(fingerprint)
+            # Another database's study may have taken the folder.
+            found += paths if is_folder_of(folder, identity) else []
     yield from _leftovers(found)
 
 
@@ -395,17 +397,6 @@ def _value_in(path: Path) -> float | None:
         return float(json.loads(path.read_bytes())["value"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _is_own(subject: Subject, params: dict[str, Any], folder: Path) -> bool:
-    """Whether a folder is the row's: another database's study may have taken it."""
-    try:
-        stored = json.loads((folder / IDENTITY).read_bytes())
-    except (OSError, ValueError):
-        return False
-    fingerprint = subject.study.main.attribute(FINGERPRINT)
-    expected = subject.study.task(subject.ledger, params).identity(fingerprint)
-    return bool(stored == plain_json(expected))
 
 
 def _leftovers(found: list[Path]) -> Findings:

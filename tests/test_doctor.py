@@ -89,7 +89,7 @@ def write_files(study: Study, ledger: Ledger, runs: Path) -> None:
         folder = runs / ledger.study.study_name / f"{number:05d}"
         folder.mkdir(parents=True, exist_ok=True)
         identity = study.task(ledger, asked[number]).identity(fingerprint)
-        (folder / IDENTITY).write_text(json.dumps(identity))
+        (folder / IDENTITY).write_text(json.dumps(identity, sort_keys=True))
         (folder / RESULT).write_text(json.dumps({"value": value}))
         (folder / "student.safetensors").write_bytes(b"0")
 

@@ -30,15 +30,21 @@ def take_folder(folder: Path, identity: Mapping[str, Any]) -> None:
     A study that was deleted from its database, or has the same name in another one, leaves
     folders behind.
     """
-    ours = json.dumps(identity, sort_keys=True)
-    mark = folder / IDENTITY
     in_use = folder.exists() and any(path.name != LOG_FILE for path in folder.iterdir())
-    if in_use and (not mark.exists() or mark.read_text() != ours):
+    if in_use and not is_folder_of(folder, identity):
         aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
         _log.warning("%s holds another study's trial; moved to %s", folder, aside.name)
         folder.rename(aside)
+    mark = folder / IDENTITY
     if not mark.exists():
         write_json(mark, identity, sort_keys=True)
+
+
+def is_folder_of(folder: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether ``take_folder`` marked a folder as this row's."""
+    mark = folder / IDENTITY
+    ours = json.dumps(identity, sort_keys=True)
+    return mark.exists() and mark.read_bytes() == ours.encode()
 
 
 def read_result(folder: Path, identity: Mapping[str, Any]) -> TrialResult | None:

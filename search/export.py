@@ -225,17 +225,8 @@ def made_from(study: Study, number: int) -> dict[str, Any]:
     }
 
 
-def is_current(folder: Path, study: Study, number: int) -> bool:
-    """Whether a folder is the model of that row, with all that the study has measured."""
-    return _stored_origin(folder) == made_from(study, number)
-
-
-def is_of(folder: Path, name: str) -> bool:
-    """Whether a folder is a model of the study of that name, current or not."""
-    return _stored_origin(folder).get("study") == name
-
-
-def _stored_origin(folder: Path) -> dict[str, Any]:
+def origin_of(folder: Path) -> dict[str, Any]:
+    """What ``made_from`` said of a model folder as it was written; else empty."""
     with contextlib.suppress(OSError, ValueError):
         found: dict[str, Any] = json.loads((folder / CONFIG).read_text()).get(_MADE_FROM, {})
         return found

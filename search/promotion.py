@@ -25,8 +25,8 @@ from search.export import (
     Exported,
     arm_row,
     export_trial,
-    is_current,
-    is_of,
+    made_from,
+    origin_of,
     put_aside,
     require_students,
 )
@@ -126,7 +126,8 @@ class Promotion:
         """
         study, asked, spec = self._study, self._asked, self._spec
         for folder in map(self._folder, self._settings) if asked.out is not None else ():
-            if not is_of(folder, spec.name):  # one that this promotion wrote is written anew
+            # One that this promotion wrote is written anew.
+            if origin_of(folder).get("study") != spec.name:
                 require_new(folder)
         arm = self._promoted()
         if asked.weights is None and asked.to is None:
@@ -162,7 +163,7 @@ class Promotion:
                 f"{promoted.name} by: {headline(planned)}; or run the same again",
             )
         number = arm_row(planned, arm=arm, variant=variant)
-        if is_current(folder, planned, number):
+        if origin_of(folder) == made_from(planned, number):
             model = Exported.of(planned, planned.main, number, folder)
             return Promoted(model=model, recommended=found, is_new=False)
         put_aside(folder)

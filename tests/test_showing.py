@@ -21,12 +21,12 @@ from search.study.artifacts import artifact_store
 from search.study.dashboard_note import save_note
 from search.study.folders import LOSS_PLOT, pictures
 from search.study.markdown import escaped
+from search.study.plot import draw_losses
 from search.study.results import TrialResult
 from search.study.study import Study
 from search.study.summary import failures, headline
 from search.study.trial_log import TrialLog
 from search.study.trial_note import attach_pictures, trial_note
-from search.worker.row_plots import draw_losses
 from tests.measured import complete, created, open_once, result
 from tests.reported import PLOTS, remarks, reported, shown, spec_of, take
 

@@ -8,8 +8,8 @@ from PIL import Image
 
 from bdense.training.loop import IterationReport
 from bdense.weights.weighting import FixedWeights, LearnedWeights
+from search.study.plot import draw_history
 from search.study.results import WeightHistory
-from search.worker.row_plots import draw_history
 from search.worker.traced_weights import MAX_POINTS, TracedWeights
 
 

@@ -27,6 +27,7 @@ from bdense.weights.space import BASELINE, UNIFORM
 from bdense.weights.weighting import BranchWeighting
 from search.study.arms import OneShotTask
 from search.study.folders import WEIGHTS_PLOT, grid_name
+from search.study.plot import draw_history
 from search.study.progress_text import evaluating, in_stage, training
 from search.study.results import IntermediateFID, TrialResult
 from search.study.retention import CHECKPOINT, STUDENT, student_files
@@ -36,7 +37,6 @@ from search.worker.judge import PrunedError
 from search.worker.one_shot import measure_curve
 from search.worker.pruning import IntermediateFIDs
 from search.worker.result import below_runs, provenance, stored_or_made
-from search.worker.row_plots import draw_history
 from search.worker.traced_weights import TracedWeights
 from search.worker.trainer import Attempt
 

@@ -1,7 +1,10 @@
 """A study as a page, for the dashboard's note and for both files of a report."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+
+from optuna.trial import TrialState
 
 from search.analysis.comparison import comparison_rows
 from search.report.document import (
@@ -17,13 +20,18 @@ from search.report.document import (
 )
 from search.report.overview import Overview
 from search.spec.file import as_yaml
+from search.storage.engine import retrying
 from search.storage.own_study import CHANGES
+from search.storage.studies import read_studies
 from search.study.curve import curve_line, curve_rows
-from search.study.provenance import provenance_of
 from search.study.results import sample_command
-from search.study.study import FINGERPRINT
+from search.study.study import FINGERPRINT, Study
 from search.study.summary import failures, headline
-from search.study.wording import weights_text
+from search.study.wording import TIMINGS, timings_text, weights_text
+
+# What the provenance reads of a row, and the packages that it names.
+_KEYS = ("device", "worker", "versions", "timings")
+_SHOWN = ("bdense", "torch", "python")
 
 
 def study_page(
@@ -69,7 +77,7 @@ def study_page(
         ),
         Section("Trials", [Table(trials)]),
         Section("Failures", [Bullets(failures(study))]),
-        Section("Provenance", [Bullets(provenance_of(study))]),
+        Section("Provenance", [Bullets(_provenance(study))]),
         Section("Changes", [Bullets(changes)]),
         Section("Spec", [Text(f"fingerprint {fingerprint}"), Code(as_yaml(study.spec))]),
         Text(f"Written by bdense-search, {written}.", quiet=True),
@@ -105,3 +113,40 @@ def _curve(overview: Overview) -> list[Block]:
         Text("s.e.: of the difference from the lowest, over the latents of both.", quiet=True),
     ]
     return [Section("One-shot curve", shown)]
+
+
+def _provenance(study: Study) -> list[str]:
+    """Lines about the rows that have a result, baselines included; none before there is one."""
+    rows = [
+        row.user_attrs
+        for ledger in study.ledgers
+        for state in (TrialState.COMPLETE, TrialState.PRUNED)
+        for row in ledger.rows(_KEYS, state=state)
+        if "worker" in row.user_attrs
+    ]
+    if not rows:
+        return []
+    engine, names = study.main.storage.engine, [each.name for each in study.ledgers]
+    found = [each for each in retrying(lambda: read_studies(engine)) if each.name in names]
+    begun = min(each.started for each in found if each.started is not None)
+    ended = max((each.ended for each in found if each.ended is not None), default=begun)
+    spent: Counter[str] = Counter()
+    for row in rows:
+        spent.update({key: row.get("timings", {}).get(key, 0.0) for key in TIMINGS})
+    hosts = _listed(str(row["worker"]).rpartition(":")[0] for row in rows)
+    versions = [
+        f"{name} {_listed(row.get('versions', {}).get(name, '') for row in rows)}"
+        for name in _SHOWN
+    ]
+    cost = timings_text({key: seconds for key, seconds in spent.items() if seconds})
+    return [
+        f"from {begun:%Y-%m-%d %H:%M} to {ended:%Y-%m-%d %H:%M} UTC",
+        f"on {hosts}: {_listed(str(row.get('device', '')) for row in rows)}",
+        f"by {'; '.join(versions)}",
+        f"cost of {len(rows)} rows, all workers together: {cost or 'not measured'}",
+    ]
+
+
+def _listed(values: Iterable[str]) -> str:
+    """The different values in their order."""
+    return ", ".join(filter(None, dict.fromkeys(values)))

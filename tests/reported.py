@@ -12,8 +12,8 @@ from search.spec.study import StudySpec
 from search.storage.ledger import Claim, Ledger
 from search.study.arms import ROW_SPACE
 from search.study.folders import row_folder
+from search.study.notes import attach_pictures
 from search.study.study import Study
-from search.study.trial_note import attach_pictures
 from tests.measured import created, finish, result, search
 from tests.studies import LEARNED, METHODS, of_kind, spec
 

@@ -11,11 +11,11 @@ from bdense.metrics.references import dataset_reference, write_reference
 from bdense.models.card import model_card
 from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
 from bdense.weights.log_linear import normalised_weights
+from search.study.notes import trial_note
 from search.study.progress_text import share_done
 from search.study.results import TrialResult
 from search.study.retention import CHECKPOINT, RESULT, STUDENT
 from search.study.trial_log import LOG_FILE, read_log
-from search.study.trial_note import trial_note
 from search.study.wording import weights_text
 from search.worker.pruning import INTERMEDIATE_FILE
 from tests.plugins import line_tracker

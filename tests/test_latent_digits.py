@@ -22,9 +22,9 @@ from search.run.progress import Display
 from search.spec.file import read_spec
 from search.spec.resolve import filled_in
 from search.storage.engine import resolve_storage_url
+from search.study.notes import trial_note
 from search.study.results import TrialResult
 from search.study.study import Study
-from search.study.trial_note import trial_note
 from search.worker.assets import load
 from search.worker.cost import measure
 from search.worker.ray_tasks import WorkerConfig, prepare_task

@@ -14,9 +14,9 @@ from search.spec.space import make_sampler, search_space
 from search.storage.ledger import Claim
 from search.study.arms import ROW_SPACE, ArmRow, one_shot_arm
 from search.study.curve import curve_of, enqueue_best, one_shot_pending
+from search.study.notes import trial_note
 from search.study.results import Curve, CurvePoint, TrialResult
 from search.study.study import Study
-from search.study.trial_note import trial_note
 from search.worker.one_shot import CURVE_FILE
 from search.worker.worker import Worker
 from tests.measured import command, fid, finish

@@ -18,15 +18,14 @@ from search.report.overview import overview_of
 from search.storage.ledger import Ledger
 from search.study.arms import ROW_SPACE
 from search.study.artifacts import artifact_store
-from search.study.dashboard_note import save_note
 from search.study.folders import LOSS_PLOT, pictures
 from search.study.markdown import escaped
+from search.study.notes import attach_pictures, save_note, trial_note
 from search.study.plot import draw_losses
 from search.study.results import TrialResult
 from search.study.study import Study
 from search.study.summary import failures, headline
 from search.study.trial_log import TrialLog
-from search.study.trial_note import attach_pictures, trial_note
 from tests.measured import complete, created, open_once, result
 from tests.reported import PLOTS, remarks, reported, shown, spec_of, take
 

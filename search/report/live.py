@@ -13,10 +13,9 @@ from search.report.pages import study_page
 from search.storage.engine import retrying
 from search.storage.ledger import Ledger
 from search.study.artifacts import attached
-from search.study.dashboard_note import save_note
 from search.study.folders import GRID
+from search.study.notes import address, errors_logged, save_note
 from search.study.study import Study
-from search.study.trial_note import address, errors_logged
 
 LEAST_SECONDS = 20.0
 # Between two writings pass at least so many times the seconds that the last one took.

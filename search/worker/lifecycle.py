@@ -19,11 +19,11 @@ from search.log import log_context
 from search.redaction import redact
 from search.storage.ledger import Claim, FailureReason, LeaseRenewal, Ledger
 from search.study.folders import row_folder
+from search.study.notes import attach_pictures, errors_logged
 from search.study.plot import draw_losses
 from search.study.results import TrialResult
 from search.study.retention import drop_checkpoints
 from search.study.trial_log import TrialLog
-from search.study.trial_note import attach_pictures, errors_logged
 from search.worker.disk import disk_error
 from search.worker.result import package_versions
 

@@ -1,27 +1,37 @@
-"""What a finished row shows in the dashboard: its pictures and its note, which is Markdown.
+"""Notes and pictures in optuna-dashboard: what a finished row shows there.
+
+A note is Markdown, stored in pieces among a study's system attributes. The dashboard's own
+functions read all notes of a study to write one, are not atomic, and import scikit-learn (150 MB
+in every worker). Tests read with them what is written here.
 
 Every text from the database is escaped: anyone with write access may have chosen it.
 """
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import sqlalchemy as sa
+from optuna.storages import RDBStorage
+
 from bdense.weights import space_of
 from bdense.weights.space import by_interval
 from search.errors import LeaseLostError, StorageError
-from search.storage.engine import one_line
+from search.storage.engine import exclusive, one_line, retrying
 from search.storage.ledger import Claim, Ledger
+from search.storage.tables import STUDY_SYSTEM_ATTRIBUTES
 from search.study.artifacts import artifact_store, attach
 from search.study.curve import curve_line, curve_rows
-from search.study.dashboard_note import save_note
 from search.study.folders import GRID, pictures
 from search.study.markdown import escaped, fenced, markdown_table, paragraphs
 from search.study.results import TrialResult, sample_command
 from search.study.wording import grid_legend, timings_text
 
 _log = logging.getLogger(__name__)
+
+_PIECE = 2045  # characters, as the dashboard has it
 
 
 def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, str]]) -> str:
@@ -81,6 +91,48 @@ def attach_pictures(ledger: Ledger, claim: Claim, folder: Path, result: TrialRes
         title = f"trial {claim.number}" if arm is None else f"{arm}, seed {claim.params['seed']}"
         note = trial_note(title, result, addresses)
         save_note(ledger.storage, ledger.key, note, trial_id=claim.trial_id)
+
+
+def save_note(
+    storage: RDBStorage, study_id: int, note: str, *, trial_id: int | None = None
+) -> None:
+    """Replace the note (Markdown) of a trial, or of the study, atomically.
+
+    Raises:
+        StorageError: The database stayed away.
+    """
+    of = "dashboard:" if trial_id is None else f"dashboard:{trial_id}:"
+    version_key, mine = f"{of}note_ver", STUDY_SYSTEM_ATTRIBUTES.c.study_id == study_id
+    start = f"{of}note_str:"
+    starts = range(0, len(note), _PIECE)
+    pieces = {f"{start}{i}": note[at : at + _PIECE] for i, at in enumerate(starts)}
+    old = sa.or_(
+        STUDY_SYSTEM_ATTRIBUTES.c.key == version_key,
+        STUDY_SYSTEM_ATTRIBUTES.c.key.startswith(start, autoescape=True),
+    )
+
+    def write() -> None:
+        # The lock keeps two launchers of a study from both inserting the version.
+        with (
+            exclusive(storage.engine, f"texts of study {study_id}"),
+            storage.engine.begin() as connection,
+        ):
+            found = connection.scalar(
+                sa.select(STUDY_SYSTEM_ATTRIBUTES.c.value_json).where(
+                    mine, STUDY_SYSTEM_ATTRIBUTES.c.key == version_key
+                )
+            )
+            stored: dict[str, int | str] = {version_key: json.loads(found or "0") + 1, **pieces}
+            connection.execute(sa.delete(STUDY_SYSTEM_ATTRIBUTES).where(mine, old))
+            connection.execute(
+                sa.insert(STUDY_SYSTEM_ATTRIBUTES),
+                [
+                    {"study_id": study_id, "key": key, "value_json": json.dumps(value)}
+                    for key, value in stored.items()
+                ],
+            )
+
+    retrying(write)
 
 
 def address(ledger: Ledger, trial_id: int, artifact_id: str) -> str:

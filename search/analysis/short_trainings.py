@@ -111,7 +111,7 @@ def plan_short(study: Study) -> bool:
         seen, arms, variants, counts = given.size(), study.arms, study.variants, study.counts()
         rows = [each for each in study.rows() if variants[each[0].variant] == change]
         # Without a trial left, there is nothing to inform.
-        if len(rows) >= plan.short.trainings or counts.started + counts.waiting >= counts.planned:
+        if len(rows) >= plan.short.trainings or counts.total >= counts.planned:
             return False
         whole = _places(spec, study.proposed())
         short = _places(spec, [(arms[row.arm].params, ended) for row, ended in rows])

@@ -56,7 +56,7 @@ def _require_row(ledger: Ledger, number: int) -> None:
     if ledger.state_of(number) is not None:
         return
     counts, there = ledger.counts(), ledger.size()
-    to_come = max(counts.planned - counts.ended - counts.running - counts.waiting, 0)
+    to_come = max(counts.planned - counts.total, 0)
     if 0 <= number < there + to_come:
         return
     more = f", {to_come} more are to come" if to_come else ""

@@ -184,7 +184,7 @@ class Ledger(LedgerReader):
         def add(connection: sa.Connection) -> bool:
             if if_room:
                 counts = self.counts_in(connection, int(self.study.user_attrs["budget"]))
-                if counts.started + counts.waiting >= counts.planned:
+                if counts.total >= counts.planned:
                     return False
             known = self._asked_and_why()
             if any(asked == params and reason not in over for asked, reason in known):

@@ -79,6 +79,11 @@ class Counts:
         return self.ended + self.running
 
     @property
+    def total(self) -> int:
+        """Trials that there are, whatever their state."""
+        return self.started + self.waiting
+
+    @property
     def ended(self) -> int:
         """Trials that will not run again."""
         return self.complete + self.pruned + self.failed

@@ -353,7 +353,7 @@ class Study:
     def has_started(self) -> bool:
         """Whether anything was ever begun; until then its conditions may change."""
         counts = [ledger.counts() for ledger in self.ledgers]
-        return any(each.ended + each.running for each in counts)
+        return any(each.started for each in counts)
 
     def forgive_running(self) -> None:
         """Do not count this attempt of running rows."""

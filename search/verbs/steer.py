@@ -60,7 +60,7 @@ def enqueue(asked: EnqueueOptions, parameters: Knobs) -> None:
         return
     print(f"planned in study {study.name}: {text}, before any other point")
     counts = trials.counts()
-    if (needed := counts.started + counts.waiting) > trials.budget:
+    if (needed := counts.total) > trials.budget:
         print(
             f"plan.trials, {trials.budget}, leaves no room for it; to run it: "
             f"bdense-search launch {study.name} --trials {needed}"

@@ -42,7 +42,7 @@ from search.report.overview import overview_of
 from search.report.pages import study_page
 from search.report.plots import study_plots
 from search.report.report_files import write_report
-from search.spec.file import read_here, require_variants
+from search.spec.file import read_here, read_spec, require_variants
 from search.spec.sections import FRESH_SEEDS, TRANSFERRED
 from search.spec.study import StudySpec
 from search.storage.engine import resolve_storage_url
@@ -241,7 +241,7 @@ class OpenStudy:
             KeyboardInterrupt: As of ``run``.
         """
         _require_counts(candidates=candidates, seeds=seeds, workers=workers)
-        study = self._search()
+        study = unchanged_search(self.record)
         usual = study.spec.confirm
         settings = dict(usual.method if method is None else method)
         require_variants(study.spec, [differing(study.spec, settings)])
@@ -296,7 +296,7 @@ class OpenStudy:
         from search.promotion import Asked, Promotion  # torch
 
         _require_counts(workers=workers)
-        study, other = self._search(), None if to is None else read_here(to, {})
+        study, other = unchanged_search(self.record), None if to is None else read_here(to, {})
         asked = Asked(
             to=other,
             weights=None if weights is None else given_arm(other or study.spec, weights),
@@ -335,7 +335,7 @@ class OpenStudy:
         from search.run.launch import run_rows  # Ray
 
         _require_counts(top=top, seeds=seeds, workers=workers)
-        study = self._search()
+        study = unchanged_search(self.record)
         other = with_known_images(study.url, read_here(to, {}))
         planned = transfer_arms(study, other, top=top, seeds=seeds).store(study.url)
         run_rows(planned, workers)
@@ -453,13 +453,6 @@ class OpenStudy:
         """
         return self.record.main.study
 
-    def _search(self) -> Study:
-        """The search, if its conditions are still those that it ran under."""
-        study = self.record
-        _ = study.search  # refuses given arms
-        study.refuse_other_conditions(study.spec)
-        return study
-
     def _repr_markdown_(self) -> str:
         """The study's page for notebooks, as the dashboard's note has it."""
         return as_markdown(self.name, study_page(overview_of(self.record), ()))
@@ -473,6 +466,24 @@ def _require_counts(**given: int | None) -> None:
 
 
 # What the verbs do, too.
+
+
+def unchanged_search(study: Study, file: Path | None = None) -> Study:
+    """The study, if it is a search whose conditions are still those that it ran under.
+
+    Args:
+        study: The study.
+        file: The study file to compare with; None is the stored spec, as a teacher's file, the
+            data or the engine's numerics may have changed since.
+
+    Raises:
+        NoSearchError: It is a study of given arms.
+        InputError: Another version of bdense launched it.
+        SpecChangedError: The conditions of its file, or of its stored spec, have changed.
+    """
+    _ = study.search  # refuses given arms
+    study.refuse_other_conditions(study.spec if file is None else read_spec(file))
+    return study
 
 
 def is_file(given: str) -> bool:

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from search.api import is_file
+from search.api import is_file, unchanged_search
 from search.errors import SpecError
 from search.run.machine import require_ray_folders, use_gpus
-from search.spec.file import read_spec, read_tree
+from search.spec.file import read_tree
 from search.storage.engine import resolve_storage_url
 from search.study.study import Study
 from search.study.summary import failures, headline
@@ -52,12 +52,8 @@ def open_search(asked: StudyOptions) -> Study:
         InputError: Another version of bdense launched it.
         SpecChangedError: The conditions of its file, or of its stored spec, have changed.
     """
-    study = open_study(asked)
-    _ = study.search  # refuses given arms
-    # Also by name: a teacher's file, the data or the engine's numerics may have changed since.
-    spec = read_spec(Path(asked.study)) if is_file(asked.study) else study.spec
-    study.refuse_other_conditions(spec)
-    return study
+    file = Path(asked.study) if is_file(asked.study) else None
+    return unchanged_search(open_study(asked), file)
 
 
 def show_rows(study: Study) -> None:

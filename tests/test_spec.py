@@ -119,7 +119,12 @@ OF_ANY = [
     (
         {"resources": {"log": ["mlflow:https://me:secret@host/x"]}},
         "resources.log",
-        r"mlflow:https://***@host/x .* MLFLOW_TRACKING_PASSWORD",
+        r"mlflow:https://me:***@host/x .* MLFLOW_TRACKING_PASSWORD",
+    ),
+    (
+        {"resources": {"log": ["mlflow:postgresql://host/x?password=secret"]}},
+        "resources.log",
+        r"mlflow:postgresql://host/x?password=*** .* MLFLOW_TRACKING_URI",
     ),
     ({"precision": "float8"}, "precision", "float16, fast, got 'float8'"),
     ({"precision": "tf32", "resources": {"gpus": 0}}, "precision", "tf32 needs a CUDA device"),

@@ -6,7 +6,6 @@ It fills in the method's defaults, and the facts that others need without torch.
 import contextlib
 import functools
 import importlib.util
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +44,7 @@ from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights import space_of
 from bdense.weights.space import BASELINE, UNIFORM
 from search.errors import SpecError, under
+from search.redaction import redact
 from search.spec.sections import Facts, TeacherTraining
 from search.spec.space import check_plan
 from search.spec.study import StudySpec
@@ -243,7 +243,6 @@ def _with_facts(
     return replace(spec, method=chosen, facts=facts)
 
 
-_URL_PASSWORD = re.compile(r"://[^/@]*:[^@]+@")
 _HIDDEN = (
     "weights by the branches' gradients read the features inside the network, which "
     "resources.compile and precision fast hide; drop one of the two"
@@ -424,11 +423,11 @@ def _check_log(places: Sequence[str]) -> None:
         if name not in TRACKERS:
             known = ", ".join(TRACKERS)
             raise SpecError(f"resources.log: {place!r} names none of {known}, but {name}")
-        if _URL_PASSWORD.search(where):
+        if (shown := redact(where)) != where:
             raise SpecError(
-                f"resources.log: {name}:{_URL_PASSWORD.sub('://***@', where)} has a password, "
-                "which the study would keep; leave it out, and set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD (or all of MLFLOW_TRACKING_URI) for the workers"
+                f"resources.log: {name}:{shown} has a password, which the study would keep; leave "
+                "it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or all of "
+                "MLFLOW_TRACKING_URI) for the workers"
             )
         package = getattr(TRACKERS[name], "package", None)
         if package is not None and importlib.util.find_spec(package) is None:

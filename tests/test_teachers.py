@@ -329,6 +329,26 @@ def test_cached_teachers_keep_their_names(digits, monkeypatch):
     assert name(digits, label_dim=10) != name(bare, label_dim=10)
 
 
+def test_a_study_that_fails_to_train_its_teacher_leaves_the_threads_as_they_were(
+    digits, tmp_path, monkeypatch
+):
+    from search.worker.teachers import load_teacher
+    from tests.rows import SFD, InterruptedRunError
+    from tests.studies import spec
+
+    monkeypatch.setenv("BDENSE_CACHE", str(tmp_path))
+    before, during = torch.get_num_threads(), []
+
+    def report(*_: object) -> None:
+        during.append(torch.get_num_threads())
+        raise InterruptedRunError
+
+    own = spec(SFD, teacher__train__threads=before + 1)
+    with pytest.raises(InterruptedRunError):
+        load_teacher(own, digits, CPU, report)
+    assert (during, torch.get_num_threads()) == ([before + 1], before)
+
+
 # ---- the verb ----
 
 

@@ -70,16 +70,18 @@ def _train_and_cache(
     # The number of threads decides the last bits; trials have their own.
     threads = torch.get_num_threads()
     torch.set_num_threads(training.threads)
-    teacher = train_teacher(
-        dataset,
-        config,
-        device=device,
-        checkpoint=unfinished,
-        on_iteration=lambda done, total, loss: report(
-            Step.TEACHER, done, total, f"loss {loss:.3f}"
-        ),
-    )
-    torch.set_num_threads(threads)
+    try:
+        teacher = train_teacher(
+            dataset,
+            config,
+            device=device,
+            checkpoint=unfinished,
+            on_iteration=lambda done, total, loss: report(
+                Step.TEACHER, done, total, f"loss {loss:.3f}"
+            ),
+        )
+    finally:
+        torch.set_num_threads(threads)
     metadata = {
         "kind": "teacher",
         "data": dataset.name,

@@ -330,7 +330,7 @@ def files(subject: Subject) -> Findings:
         yield Finding("problem", text, restore)
     kept = set(values)
     if subject.ledger is subject.study.trials:
-        kept = best_numbers(values, subject.spec.keep_students)
+        kept = best_numbers(subject.ledger, subject.spec.keep_students)
     named = {number: named_file(students[number]) for number in kept if students.get(number)}
     if lost := sorted(number for number, file in named.items() if not file.is_file()):
         yield Finding("problem", f"{_numbers(lost)} without its student's file", restore)

@@ -499,6 +499,16 @@ def test_clean_deletes_students_beyond_the_best():
     assert (status, "--keep 3: no student" in err, "bdense distill" in err) == (2, True, True)
 
 
+@pytest.mark.parametrize(("maximise", "best"), [(False, 1), (True, 0)])
+def test_the_students_that_stay_are_the_best_in_the_studys_direction(maximise, best):
+    ledger = Ledger.open(resolve_storage_url(None), "digits", budget=3, maximise=maximise)
+    study = SimpleNamespace(search=ledger, name="digits")
+    numbers = [complete(study, value) for value in (3.0, 1.0, 2.0)]
+    assert retention.best_numbers(ledger, 1) == {numbers[best]}
+    retention.clean_students(ledger, 1)
+    assert with_student(study) == [numbers[best]]
+
+
 def test_the_students_of_every_stage_go_with_their_cards():
     study = search(plan__trials=8, keep_students=1)
     best, worse = complete(study, 1.0), complete(study, 2.0)

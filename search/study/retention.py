@@ -8,7 +8,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from bdense.files import UNFINISHED
@@ -49,14 +49,14 @@ def named_students(ledger: Ledger) -> set[int]:
 
 def clean_students(ledger: Ledger, keep: int) -> int:
     """Delete every student of a search that is not to be kept; bytes freed."""
-    name, values = ledger.name, ledger.complete_values()
-    gone = values.keys() - best_numbers(values, keep) - named_students(ledger)
-    return sum(_delete(student_files(row_folder(name, number))) for number in gone)
+    complete = ledger.complete_values().keys()
+    gone = complete - best_numbers(ledger, keep) - named_students(ledger)
+    return sum(_delete(student_files(row_folder(ledger.name, number))) for number in gone)
 
 
-def best_numbers(values: Mapping[int, float], keep: int) -> set[int]:
+def best_numbers(ledger: Ledger, keep: int) -> set[int]:
     """The best ``keep`` trials; each has its student, which a named one may have lost before."""
-    return set(sorted(values, key=lambda number: (values[number], number))[:keep])
+    return set(ledger.ranked_after(0, keep, also=-1))
 
 
 def drop_checkpoints(folder: Path) -> int:

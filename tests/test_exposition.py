@@ -12,7 +12,7 @@ from benchmarks.large_study import fill
 from search.report.dashboard import dashboard_application
 from search.report.prometheus import mount
 from search.spec.space import search_space
-from search.storage.engine import open_reading, open_storage
+from search.storage.engine import open_reading, open_storage, sqlite_file
 from search.storage.ledger import Ledger
 from search.storage.own_study import BASELINES_SUFFIX
 from search.storage.tables import ENDED, OUT_OF_BOUNDS
@@ -193,6 +193,14 @@ def test_a_database_that_is_away_is_said_so_and_no_more(postgres):
         postgres.control("start")
     assert (away[0], away[2]) == (503, "the study database does not answer\n")
     assert get(application)[0] == 200
+
+
+def test_a_sqlite_file_that_is_deleted_is_away_and_is_not_made_anew(sqlite_url):
+    Ledger.open(sqlite_url, "digits", budget=1)
+    application = mount(elsewhere, open_reading(sqlite_url))
+    sqlite_file(sqlite_url).unlink()
+    assert get(application)[0] == 503
+    assert not sqlite_file(sqlite_url).exists()
 
 
 def test_a_scrape_asks_as_often_however_many_trials_there_are(either_url):

@@ -36,7 +36,7 @@ class TestLedgerOnSqlite(LedgerContract):
     @pytest.mark.parametrize("replaced", [False, True])
     def test_a_database_that_is_gone_ends_the_work(self, scene, url, tmp_path, replaced):
         ledger = scene.open(budget=2)
-        claim = take(ledger)
+        claim, reader = take(ledger), Ledger.open_reading(url, ledger.name)
         path = sqlite_file(url)
         path.rename(tmp_path / "away")
         if replaced:
@@ -45,12 +45,13 @@ class TestLedgerOnSqlite(LedgerContract):
             held.report("step 1")
             with pytest.raises(StorageRefusedError, match=str(path)):
                 wait_until(lambda: held.check() is not None)
-        for call in (lambda: ledger.complete(claim, 1.0, {}), ledger.counts):
+        for call in (lambda: ledger.complete(claim, 1.0, {}), ledger.counts, reader.counts):
             with pytest.raises(StorageRefusedError, match=str(path)):
                 call()
         assert path.exists() == replaced
         # A connection of another thread must not make it anew, and empty.
-        ledger.storage.engine.dispose()
-        with pytest.raises(StorageRefusedError, match=str(path)):
-            ledger.counts()
-        assert path.exists() == replaced
+        for each in (ledger, reader):
+            each.storage.engine.dispose()
+            with pytest.raises(StorageRefusedError, match=str(path)):
+                each.counts()
+            assert path.exists() == replaced

@@ -15,6 +15,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 
+from search.errors import StorageError
 from search.spec.metric import FID_METRIC, Metric
 from search.storage.leases import database_clock
 from search.storage.own_study import BASELINES_SUFFIX
@@ -46,7 +47,7 @@ def mount(application: Application, storage: RDBStorage) -> Application:
                 start_response("404 Not Found", [("Content-Type", "text/plain")])
                 return [b"bdense-search launched no study in this database\n"]
             return metrics(environ, start_response)
-        except SQLAlchemyError:
+        except (SQLAlchemyError, StorageError):
             # The driver's message may name hosts and users.
             start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
             return [b"the study database does not answer\n"]

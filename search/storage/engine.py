@@ -294,17 +294,23 @@ def _open_sqlite(make: Callable[..., RDBStorage], path: Path, *, reading: bool) 
     if reading:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}; launch a study first")
-        return make(engine_kwargs=engine)
+        storage = make(engine_kwargs=engine)
+        _watch_file(storage.engine, path, "put it back, and start this command again")
+        return storage
     path.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(Path(f"{path}.lock")):
         # The switch to WAL ignores the busy timeout, so it is done once, under the lock.
         _switch_to_wal(path)
         storage = make(engine_kwargs=engine)
-    _watch_file(storage.engine, path)
+    _watch_file(
+        storage.engine,
+        path,
+        "nothing more can be stored: put it back, or launch the study again",
+    )
     return storage
 
 
-def _watch_file(engine: Engine, path: Path) -> None:
+def _watch_file(engine: Engine, path: Path, way_out: str) -> None:
     """Refuse to go on in a database whose file was deleted or replaced since it was opened."""
 
     def identity() -> tuple[int, int] | None:
@@ -319,8 +325,7 @@ def _watch_file(engine: Engine, path: Path) -> None:
     def check(*_: object) -> None:
         if identity() != opened:
             raise StorageRefusedError(
-                f"the study database {path} was deleted or replaced while it was in use, so that "
-                "nothing more can be stored; put it back, or launch the study again"
+                f"the study database {path} was deleted or replaced while it was in use; {way_out}"
             )
 
     # Before it connects, too: SQLite would make the file anew, and empty.

@@ -59,7 +59,9 @@ DOUBLING = b"a0: &a0 [x]\n" + b"".join(
         (b"", " must be a mapping of keys"),
         (b"!!python/object/apply:os.system [true]", ":1:1: not valid YAML: could not determine"),
         (b"\xff\xfe\x00", " cannot be read: "),
-        (b"[" * 10**4, ": not valid YAML: "),
+        # The place where the reader gave up, not the end of the file.
+        (b"[" * 10**5, ":1:101: not valid YAML: it is nested more than 100"),
+        (b"- " * 10**5, ":1:201: not valid YAML: it is nested more than 100"),
         (DOUBLING, " stands for more than 10000 values"),
         (b"name: x\ndata: 2026-02-30", ":2:7: not valid YAML: '2026-02-30' is not a valid"),
         (b"a: !!bool maybe", ":1:4: not valid YAML: 'maybe' is not a valid"),

@@ -20,6 +20,7 @@ from search.spec.plan import spelt_plan
 from search.spec.study import StudySpec
 
 _MOST_VALUES = 10_000
+_MOST_LEVELS = 100  # a spec has fewer than ten
 _MOST_BITS = 1024  # of a whole number; a float has no more
 _SHOWN = 40  # letters of a value
 
@@ -166,7 +167,23 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which the last would count, and what is no value."""
+    """Refuses a key that is given twice, of which the last would count, and what is no value.
+
+    So too what is nested too deep, at the place where it is: the time to read on grows with the
+    square of the depth.
+    """
+
+    _level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401
+        self._level += 1
+        if self._level > _MOST_LEVELS:
+            problem = f"it is nested more than {_MOST_LEVELS} levels deep"
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, problem, mark)
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401
         try:

@@ -11,7 +11,7 @@ import tempfile
 import urllib.request
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,31 @@ def _once() -> Iterator[None]:
 def cache(tmp_path: Path) -> Path:
     """An empty cache folder."""
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def refusal(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., str]:
+    """The line by which ``bdense`` refuses a command, which leaves nothing behind.
+
+    HERE is a folder, OUT and PICTURE are files to be made, other capitals a fixture's path.
+    """
+    from tests.commands import bdense, refused
+
+    new = {"HERE": tmp_path, "OUT": tmp_path / "x.safetensors", "PICTURE": tmp_path / "x.png"}
+
+    def meant(word: str) -> object:
+        name, slash, rest = word.partition("/")
+        if not name.isupper():
+            return word
+        place = new.get(name) or request.getfixturevalue(name.lower())
+        return f"{place}{slash}{rest}"
+
+    def refusal(words: str, *more: object) -> str:
+        answer = bdense(*map(meant, words.split()), *more)
+        assert list(tmp_path.iterdir()) == []
+        return refused(answer)
+
+    return refusal
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 
 from bdense.metrics.extractors import Extractor, load_extractor
@@ -29,6 +30,14 @@ def random_images(n, channels=3, side=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (n, channels, side, side)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def write_images(folder: Path, images: torch.Tensor) -> Path:
+    """A folder of these [B, 3, H, W] bytes, each as a PNG."""
+    folder.mkdir()
+    for i, pixels in enumerate(images):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    return folder
 
 
 def counting(extractor: Extractor) -> tuple[Extractor, list[int]]:

@@ -9,7 +9,6 @@ from bdense.cli import make_parser
 from bdense.errors import InputError
 from bdense.knob_options import from_options
 from bdense.verbs.weight_options import WeightOptions, chosen_weighting, parameter_options
-from bdense.weights.learned import RULES
 from bdense.weights.log_linear import LogLinearWeights, normalised_weights
 from bdense.weights.weighting import BranchWeighting, LearnedWeights
 from tests.plugins import example_package
@@ -60,11 +59,6 @@ def test_a_space_of_another_package_has_its_options(capsys):
     with pytest.raises(SystemExit, match="0"):
         make_parser(["distill"]).parse_args(["distill", "--help"])
     assert "weight of branch K (end-point)" in " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_every_rule_may_be_asked_for(rule):
-    assert weighting("--learn", rule).describe()["rule"] == rule
 
 
 def test_free_weights_are_set_by_name_for_any_number_of_branches():

@@ -13,7 +13,7 @@ from bdense.metrics.clip_score import load_clip_scorer
 from bdense.metrics.records import Metrics
 from tests import commands
 from tests.clip import tiny_clip
-from tests.features import ColourMeans, scripted
+from tests.features import ColourMeans, random_images, scripted, write_images
 from tests.latent_goldens import LATENT
 
 pytest.importorskip("transformers", reason="needs the diffusers extra")
@@ -36,16 +36,11 @@ def clip(tmp_path_factory) -> Path:
     return folder
 
 
-def images(channels: int = 3) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(2)
-    return torch.randint(256, (5, channels, 16, 16), generator=draw).to(torch.uint8)
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_it_is_the_cosine_of_transformers_own_logits(clip, channels):
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-    scorer, seen = load_clip_scorer(clip, PROMPTS, CPU), images(channels)
+    scorer, seen = load_clip_scorer(clip, PROMPTS, CPU), random_images(5, channels, side=16)
     model = CLIPModel.from_pretrained(clip).eval()
     tokens = CLIPTokenizer.from_pretrained(clip)(
         list(PROMPTS), padding=True, truncation=True, max_length=12, return_tensors="pt"
@@ -88,12 +83,7 @@ def test_the_command_prints_it_beside_the_fid(clip, tmp_path):
     table, means = tmp_path / "captions.csv", tmp_path / "features.pt"
     scripted(ColourMeans(), tmp_path)
     table.write_text("id,text\n7,a red cat\n8,the dog\n")
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    from PIL import Image
-
-    for i, pixels in enumerate(images()):
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(photos / f"{i}.png")
+    photos = write_images(tmp_path / "photos", random_images(5, side=16))
     common = (
         "fid",
         LATENT / "pipeline-a",
@@ -116,7 +106,7 @@ def test_the_command_prints_it_beside_the_fid(clip, tmp_path):
 
 def test_a_record_is_read_back(clip):
     scorer = load_clip_scorer(clip, PROMPTS, CPU)
-    score = scorer.measure(images(), nfe=2, seeds={"evaluation": 0})
+    score = scorer.measure(random_images(5), nfe=2, seeds={"evaluation": 0})
     fid = {"value": 1.0, "reference": "digits"} | {
         name: value
         for name, value in score.as_dict().items()

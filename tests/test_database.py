@@ -93,12 +93,6 @@ def refusal(monkeypatch, tmp_path):
     return of
 
 
-def test_tables_are_made_once_and_say_their_version(url):
-    open_tables(url)
-    open_tables(url)
-    assert version(url) == [SCHEMA]
-
-
 def test_tables_without_a_version_get_one(url):
     """Their maker died before it was stored."""
     ledger, claim = claimed(url)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bdense.diffusion.branches import widen_head
 from bdense.diffusion.conditions import Classes, TensorCondition
-from bdense.diffusion.denoiser import NetworkDenoiser, call_for_states
+from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.epd import EPD, read_table, write_table
 from bdense.diffusion.preconditioning import levels_on
 from bdense.diffusion.sampling import Sampler, samplers_from
@@ -231,19 +231,6 @@ def test_a_table_of_levels_even_in_a_ddpms_times_serves_sfds_teacher(tmp_path):
         method.check(config, small_teacher(), {})
 
 
-def test_conditions_repeat_in_the_order_of_images_and_points():
-    asked = {}
-
-    def call(x, sigma, **given):
-        asked.update(given)
-        return x
-
-    label = torch.eye(3)[:2]
-    call_for_states(call, {"class_labels": label, "num_points": 4}, torch.zeros(6, 1, 2, 2), ONE)
-    assert torch.equal(asked["class_labels"], label[[0, 0, 0, 1, 1, 1]])
-    assert asked["num_points"] == 4
-
-
 def test_an_image_of_a_class_does_not_depend_on_its_batch():
     """Each point of an image sees that image's class."""
     denoiser, sampler = tiny_denoiser(label_dim=4).eval(), read_rows(steps=2)
@@ -272,21 +259,6 @@ def write_rows(folder: Path, sampler: Sampler) -> str:
     path = folder / "table.json"
     write_table(path, sampler, {"guidance": 1.0})
     return str(path)
-
-
-def test_a_table_is_read_as_it_was_written(tmp_path):
-    sampler = read_rows(3, sigma_min=0.01)
-    assert read_table(write_rows(tmp_path, sampler)) == sampler
-    assert (sampler.nfe, sampler.sequential_nfe) == (8, 5)
-
-
-def test_a_table_learned_at_another_guidance_is_warned_about(tmp_path, caplog):
-    path = tmp_path / "table.json"
-    write_table(path, read_rows(3), {"guidance": 7.5})
-    assert read_table(path).guidance == read_table(path, guidance=7.5).guidance == 7.5
-    assert not caplog.records
-    read_table(path, guidance=1.0)
-    assert "learned at guidance 7.5, and is used at 1" in caplog.text
 
 
 @pytest.mark.parametrize(

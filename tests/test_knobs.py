@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Literal
 import pytest
 
 from bdense.errors import InputError
-from bdense.knob_options import add_options, from_options, options_of, reference
-from bdense.knobs import KnobError, Knobs, KnobsError, knob, knobs_of
+from bdense.knob_options import add_options, from_options, options_of
+from bdense.knobs import KnobError, Knobs, KnobsError, knob
 from bdense.registry import Registry
 from tests.goldens import ROOT
+from tests.plugins import install
 from tests.study_reference import page
 
 STUDY = ROOT / "docs/study.md"
@@ -141,12 +142,6 @@ def test_all_that_is_wrong_is_told_also_by_another_process():
     assert str(told) == str(caught.value) == "\n".join(map(str, told.errors))
 
 
-def test_an_error_survives_another_process():
-    error = pickle.loads(pickle.dumps(KnobError("lr", "must be above 0")))  # noqa: S301
-    assert (str(error), error.name) == ("lr must be above 0", "lr")
-    assert isinstance(error, InputError)
-
-
 # ---- files ----
 
 
@@ -242,43 +237,12 @@ def test_a_home_is_found_behind_an_equals_sign(monkeypatch, tmp_path):
     assert built("--prompt", "~/ by the sea").prompt == "~/ by the sea"
 
 
-def test_help_has_range_default_and_heading(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    parser = argparse.ArgumentParser()
-    add_options(parser, Config)
-    text = " ".join(parser.format_help().split())
-    assert "training: --lr X step size (default: 0.001) model: --steps K how | many" in text
-    assert "--share X 50% of it (default: 0.5)" in text
-    assert "--optimizer {adam,sgd} optimiser (default: adam)" in text
-    assert "--clip X largest norm (default: no limit)" in text
-    assert "--sides N [N ...] sides (default: none)" in text
-    assert "--betas X [X ...] Adam's (default: 0.9 0.999)" in text
-    assert "--afs, --no-afs first step for nothing (default: true)" in text
-    assert "--flip, --no-flip mirror half of the images " in text
-    assert "sampling: --levels {polynomial,logsnr} spacing (default: polynomial)" in text
-    assert "--rho X exponent (default: 5)" in text
-    assert "--network" not in text
-
-
 def test_a_knob_without_an_option_is_given_by_the_caller():
     options, network = parsed("--steps", 4), {"depth": 2}
     assert from_options(Config, options, network=network) == Config(steps=4, network=network)
 
 
 # ---- documentation ----
-
-
-def test_the_reference_is_a_row_for_each_knob():
-    head, rule, *rows = reference(Config).splitlines()
-    assert head == "| knob | values | default | what it does |"
-    assert rule == "| --- | --- | --- | --- |"
-    assert rows[0] == "| `lr` | a number above 0 | 0.001 | step size |"
-    assert rows[1] == "| `steps` | a whole number from 1 to 9 | must be given | how \\| many |"
-    assert "| `clip` | a number above 0, or none | no limit | largest norm |" in rows
-    assert "| `levels.rho` | a number above 0 | 5 | exponent |" in rows
-    assert "| `afs` | true or false | true | first step for nothing |" in rows
-    single = len(knobs_of(Config)) - 1 + len(knobs_of(Levels))
-    assert len(rows) == single
 
 
 # ---- the reference page of the study file ----
@@ -315,12 +279,8 @@ def test_an_unknown_name_lists_those_there_are():
 def added(tmp_path, monkeypatch):
     """A package that brings two shapes, one of which cannot be imported."""
     (tmp_path / "shapes_of_others.py").write_text("class Circle: ...\n")
-    info = tmp_path / "shapes_of_others-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shapes-of-others\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[bdense.shapes]\ncircle = shapes_of_others:Circle\nsquare = shapes_of_others:Square\n"
-    )
+    members = "circle = shapes_of_others:Circle\nsquare = shapes_of_others:Square\n"
+    install(tmp_path, "shapes-of-others", f"[bdense.shapes]\n{members}")
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
 

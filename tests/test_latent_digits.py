@@ -4,6 +4,7 @@ import io
 import itertools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +64,7 @@ def cache(tmp_path_factory) -> Path:
 def folder(cache, monkeypatch, tmp_path) -> Path:
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("BDENSE_CACHE", str(cache))
+    resolve_here(monkeypatch)
     return latent_digits(cache)  # would take minutes if it were made again
 
 
@@ -104,9 +106,8 @@ def test_each_prompt_is_another_condition(folder):
     assert not torch.equal(one, other)
 
 
-def test_its_study_trains_and_judges_under_prompts(folder, cache, tmp_path, monkeypatch):
+def test_its_study_trains_and_judges_under_prompts(folder, cache, tmp_path):
     assert folder.is_dir()
-    resolve_here(monkeypatch)
     study = read_spec(STUDY, CHANGES)
     assets = load(study, CPU)
     assets.store(0).record()  # walks under the prompts, at the teacher's guidance
@@ -125,8 +126,7 @@ def test_its_study_trains_and_judges_under_prompts(folder, cache, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_its_rows_go_by_guidance_and_by_prompts_of_their_own(folder, tmp_path, monkeypatch):
-    resolve_here(monkeypatch)
+def test_its_rows_go_by_guidance_and_by_prompts_of_their_own(folder, tmp_path):
     live = CHANGES | {"trajectories": {"mode": "live"}}
     study = read_spec(STUDY, live)
     result = run(load(study, CPU), tmp_path / "row", task())
@@ -156,9 +156,8 @@ def test_its_rows_go_by_guidance_and_by_prompts_of_their_own(folder, tmp_path, m
 
 
 @pytest.mark.slow
-def test_its_study_trains_adapters(folder, tmp_path, monkeypatch):
+def test_its_study_trains_adapters(folder, tmp_path):
     pytest.importorskip("peft", reason="needs the lora extra")
-    resolve_here(monkeypatch)
     method = CHANGES["method"] | {"lora_rank": 2}
     study = read_spec(STUDY, CHANGES | {"method": method, "trajectories": {"mode": "live"}})
     assert study.fingerprint() != read_spec(STUDY, CHANGES).fingerprint()
@@ -172,8 +171,7 @@ def test_its_study_trains_adapters(folder, tmp_path, monkeypatch):
     }
 
 
-def test_a_study_needs_the_whole_pipeline(folder, tmp_path, monkeypatch):
-    resolve_here(monkeypatch)
+def test_a_study_needs_the_whole_pipeline(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "whole")
     given = CHANGES | {"teacher": {"recipe": None, "checkpoint": str(tmp_path / "whole")}}
     assert read_spec(STUDY, given).resolved.num_branches == 4
@@ -187,11 +185,8 @@ def test_a_study_needs_the_whole_pipeline(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["sfd", "epd"])
-def test_the_first_step_of_latents_is_analytical_where_it_is_asked_for(
-    folder, monkeypatch, method
-):
+def test_the_first_step_of_latents_is_analytical_where_it_is_asked_for(folder, method):
     assert folder.is_dir()
-    resolve_here(monkeypatch)
     tree = yaml.safe_load(STUDY.read_text())
     tree |= {"prompts": str(STUDY.with_suffix(".txt")), "method": {"name": method}}
     tree |= {"plan": {"arms": ["plain"], "seeds": [0]}}
@@ -205,14 +200,17 @@ def test_the_first_step_of_latents_is_analytical_where_it_is_asked_for(
     assert filled_in(asked).fingerprint() == asked.fingerprint()
 
 
-def test_methods_of_images_learn_its_latents_under_their_prompts(folder, tmp_path, monkeypatch):
-    assert folder.is_dir()
-    resolve_here(monkeypatch)
+def progressive(**knobs: object) -> dict[str, Any]:
+    """The study, made short, by another method."""
     tree = yaml.safe_load(STUDY.read_text())
     tree |= {name: tree[name] | CHANGES[name] for name in ("evaluation", "plan")}
-    tree["prompts"] = str(STUDY.with_suffix(".txt"))
-    tree["method"] = {"name": "progressive", "steps": 4, "until": 2, "updates": 2, "batch": 32}
-    tree["method"]["guidance_teacher"] = 1.5
+    short = {"name": "progressive", "steps": 4, "until": 2, "updates": 2, "batch": 32}
+    return tree | {"prompts": str(STUDY.with_suffix(".txt")), "method": short | knobs}
+
+
+def test_methods_of_images_learn_its_latents_under_their_prompts(folder, tmp_path):
+    assert folder.is_dir()
+    tree = progressive(guidance_teacher=1.5)
     assets = load(spec(tree), CPU)
     assert assets.dataset.shape == (4, 4, 4)
     assert assets.teacher_fid.nfe == 8  # 4 guided steps
@@ -227,15 +225,10 @@ def test_methods_of_images_learn_its_latents_under_their_prompts(folder, tmp_pat
         spec(tree)
 
 
-def test_a_launch_shows_each_step_of_the_preparations(folder, cache, tmp_path, monkeypatch):
+def test_a_launch_shows_each_step_of_the_preparations(folder, cache, tmp_path):
     assert folder.is_dir()
-    resolve_here(monkeypatch)
-    tree = yaml.safe_load(STUDY.read_text())
-    tree |= {name: tree[name] | CHANGES[name] for name in ("evaluation", "plan")}
-    tree |= {"prompts": str(STUDY.with_suffix(".txt")), "resources": {"gpus": 0}}
-    tree["method"] = {"name": "progressive", "steps": 4, "until": 2, "updates": 2, "batch": 32}
     url = resolve_storage_url(f"sqlite:///{tmp_path}/study.db")
-    Study.create(url, spec(tree))
+    Study.create(url, spec(progressive() | {"resources": {"gpus": 0}}))
     shutil.copytree(cache, tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache/latents", ignore_errors=True)
     worker = WorkerConfig(
@@ -253,9 +246,8 @@ def test_a_launch_shows_each_step_of_the_preparations(folder, cache, tmp_path, m
 
 
 @pytest.mark.slow
-def test_its_study_says_what_it_costs(folder, monkeypatch):
+def test_its_study_says_what_it_costs(folder):
     assert folder.is_dir()
-    resolve_here(monkeypatch)
     cost = measure(read_spec(STUDY, CHANGES))
     assert cost is not None
     assert cost.recording_seconds > 0

@@ -3,10 +3,8 @@
 import copy
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import bdense
 from bdense.data.datasets import Dataset, to_float
@@ -27,6 +25,7 @@ from bdense.training.loop import train
 from bdense.weights.weighting import FixedWeights
 from tests import commands
 from tests.contracts.methods import ALL, ONE
+from tests.features import random_images, write_images
 from tests.goldens import tensors
 from tests.latent_goldens import LATENT
 from tests.small import same_weights
@@ -304,12 +303,8 @@ def test_a_student_is_distilled_further_as_it_draws():
 @pytest.mark.parametrize("method", ["progressive", "consistency"])
 def test_the_command_learns_from_captioned_images(tmp_path, method):
     pytest.importorskip("transformers", reason="needs the diffusers extra")
-    folder, photos, file = LATENT / "pipeline-a", tmp_path / "photos", tmp_path / "p.txt"
-    photos.mkdir()
-    draw = np.random.default_rng(0)
-    for i in range(3):
-        pixels = draw.integers(256, size=(16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(photos / f"{i}.png")
+    folder, file = LATENT / "pipeline-a", tmp_path / "p.txt"
+    photos = write_images(tmp_path / "photos", random_images(3, side=16))
     file.write_text("a red cat\nthe dog\na dog\n")
     small = {
         "progressive": ("--steps", 4, "--until", 2, "--updates", 2),
@@ -346,8 +341,8 @@ def test_what_does_not_fit_is_refused_before_images_are_encoded(tmp_path):
     assert "data digits has images of 1 x 8 x 8, and the teacher is a network for 3 x 16 x 16" in (
         shapes
     )
-    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "a.png")
-    untold = ("distill", LATENT / "pipeline-a", *common, "--data", f"folder:{tmp_path}")
+    photos = write_images(tmp_path / "photos", random_images(1, side=16))
+    untold = ("distill", LATENT / "pipeline-a", *common, "--data", f"folder:{photos}")
     line = commands.refused(commands.bdense(*untold, "--out", tmp_path / "out", *cache))
     assert "conditioned on text; give prompts" in line
     assert not (tmp_path / "cache").exists()

@@ -22,7 +22,7 @@ from search.spec.file import read_here
 from search.worker.teachers import load_teacher
 from search.worker.trainer import Step
 from tests import commands
-from tests.features import ColourMeans, scripted
+from tests.features import ColourMeans, random_images, scripted, write_images
 from tests.latent_goldens import LATENT
 
 pytest.importorskip("diffusers", reason="needs the diffusers extra")
@@ -254,12 +254,11 @@ def test_a_student_knows_its_guidance_and_what_it_costs(tmp_path, teacher, stude
 def test_a_student_of_latents_is_measured_by_its_decoded_images(tmp_path):
     """The same FID from ``distill``, from ``fid``, and from the images by hand."""
     folder, out = LATENT / "pipeline-a", tmp_path / "s.safetensors"
-    prompts, images = tmp_path / "p.txt", tmp_path / "images"
+    prompts, images = (
+        tmp_path / "p.txt",
+        write_images(tmp_path / "images", random_images(12, side=16)),
+    )
     prompts.write_text("a red cat\nthe dog\n")
-    images.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
-    for i, each in enumerate(pixels):
-        Image.fromarray(each).save(images / f"{i}.png")
     extractor = scripted(ColourMeans(), tmp_path)
     judge = (
         "--extractor", f"torchscript:{tmp_path / 'features.pt'}", "--images", 12,

@@ -326,29 +326,34 @@ class TrainingContract:
             axis = value.shape.index(stage.batch_size)
             assert torch.equal(torch.cat([part[name] for part in parts], axis), value)
 
-    def test_two_devices_equal_one_to_rounding(self):
-        """Outputs, not weights: Adam makes steps of rounding noise where a gradient cancels."""
+    def assert_equal_to_rounding(
+        self, weighting: Callable[[int], BranchWeighting], *ways: tuple[Training, Any]
+    ) -> None:
+        """Two trainings, each a stage and its devices.
+
+        Outputs, not weights: Adam makes steps of rounding noise where a gradient cancels.
+        """
         reports: list[list[Any]] = [[], []]
-        students = []
-        for devices, report in zip((None, TWO_CPUS), reports, strict=True):
-            stage = self.learning(dropout=False, lr=self.rate)
-            students.append(
-                train(
-                    stage,
-                    self.weighting(stage),
-                    devices=devices,
-                    on_iteration=report.append,
-                )
-            )
-        for alone, shared in zip(*reports, strict=True):
+        found = []
+        for (stage, devices), report in zip(ways, reports, strict=True):
+            weights = weighting(stage.num_branches)
+            student = train(stage, weights, devices=devices, on_iteration=report.append)
+            found.append(self.outputs(student))
+        for one, other in zip(*reports, strict=True):
             torch.testing.assert_close(
-                alone.branch_losses, shared.branch_losses, rtol=1e-4, atol=1e-6
+                one.branch_losses, other.branch_losses, rtol=1e-4, atol=1e-6
             )
-            assert shared.loss == pytest.approx(alone.loss, rel=1e-4)
-            assert shared.gradient_norm == pytest.approx(alone.gradient_norm, rel=1e-3)
-        alone, shared = map(self.outputs, students)
+            torch.testing.assert_close(one.weights, other.weights, rtol=1e-3, atol=1e-5)
+            assert other.loss == pytest.approx(one.loss, rel=1e-4)
+            assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-3)
         start = self.outputs(widen_head(stage.start, stage.num_branches))
-        assert (alone - shared).abs().max() < 1e-2 * (alone - start).abs().max()
+        assert (found[0] - found[1]).abs().max() < 1e-2 * (found[0] - start).abs().max()
+
+    def test_two_devices_equal_one_to_rounding(self):
+        stages = [self.learning(dropout=False, lr=self.rate) for _ in range(2)]
+        self.assert_equal_to_rounding(
+            self.weightings()["fixed"], *zip(stages, (None, TWO_CPUS), strict=True)
+        )
 
     def test_a_checkpoint_of_another_run_is_refused(self, tmp_path):
         path = tmp_path / "checkpoint.safetensors"
@@ -594,24 +599,14 @@ class MethodContract(TrainingContract):
         """As between devices; a rule that learns sees the whole batch, too."""
         if name not in self.weightings():
             pytest.skip(f"{self.method.name} has no branches to weigh")
-        reports: list[list[Any]] = [[], []]
-        students = []
-        share = 1 if devices is None else 2
-        for parts, report in zip((1, 2), reports, strict=True):
-            stage = self.learning(dropout=False, lr=self.rate, accumulate=parts, batch=4 * share)
-            weights = self.weightings()[name](stage.num_branches)
-            sharing = devices if parts > 1 else None
-            students.append(train(stage, weights, devices=sharing, on_iteration=report.append))
-        for whole, summed in zip(*reports, strict=True):
-            torch.testing.assert_close(
-                whole.branch_losses, summed.branch_losses, rtol=1e-4, atol=1e-6
-            )
-            torch.testing.assert_close(whole.weights, summed.weights, rtol=1e-3, atol=1e-5)
-            assert summed.loss == pytest.approx(whole.loss, rel=1e-4)
-            assert summed.gradient_norm == pytest.approx(whole.gradient_norm, rel=1e-3)
-        whole, summed = map(self.outputs, students)
-        start = self.outputs(widen_head(stage.start, stage.num_branches))
-        assert (whole - summed).abs().max() < 1e-2 * (whole - start).abs().max()
+        batch = 4 if devices is None else 8
+        stages = [
+            self.learning(dropout=False, lr=self.rate, accumulate=parts, batch=batch)
+            for parts in (1, 2)
+        ]
+        self.assert_equal_to_rounding(
+            self.weightings()[name], *zip(stages, (None, devices), strict=True)
+        )
 
     def test_a_batch_that_has_no_such_parts_is_refused(self):
         with pytest.raises(InputError, match="accumulate 3 parts cannot share batch=4"):

@@ -113,32 +113,26 @@ def test_a_disk_that_does_not_answer_is_not_a_broken_file(path, monkeypatch):
     assert (caught.value.errno, caught.value.filename) == (errno.ESTALE, str(path))
 
 
-def test_a_foreign_safetensors_file_is_named(path):
-    path.parent.mkdir()
-    save_file({"weight": torch.zeros(2)}, path, metadata={"maker": "someone", "date": "today"})
-    with pytest.raises(CheckpointError, match=r"did not write it \(header keys: \['date', 'make"):
-        load_denoiser(path)
-    save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match=r"header keys: \[\]"):
-        load_denoiser(path)
-
-
 @pytest.mark.parametrize(
     ("header", "told"),
     [
-        ('{"format": 2}', "has format 2"),
-        ("{}", "has format None"),
-        ("not JSON", "damaged"),
-        ("[1]", "damaged"),
-        ("[" * 10**5, "nested too deeply"),
+        (None, r"header keys: \[\]"),
+        ({"maker": "someone", "date": "today"}, r"header keys: \['date', 'make"),
+        ({"bdense": '{"format": 2}'}, "has format 2"),
+        ({"bdense": "{}"}, "has format None"),
+        ({"bdense": "not JSON"}, "damaged"),
+        ({"bdense": "[1]"}, "damaged"),
+        ({"bdense": "[" * 10**5}, "nested too deeply"),
+        # Far more than its model needs.
+        ({"bdense": "[],".join(["["] + [""] * 2**21)}, "more than 4194304 letters"),
     ],
-    ids=lambda text: text[:13],
+    ids=range(8),
 )
 def test_a_header_that_is_not_of_this_version_is_refused(path, header, told):
     path.parent.mkdir()
-    save_file({"weight": torch.zeros(2)}, path, metadata={"bdense": header})
+    save_file({"weight": torch.zeros(2)}, path, metadata=header)
     with pytest.raises(CheckpointError, match=told):
-        load_tensors(path)
+        load_denoiser(path)
 
 
 def test_a_file_of_ours_without_a_denoiser_is_named(path):
@@ -197,13 +191,6 @@ def test_headers_damaged_at_random_are_read_or_refused(path):
         save_file(teacher.state_dict(), path, metadata={"bdense": text})
         with read_or_refused(seed):
             load_denoiser(path)
-
-
-def test_a_header_of_far_more_than_its_model_needs_is_refused(path):
-    path.parent.mkdir()
-    save_file({"w": torch.zeros(2)}, path, metadata={"bdense": "[],".join(["["] + [""] * 2**21)})
-    with pytest.raises(CheckpointError, match="more than 4194304 letters"):
-        load_denoiser(path)
 
 
 def test_weights_of_another_architecture_are_named(path):

@@ -90,7 +90,9 @@ def test_a_student_for_several_nfe_draws_with_the_one_asked_for(variable, folder
         assert (sampler.nfe, sampler.num_points) == (nfe, nfe + 2)
         images = draw_images(student, sampler, 2, seed=0)[:, 0]
         assert torch.equal(drawn(picture, variable, "--nfe", nfe), images)
-    assert torch.equal(drawn(picture, variable), drawn(picture, variable, "--nfe", 2))
+    usual = drawn(picture, variable)
+    assert torch.equal(usual, drawn(picture, variable, "--nfe", 2))
+    assert not torch.equal(usual, drawn(picture, variable, "--precision", "bfloat16"))
 
 
 def test_the_usual_length_depends_on_what_is_made():

@@ -82,16 +82,21 @@ def test_the_labels_have_a_hash_of_their_own():
     assert tiny().labels_sha256 == ""
 
 
-@pytest.mark.parametrize("images", [torch.zeros(2, 1, 8, 8), torch.zeros(2, 8, 8).byte()])
-def test_images_are_bytes_with_channels(images):
-    with pytest.raises(ShapeError, match=r"give uint8 \[n, C, H, W\]"):
-        Dataset("tiny", images, "0")
+BYTES = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+NO_LABELS = (torch.tensor([1, 2]), torch.ones(3), torch.ones(3, 1).long())
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([1, 2]), torch.ones(3), torch.ones(3, 1).long()])
-def test_labels_are_whole_numbers_one_for_each_image(labels):
-    with pytest.raises(ShapeError, match=r"'tiny' has 3 images and labels of .* give one int64"):
-        tiny(labels)
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.zeros(3, 1, 2, 2), None, r"give uint8 \[n, C, H, W\]"),
+        (BYTES[:, 0], None, r"give uint8 \[n, C, H, W\]"),
+        *((BYTES, wrong, "3 images and labels of .* give one int64") for wrong in NO_LABELS),
+    ],
+)
+def test_images_are_bytes_and_labels_a_whole_number_for_each(images, labels, message):
+    with pytest.raises(ShapeError, match=message):
+        Dataset("tiny", images, "0", labels)
 
 
 # ---- padding ----

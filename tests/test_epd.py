@@ -261,29 +261,27 @@ def write_rows(folder: Path, sampler: Sampler) -> str:
     return str(path)
 
 
+OTHER_SOLVER = {"sampler": Sampler(num_intervals=2, afs=True).describe()}
+OTHER_GRID = {"sampler": read_rows(3).describe() | {"num_intervals": 4}}
+OTHER_ROWS = {"sampler": read_rows(3).describe() | {"w": [[0.5], [0.5], [0.5]]}}
+
+
 @pytest.mark.parametrize(
-    "text",
-    ["", "[]", "{}", "[" * 100_000, '{"sampler": {"solver": "epd"}}', '{"sampler": 3}', None],
+    ("text", "message"),
+    [
+        *((text, "") for text in ("", "[]", "{}", "[" * 100_000, '{"sampler": 3}', None)),
+        ('{"sampler": {"solver": "epd"}}', ""),
+        (json.dumps(OTHER_SOLVER), "not of epd"),
+        (json.dumps(OTHER_GRID), "is for 3 intervals, and the grid has 4"),
+        (json.dumps(OTHER_ROWS), "w must have a row for each step"),
+    ],
+    ids=range(10),
 )
-def test_a_file_that_is_no_table_is_refused_by_its_name(tmp_path, text):
+def test_a_file_that_is_no_table_is_refused_by_its_name(tmp_path, text, message):
     path = tmp_path / "table.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(InputError, match=re.escape(str(path))):
-        read_table(path)
-
-
-def test_a_table_of_another_solver_or_with_other_rows_is_refused(tmp_path):
-    path = tmp_path / "table.json"
-    path.write_text(json.dumps({"sampler": Sampler(num_intervals=2, afs=True).describe()}))
-    with pytest.raises(InputError, match="not of epd"):
-        read_table(path)
-    described = read_rows(3).describe()
-    path.write_text(json.dumps({"sampler": described | {"num_intervals": 4}}))
-    with pytest.raises(InputError, match="is for 3 intervals, and the grid has 4"):
-        read_table(path)
-    path.write_text(json.dumps({"sampler": described | {"w": [[0.5], [0.5], [0.5]]}}))
-    with pytest.raises(InputError, match="w must have a row for each step"):
+    with pytest.raises(InputError, match=f"{re.escape(str(path))}.*{message}"):
         read_table(path)
 
 

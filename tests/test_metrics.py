@@ -1,9 +1,7 @@
 """FID, KID, precision and recall: their formulas, one pass, and the conditions they carry."""
 
 import json
-import os
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +10,7 @@ from safetensors.torch import load_file
 
 from bdense.data.datasets import Dataset, load_dataset, to_float
 from bdense.diffusion.pictures import to_uint8
-from bdense.errors import BdenseError, InputError, NonFiniteError, ShapeError
-from bdense.metrics.extractors import load_extractor
+from bdense.errors import InputError, NonFiniteError, ShapeError
 from bdense.metrics.metrics import (
     FID,
     KID,
@@ -39,12 +36,10 @@ from bdense.metrics.references import (
     summed_statistics,
 )
 from tests.features import CPU, ColourMeans, counting, random_images, scripted
-from tests.goldens import ROOT, discover
+from tests.goldens import discover
 
 # Deprecated, but users have such files.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")
-
-DATA = Path(os.environ.get("BDENSE_DATA", ROOT / "../shared/data"))
 
 
 def gaussian(mu, sigma, count=100):
@@ -53,10 +48,6 @@ def gaussian(mu, sigma, count=100):
 
 def normal(n, d, seed, shift=0.0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + shift
-
-
-def column(*values):
-    return torch.tensor(values).view(-1, 1)
 
 
 # ---- the Frechet distance ----
@@ -112,15 +103,6 @@ def test_sums_on_a_device_are_numpy_s(offset):
     np.testing.assert_allclose(effects, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_effects_follow_the_reference_that_they_are_asked_for():
-    """Its root is kept; another reference has another."""
-    features = normal(40, 3, 0)
-    own, one, other = (statistics_of(normal(60, 3, seed)) for seed in (1, 2, 3))
-    first, second = (image_effects(features, own, each) for each in (one, other))
-    assert np.array_equal(image_effects(features, own, one), first)
-    assert not np.allclose(first, second)
-
-
 def test_the_noise_of_a_distance_is_its_spread_over_draws():
     """Against 200 sets drawn anew; and a difference of two paired sets has much less of it."""
     reference = statistics_of(normal(2000, 8, 0))
@@ -151,8 +133,6 @@ def test_gaussians_with_commuting_covariances():
     b = gaussian([0.0, 2.0, 0.0], basis @ np.diag(q) @ basis.T)
     expected = 9.0 + 1.0 + 0.25 + 1.0
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
-    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-12)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("counts", [(50, 50), (50, 80), (None, 50)])
@@ -198,16 +178,6 @@ def mmd2(x, y):
     return same - 2 * sum(k(a, b) for a in x for b in y) / (m * m)
 
 
-def test_kid_of_whole_sets_is_the_formula():
-    """A subset of all images is always the whole set."""
-    x, y = normal(12, 5, 0), normal(12, 5, 1, shift=0.5)
-    drawn = {"subsets": 3, "subset_size": 12, "seed": 0}
-    mean, std = kernel_distance(x, y, **drawn)
-    assert mean == pytest.approx(mmd2(x.double(), y.double()), rel=1e-12)
-    assert std == pytest.approx(0, abs=1e-12)
-    assert kernel_distance(y, x, **drawn)[0] == pytest.approx(mean, rel=1e-12)
-
-
 def test_kid_of_subsets_is_their_mean_and_deviation():
     x, y = normal(20, 3, 2), normal(30, 3, 3, shift=1.0)
     drawn = {"subsets": 7, "subset_size": 6}
@@ -217,7 +187,7 @@ def test_kid_of_subsets_is_their_mean_and_deviation():
         i, j = (draw.choice(n, 6, replace=False) for n in (20, 30))
         values.append(mmd2(x[i].double(), y[j].double()))
     found = kernel_distance(x, y, **drawn, seed=11)
-    assert found == pytest.approx((np.mean(values), np.std(values)))
+    assert found == pytest.approx((np.mean(values), np.std(values)), rel=1e-11)
     assert kernel_distance(x, y, **drawn, seed=12) != found
 
 
@@ -274,38 +244,6 @@ def test_pixels_that_are_not_finite_are_counted(value):
     images[1, 0, 0, :] = value
     with pytest.raises(NonFiniteError, match="2 of 8 pixel values"):
         to_uint8(images)
-    assert issubclass(NonFiniteError, BdenseError)
-
-
-# ---- real networks ----
-
-
-@pytest.mark.parametrize(
-    ("name", "dim"),
-    [
-        ("resnet56-cifar10-64d.torchscript.pt", 64),
-        ("mobilenetv2-imagenet-1280d.torchscript.pt", 1280),
-    ],
-)
-def test_real_feature_networks(name, dim, cache):
-    path = DATA / "features" / name
-    if not path.exists():
-        pytest.skip(f"{path} is absent (BDENSE_DATA)")
-    extractor = load_extractor(f"torchscript:{path}", cache=cache, device=CPU)
-    real = Dataset("noise", random_images(12, side=32), "a" * 64)
-    found = measure_images(
-        real.images.flip(0),
-        extractor,
-        dataset_reference(real, extractor, cache=cache, with_features=True),
-        metrics=("fid", "kid", "prc"),
-        settings=MetricSettings(kid_subset_size=12, neighbours=1),
-        nfe=1,
-        seeds={},
-    )
-    assert extractor.dim == dim
-    # The same images in another order.
-    assert found.fid.value == pytest.approx(0, abs=1e-2)
-    assert (found.prc.precision, found.prc.recall) == (1, 1)
 
 
 # ---- one pass ----

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bdense.diffusion.branches import export_branch, widen_head
 from bdense.errors import InputError, ShapeError
 from bdense.networks.dhariwal_unet import DhariwalUNet, DhariwalUNetConfig
 from bdense.networks.diffusers_unet import DiffusersTextUNet, DiffusersUNet
@@ -203,32 +202,6 @@ class TestPatchNetwork(NetworkContract):
             return PatchNetwork(
                 img_channels=2, img_resolution=8, label_dim=3, order=request.param
             ).eval()
-
-
-# ---- branches ----
-
-
-def test_the_branches_of_a_patch_head_interleave():
-    """Rows (p, p, C) become (p, p, K C): row k C + c of each pixel of a patch is branch k's."""
-    network = PatchNetwork(img_channels=2, img_resolution=8)
-    wide = network.widen(3).head.bias.view(4, 3, 2)
-    assert torch.equal(wide, network.head.bias.view(4, 1, 2).expand(4, 3, 2))
-
-
-def test_branches_of_a_skip_decoder_share_the_lower_levels():
-    """Biases alone: branch k is its own group of the head plus the same lower image."""
-    student = widen_head(tiny_denoiser(decoder_type="skip"), 3)
-    with torch.no_grad():
-        for conv in (student.model.dec["4x4_aux_conv"], student.model.dec["8x8_aux_conv"]):
-            conv.weight.zero_()
-        student.model.dec["4x4_aux_conv"].bias.copy_(torch.tensor([10.0, 20.0]))
-        student.model.dec["8x8_aux_conv"].bias.copy_(torch.arange(6.0))
-    out = student.model(image(), torch.zeros(3))
-    assert out[0, :, 0, 0].tolist() == [10.0, 21.0, 12.0, 23.0, 14.0, 25.0]
-    assert export_branch(student, 2).model(image(), torch.zeros(3))[0, :, 3, 3].tolist() == [
-        12,
-        23,
-    ]
 
 
 # ---- labels ----

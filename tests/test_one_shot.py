@@ -18,7 +18,6 @@ from bdense.methods.method import Inputs
 from bdense.methods.one_shot import Coordinates, OneShot, OneShotDenoiser, OneShotStage
 from bdense.training.loop import train
 from bdense.weights.free import FreeSpace, PerIntervalSpace
-from bdense.weights.learned import LearnedSpace
 from bdense.weights.log_linear import LogLinearSpace, NormalisedSpace
 from bdense.weights.space import Range, WeightSpace
 from bdense.weights.weighting import FixedWeights
@@ -122,13 +121,6 @@ def test_weights_of_each_image_are_the_space_s_own_with_sum_k(space):
         assert space.coordinates(space.at(point)) == tuple(point)
         assert torch.allclose(own / own[-1], given / given[-1], rtol=1e-12)
     assert torch.allclose(weights.sum(0), torch.full((6,), 4.0, dtype=torch.float64))
-
-
-def test_weights_that_follow_the_training_have_no_coordinates_to_be_told():
-    annealed = LearnedSpace(rules=("anneal",), strength=Range(low=0.0, high=1.0))
-    for space in (LearnedSpace(), annealed):
-        with pytest.raises(InputError, match="learned weights have no coordinates"):
-            _ = space.box
 
 
 def test_weights_that_differ_between_intervals_are_each_interval_s_own():
@@ -267,17 +259,13 @@ def test_two_devices_draw_what_one_does():
 # ---- what cannot be told ----
 
 
-def test_a_teacher_a_network_or_a_method_that_cannot_be_told_is_refused():
+def test_a_teacher_or_a_network_that_cannot_be_told_is_refused():
     sfd = METHODS["sfd"].Config(**KNOBS["sfd"])
     conditional = with_step_condition(small_teacher(), seed=0)
     with pytest.raises(InputError, match="step condition already"):
         method_of("sfd").check(sfd, conditional, {})
     with pytest.raises(InputError, match="TinyConv takes no step condition"):
         method_of("sfd").check(sfd, small_conv(), {})
-    with pytest.raises(InputError, match=r"nfe \[2, 3\]"):
-        METHODS["sfd"].Config(**KNOBS["sfd"] | {"nfe": (2, 3)}).for_one_shot(3)
-    with pytest.raises(InputError, match="no losses of single images"):
-        METHODS["consistency"].Config().for_one_shot(3)
 
 
 def test_a_network_of_several_values_takes_no_single_number():

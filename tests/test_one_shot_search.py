@@ -134,12 +134,6 @@ def end_one_shot(study: Study, found: Curve) -> None:
     study.given.complete(claim, lowest, ended.attrs())
 
 
-def test_a_curve_is_read_as_it_was_stored():
-    found = curve({-1.0: 3.0, 0.5: 2.0})
-    assert Curve.read(json.loads(json.dumps(found.as_dict()))) == found
-    assert [point.fid for point in found.ranked] == [2.0, 3.0]
-
-
 def test_trials_wait_for_the_curve_and_begin_with_its_best_points(url):
     study = Study.create(url, spec(SEARCHED, plan={**ONE, "trials": 4}))
     assert one_shot_pending(study)

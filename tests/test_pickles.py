@@ -68,15 +68,6 @@ def test_every_tensor_has_the_bytes_that_lie_in_the_file(file):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("file", discover("edm-*-np2*.pkl"))
-def test_numpy_1_and_numpy_2_pickles_agree(file):
-    twin = file.with_name(file.name.replace("-np2", ""))
-    old, new = read_edm_pickle(twin), read_edm_pickle(file)
-    assert old.attributes == new.attributes
-    assert all(torch.equal(old.state_dict[name], new.state_dict[name]) for name in new.state_dict)
-
-
-@pytest.mark.golden
 @pytest.mark.parametrize("file", discover("evil*.pkl"))
 def test_hostile_files_are_refused_and_run_nothing(file, tmp_path, monkeypatch):
     marks = [Path(tempfile.gettempdir()) / "pwned", tmp_path / "pwned"]
@@ -474,14 +465,6 @@ def test_options_that_are_none_are_named(read, training, message):
         read(sfd_pickle(training, StoredTensor(torch.ones(2))))
 
 
-def test_options_that_grow_without_end_are_refused(read):
-    doubled: list = [1]
-    for _ in range(40):
-        doubled = [doubled, doubled]
-    with pytest.raises(CheckpointError, match="more than 10000 options"):
-        read({"ema": Persistent(_init_kwargs={"a": doubled}, _parameters={"w": torch.ones(1)})})
-
-
 def test_options_inside_themselves_are_refused(read):
     loop: dict = {}
     loop["again"] = loop
@@ -489,16 +472,25 @@ def test_options_inside_themselves_are_refused(read):
         read(sfd_pickle(loop, torch.ones(1)))
 
 
+def doubled() -> list:
+    """A list of 2^40 values in some bytes."""
+    found: list = [1]
+    for _ in range(40):
+        found = [found, found]
+    return found
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        {"a": doubled()},
         {"a": ["x" * 10**6] * 100},
         {"a": [{"y" * 10**6: 1}] * 100},
         {"a": [10**100_000] * 100},
     ],
-    ids=["texts", "names", "numbers"],
+    ids=["lists", "texts", "names", "numbers"],
 )
-def test_long_values_given_many_times_are_refused(read, options):
+def test_values_given_many_times_are_refused(read, options):
     with pytest.raises(CheckpointError, match="more than 10000 options"):
         read({"ema": Persistent(_init_kwargs=options, _parameters={"w": torch.ones(1)})})
 

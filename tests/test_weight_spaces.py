@@ -265,16 +265,6 @@ def test_learned_weights_have_the_memory_of_their_space():
     assert learned.describe() == {"rule": RULES[1], "strength": -0.5, "memory": 7}
 
 
-def test_results_store_a_and_b_or_the_rule():
-    stored = NormalisedSpace().stored({"a": math.log(2)}, 3)
-    assert stored == {"a": math.log(2), "b": pytest.approx(math.log(3 / 14))}
-    assert LearnedSpace(memory=7).stored({"rule": RULES[0], "strength": 1.0}, 4) == {
-        "rule": RULES[0],
-        "strength": 1.0,
-        "memory": 7,
-    }
-
-
 def test_coordinates_leave_out_what_adam_does_not_see():
     assert LogLinearSpace().coordinates({"a": 1.0, "b": -4.0}) == (1.0,)
     assert NormalisedSpace().coordinates({"baseline": "uniform"}) == (0.0,)

@@ -11,8 +11,7 @@ from typing import Any
 import optuna
 import pytest
 import sqlalchemy as sa
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import TrialState, create_trial
+from optuna.trial import TrialState
 
 from bdense.errors import InputError
 from bdense.files import atomic_write
@@ -21,15 +20,21 @@ from search.errors import OutdatedStudyError, SpecChangedError
 from search.spec.file import parse, read_tree
 from search.spec.legacy import translated
 from search.spec.resolve import resolve
-from search.storage.ledger import Claim
-from search.storage.schema import open_tables
 from search.study import upgrade
-from search.study.arms import ROW_SPACE
 from search.study.folders import row_folder
-from search.study.study import CONDITIONS, FINGERPRINT, JUDGED, TEACHER, TRAJECTORIES, Study
+from search.study.study import (
+    CONDITIONS,
+    FINGERPRINT,
+    INTERMEDIATE,
+    JUDGED,
+    TEACHER,
+    TRAJECTORIES,
+    Study,
+)
 from search.study.trial_log import LOG_FILE
 from search.worker.result import read_result, take_folder
 from search.worker.worker import Worker
+from tests.conftest import EITHER
 from tests.goldens import ROOT
 from tests.measured import command, refused
 
@@ -85,6 +90,32 @@ def url(upgraded, tmp_path, in_one_process) -> str:
     """A copy of what was brought over."""
     shutil.copytree(upgraded / "runs", tmp_path / "runs")
     return f"sqlite:///{tmp_path}/runs/bdense.db"
+
+
+@pytest.fixture
+def in_postgres(postgres_url, tmp_path, in_one_process) -> str:
+    """The old rows in a PostgreSQL database, brought over."""
+    tables, engine = sa.MetaData(), sa.create_engine(postgres_url)
+    tables.reflect(engine)
+    with sa.create_engine(copied(tmp_path)).connect() as old, engine.begin() as new:
+        for table in tables.sorted_tables:
+            rows = old.exec_driver_sql(f"SELECT * FROM {table.name}").mappings().all()
+            if rows and new.execute(sa.select(table)).first() is None:
+                new.execute(table.insert(), [dict(row) for row in rows])
+                # New keys come after those of the rows.
+                (key,) = table.primary_key.columns.keys()
+                sequence = f"pg_get_serial_sequence('{table.name}', '{key}')"
+                new.exec_driver_sql(f"SELECT setval({sequence}, 1000)")
+        new.exec_driver_sql("UPDATE bdense_lease SET expires = 0")
+    engine.dispose()
+    assert len(list(upgrade.upgrade_studies(postgres_url))) == len(NAMES)
+    return postgres_url
+
+
+@pytest.fixture(params=EITHER)
+def either_url(request) -> str:
+    """What was brought over, in a database of each kind."""
+    return request.getfixturevalue("url" if request.param == "sqlite" else "in_postgres")
 
 
 @contextlib.contextmanager
@@ -163,18 +194,18 @@ def test_the_command_prints_a_line_a_study_and_all_reading_commands_say_what_the
     assert command("storage", "upgrade").out.splitlines() == [tables]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_row_has_its_state_parameters_figures_and_files(url, name):
-    told, study = STUDIES[name], Study.open(url, name)
-    assert study.main.attribute(TEACHER) == told["teacher_sha256"]
-    assert study.spec.fingerprint() == study.main.attribute(FINGERPRINT)
-    assert study.main.budget == told["budget"]
-    rows = {ledger.study.study_name: ledger.study.trials for ledger in study.ledgers}
-    assert set(rows) == {each for each in STUDIES if each in (name, f"{name}.baselines")}
-    for each, trials in rows.items():
-        assert len(trials) == len(STUDIES[each]["rows"])
-        for trial in trials:
-            same_row(study, trial, STUDIES[each]["rows"][str(trial.number)])
+def test_every_row_has_its_state_parameters_figures_and_files(either_url):
+    for name in NAMES:
+        told, study = STUDIES[name], Study.open(either_url, name)
+        assert study.main.attribute(TEACHER) == told["teacher_sha256"]
+        assert study.spec.fingerprint() == study.main.attribute(FINGERPRINT)
+        assert study.main.budget == told["budget"]
+        rows = {ledger.study.study_name: ledger.study.trials for ledger in study.ledgers}
+        assert set(rows) == {each for each in STUDIES if each in (name, f"{name}.baselines")}
+        for each, trials in rows.items():
+            assert len(trials) == len(STUDIES[each]["rows"])
+            for trial in trials:
+                same_row(study, trial, STUDIES[each]["rows"][str(trial.number)])
 
 
 def to_rounding(value: Any) -> Any:
@@ -197,6 +228,10 @@ def same_row(study: Study, trial: optuna.trial.FrozenTrial, told: Mapping[str, A
     assert intermediate == to_rounding(told_at)
     for key in ("weights", "a", "b", "rule", "strength", "tries", "reason", "error", "pruned_at"):
         assert attrs.get(key) == told.get(key), key
+    assert not attrs.keys() & {"method", "kimg"}
+    assert "looks_seconds" not in attrs.get("timings", {})
+    if trial.state is TrialState.COMPLETE:
+        assert attrs["fingerprint"] == study.spec.fingerprint()
     params = trial.system_attrs.get("fixed_params", trial.params)
     if trial.state is not TrialState.WAITING:
         assert params == trial.params
@@ -248,8 +283,34 @@ def test_studies_of_given_arms_are_of_their_own_name_and_know_their_trajectories
     assert [arm.baseline for arm in found.arms] == ["plain", "uniform", None]
     promoted = Study.open(url, "promote-small").spec.plan
     assert (promoted.seeds, promoted.latents) == ((0,), "shared")
-    trajectories = Study.open(url, "small").main.attribute(TRAJECTORIES)
-    assert trajectories == [attribute("small", "trajectories")]
+    main = Study.open(url, "small").main
+    assert main.attribute(TRAJECTORIES) == [attribute("small", "trajectories")]
+    assert main.attribute(INTERMEDIATE) == attribute("small", "looks")
+
+
+def test_rows_of_other_budgets_and_steps_are_variants(old):
+    """The study's own settings come first, whatever the first row's; its last budget is judged."""
+    of_row = "trial_id = (SELECT trial_id FROM trials WHERE study_id = 5 AND number = ?)"
+    with database(old) as db:
+        for number, key, value in ((0, "kimg", 6.4), (2, "nfe", 3)):
+            db.execute(
+                f"UPDATE trial_params SET param_value = ? WHERE param_name = ? AND {of_row}",
+                (value, key, number),
+            )
+            db.execute(
+                "UPDATE trial_system_attributes SET value_json = json_set(value_json, ?, ?) "
+                f"WHERE key = 'fixed_params' AND {of_row}",
+                (f"$.{key}", value, number),
+            )
+        db.execute("UPDATE study_user_attributes SET value_json = '6.4' WHERE key = 'kimg'")
+    list(upgrade.upgrade_studies(old))
+    found = Study.open(old, "small.confirm")
+    assert found.variants == [{}, {"kimg": 6.4}, {"nfe": 3}]
+    assert found.main.attribute(JUDGED) == 1
+    rows = found.given.study.trials
+    assert [row.params["variant"] for row in rows[:4]] == [1, 0, 2, 0]
+    assert [row.user_attrs.get("variant") for row in rows[:3]] == [{"kimg": 6.4}, None, {"nfe": 3}]
+    assert found.task(found.given, rows[0].params).variant == {"kimg": 6.4}
 
 
 @pytest.mark.parametrize(
@@ -391,112 +452,6 @@ def test_a_spec_that_cannot_be_read_stops_no_other_study(old):
     with pytest.raises(InputError, match=r"stay as they were: learned: .*magic"):
         list(upgrade.upgrade_studies(old))
     assert Study.open(old, "small").counts().complete == 3
-
-
-@pytest.fixture
-def planted(either_url, in_one_process) -> str:
-    """A few old rows in a database of each kind, made by hand."""
-    url, storage = either_url, open_tables(either_url)
-
-    def study(name: str, like: str, **attributes: Any) -> optuna.Study:
-        made = optuna.create_study(study_name=name, storage=storage, direction="minimize")
-        own = {key: attribute(like, key) for key in ("spec", "conditions", "fingerprint")}
-        for key, value in {"budget": 9, "ttl": 60.0, "max_attempts": 3, **attributes}.items():
-            made.set_user_attr(key, value)
-        for key, value in own.items() if "of" not in attributes else ():
-            made.set_user_attr(key, value)
-        return made
-
-    bounds = FloatDistribution(-6.0, 3.0)
-    search = study("small", "small", looks={"at": [0.25], "images": 64}, trajectories="/x/y")
-    search.add_trial(
-        create_trial(
-            params={"a": 1.0, "b": -1.0},
-            distributions={"a": bounds, "b": bounds},
-            value=5.0,
-            user_attrs={"fingerprint": "f", "timings": {"looks_seconds": 1.0}},
-            intermediate_values={768: 9.0},
-        )
-    )
-    search.enqueue_trial({"a": 2.0, "b": -2.0})
-    methods = CategoricalDistribution(("sfd", "uniform"))
-    baselines = study("small.baselines", "small", of="small")
-    for method in methods.choices:
-        baselines.add_trial(
-            create_trial(
-                params={"method": method},
-                distributions={"method": methods},
-                value=7.0,
-                user_attrs={"fingerprint": "f"},
-                system_attrs={"fixed_params": {"method": method}},
-            )
-        )
-    arms = attribute("small.confirm", "arms")
-    row = {"arm": IntDistribution(0, 10**6), "seed": IntDistribution(0, 2**31 - 1)}
-    student = row | {"kimg": FloatDistribution(0.001, 1e9), "nfe": IntDistribution(1, 10**6)}
-    facts = {"of": "small"}
-    confirmed = study(
-        "small.confirm", "small.confirm", kind="retrain", arms=arms, facts=facts, kimg=6.4
-    )
-    for kimg, nfe in ((6.4, 2), (3.2, 2), (3.2, 3)):
-        params = {"arm": 2, "seed": 1, "kimg": kimg, "nfe": nfe}
-        confirmed.add_trial(
-            create_trial(
-                params=params,
-                distributions=student,
-                value=kimg + nfe,
-                system_attrs={"fixed_params": params},
-                user_attrs={"kimg": kimg, "fingerprint": "f"},
-            )
-        )
-    confirmed.enqueue_trial({"arm": 0, "seed": 1, "kimg": 6.4, "nfe": 2})
-    arms = attribute("promote-small", "arms")
-    facts |= {"a": 1.0, "b": -1.0}
-    promoted = study("promote-small", "promote-small", kind="progressive", arms=arms, facts=facts)
-    promoted.add_trial(
-        create_trial(
-            params={"arm": 1, "seed": 0},
-            distributions=row,
-            value=1.0,
-            intermediate_values={8: 3.0, 4: 2.0, 2: 1.0},
-            user_attrs={"method": "uniform", "arm": "uniform weights", "fingerprint": "f"},
-        )
-    )
-    return url
-
-
-def test_rows_of_either_database_are_rewritten(planted):
-    assert len(list(upgrade.upgrade_studies(planted))) == 3
-    small = Study.open(planted, "small")
-    first, waiting = small.search.study.trials
-    assert (first.params, first.value) == ({"a": 1.0, "b": -1.0}, 5.0)
-    assert first.user_attrs == {
-        "fingerprint": small.spec.fingerprint(),
-        "timings": {"intermediate_seconds": 1.0},
-    }
-    assert waiting.state is TrialState.WAITING
-    assert small.main.attribute("intermediate") == {"at": [0.25], "images": 64}
-    baselines = [trial.params for trial in small.given.study.trials]
-    assert baselines == [{"arm": arm, "seed": 0, "variant": 0} for arm in (0, 1)]
-
-    confirmed = Study.open(planted, "small.confirm")
-    assert confirmed.variants == [{}, {"kimg": 6.4}, {"nfe": 3}]
-    assert confirmed.main.attribute(JUDGED) == 1
-    rows = confirmed.given.study.trials
-    assert [(t.params["variant"], t.value) for t in rows[:3]] == [(1, 8.4), (0, 5.2), (2, 6.2)]
-    assert rows[0].user_attrs["variant"] == {"kimg": 6.4}
-    assert "kimg" not in rows[0].user_attrs
-    claim = confirmed.given.claim(ROW_SPACE, None)
-    assert isinstance(claim, Claim)
-    assert confirmed.task(confirmed.given, claim.params).variant == {"kimg": 6.4}
-
-    promoted = Study.open(planted, "promote-small")
-    assert promoted.of == "small"
-    (row,) = promoted.given.study.trials
-    assert row.params == {"arm": 1, "seed": 0, "variant": 0}
-    assert row.intermediate_values == {0: 3.0, 1: 2.0, 2: 1.0}
-    fingerprint = promoted.spec.fingerprint()
-    assert row.user_attrs == {"arm": "uniform weights", "fingerprint": fingerprint}
 
 
 def is_finished_as_before(url: str, name: str) -> None:

@@ -214,6 +214,14 @@ def test_weights_of_another_architecture_are_named(path):
         load_denoiser(path)
 
 
+def test_a_file_appears_by_its_rename(path):
+    with atomic_write(path) as scratch:
+        scratch.write_text("whole")
+        assert scratch.parent == path.parent
+        assert not path.exists()
+    assert path.read_text() == "whole"
+
+
 def test_an_error_leaves_the_old_file_alone(path):
     save_tensors(path, {"x": torch.zeros(1)}, {"kind": "old"})
 

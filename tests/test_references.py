@@ -176,6 +176,16 @@ def test_a_file_of_ours_comes_back(colours, tiny, tmp_path, cache):
     assert str(ref["extractor_sha256"]) == colours.sha256
 
 
+def test_a_file_is_read_once(colours, tmp_path, monkeypatch):
+    path = edm_file(tmp_path / "cifar10-32x32.npz")
+    read, load = [], np.load
+    monkeypatch.setattr(
+        np, "load", lambda *given, **more: read.append(given) or load(*given, **more)
+    )
+    read_reference(path, colours)
+    assert read == [(path,)]
+
+
 def test_a_file_of_nvlabs_has_no_count(colours, tmp_path):
     path = edm_file(tmp_path / "cifar10-32x32.npz", mu=np.float32([100, 120, 90]))
     found = read_reference(path, colours)
@@ -239,6 +249,16 @@ def test_files_that_are_no_npz_are_named(colours, tmp_path):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=said):
             read_reference(path, colours)
+
+
+def test_objects_in_a_file_are_not_unpickled(colours, tmp_path, monkeypatch):
+    class Payload:
+        def __reduce__(self):
+            return (print, ("ran",))
+
+    path = edm_file(tmp_path / "refs.npz", count=np.array(Payload(), dtype=object))
+    with pytest.raises(CheckpointError, match="allow_pickle=False"):
+        read_reference(path, colours)
 
 
 def test_a_file_of_other_features_is_refused(colours, tmp_path):

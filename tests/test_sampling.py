@@ -1,10 +1,17 @@
 """From noise to images: exact on Gaussian data, counted, and the same in every batch."""
 
+import math
+
 import pytest
 import torch
+from PIL import Image
 
-from bdense.diffusion.pictures import image_grid, to_uint8
-from bdense.diffusion.sampling import Sampler, draw_images, sampler_from
+from bdense.diffusion.pictures import image_grid, save_grid, to_uint8
+from bdense.diffusion.sampling import (
+    Sampler,
+    draw_images,
+    sampler_from,
+)
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import DDIM, DPMSolverPP, Euler
 from bdense.errors import InputError
@@ -27,6 +34,26 @@ def numbered(count: int, channels: int = 1) -> torch.Tensor:
 
 
 # ---- walking ----
+
+
+def test_gaussian_noise_becomes_gaussian_data():
+    """D = x / (1 + t^2) leads from T z to T z sqrt((1 + s^2) / (1 + T^2))."""
+    sampler = Sampler(num_intervals=200, afs=False, schedule=LOGSNR, solver=DPMSolverPP())
+    images = sampler(GaussianDenoiser(), noise())
+    expected = 80 * noise() * math.sqrt((1 + 0.006**2) / (1 + 80**2))
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=0)
+
+
+def test_two_steps_of_a_student_by_hand():
+    """Euler multiplies x by 1 - (t - t') t / (1 + t^2) on N(0, 1)."""
+    schedule = Schedule(kind="polynomial", rho=1.0, sigma_min=1.0, sigma_max=5.0)
+    images = Sampler(num_intervals=2, afs=False, schedule=schedule)(GaussianDenoiser(), noise())
+    expected = 5 * noise() * (1 - 2 * 5 / 26) * (1 - 2 * 3 / 10)
+    torch.testing.assert_close(images, expected, rtol=1e-12, atol=1e-12)
+    # With the analytical first step, of the slope x / sqrt(1 + t^2).
+    images = Sampler(num_intervals=2, afs=True, schedule=schedule)(GaussianDenoiser(), noise())
+    expected = 5 * noise() * (1 - 2 / math.sqrt(26)) * (1 - 2 * 3 / 10)
+    torch.testing.assert_close(images, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("solver", [Euler(), DPMSolverPP(max_order=2)])
@@ -67,6 +94,13 @@ def test_drawn_images_are_those_of_the_sampler():
     assert torch.equal(draw_images(teacher, sampler, 4, seed=3), expected)
 
 
+def test_progress_counts_images():
+    seen = []
+    sampler = Sampler(num_intervals=1, afs=False)
+    draw_images(small_teacher(), sampler, 5, seed=0, batch=2, on_image=seen.append)
+    assert seen == [2, 4, 5]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -101,6 +135,20 @@ def test_a_grid_is_filled_row_by_row():
         image_grid(image[:0], columns=1)
     with pytest.raises(InputError, match=r"\[n, C, H, W\], got \[2, 3\]"):
         image_grid(image[0, 0], columns=1)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_a_picture_is_written_with_small_images_enlarged(tmp_path, channels, mode):
+    """Three pixels wide: ten times larger, every pixel a square; a grey gap between two."""
+    save_grid(numbered(3, channels), tmp_path / "grid.png", columns=2)
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert (picture.mode, picture.size) == (mode, (62, 42))
+        places = ((0, 0), (61, 19), (29, 41), (32, 22), (30, 0), (31, 41), (0, 21))
+        colours = [picture.getpixel(place) for place in places]
+    first = [(v, v + 1, v + 2) if channels == 3 else v for v in (0, 10, 20)]
+    others = [(v, v, v) if channels == 3 else v for v in (0, 96, 96, 96)]  # no image, and gaps
+    assert colours == first + others
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
 
 # ---- random numbers ----

@@ -34,6 +34,10 @@ PROCESSES = [
 each_schedule = pytest.mark.parametrize("schedule", [*SCHEDULES, *PROCESSES], ids=lambda s: s.kind)
 
 
+def levels(num_intervals: int, **options) -> list[float]:
+    return Schedule(**options).grid(num_intervals).tolist()
+
+
 @each_schedule
 @pytest.mark.parametrize("num_intervals", [1, 2, 7, 1024])
 def test_a_grid_goes_down_from_sigma_max_to_sigma_min_or_of_a_process_to_0(
@@ -46,6 +50,22 @@ def test_a_grid_goes_down_from_sigma_max_to_sigma_min_or_of_a_process_to_0(
     end = 0 if schedule in PROCESSES else schedule.sigma_min
     assert grid[-1].item() == pytest.approx(end, rel=1e-9, abs=0)
     assert bool((grid.diff() < 0).all())
+
+
+def test_polynomial_by_hand():
+    """t_i^(1/rho) falls evenly."""
+    line = levels(4, kind="polynomial", rho=1.0, sigma_min=1.0, sigma_max=5.0)
+    assert line == [5.0, 4.0, 3.0, 2.0, 1.0]
+    squares = levels(2, kind="polynomial", rho=2.0, sigma_min=1.0, sigma_max=9.0)
+    assert squares == [9.0, 4.0, 1.0]
+    # Karras et al.'s rho = 7: the middle of 80 and 0.006 is ((80^(1/7) + 0.006^(1/7)) / 2)^7.
+    assert levels(2)[1] == pytest.approx(((80 ** (1 / 7) + 0.006 ** (1 / 7)) / 2) ** 7)
+
+
+def test_logsnr_by_hand():
+    """Equal ratios."""
+    powers = levels(3, kind="logsnr", sigma_min=1.0, sigma_max=1000.0)
+    assert powers == pytest.approx([1000.0, 100.0, 10.0, 1.0], rel=1e-14)
 
 
 @pytest.mark.parametrize("rho", [1.0, 2.0])

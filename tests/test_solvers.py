@@ -1,7 +1,6 @@
 """Solvers: the contract of each, and their parts by hand."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -9,12 +8,28 @@ import torch
 from bdense.diffusion import SOLVERS
 from bdense.diffusion.epd import EPD
 from bdense.diffusion.sampling import step_noise
-from bdense.diffusion.solvers import DDIM, DPM2, IPNDM, DPMSolverPP, Euler, Heun, make_solver
+from bdense.diffusion.solvers import (
+    DDIM,
+    DPM2,
+    IPNDM,
+    DPMSolverPP,
+    Euler,
+    Heun,
+    make_solver,
+    trajectory,
+)
 from bdense.errors import InputError
 from bdense.methods.consistency import MultistepConsistency
-from tests.contracts.solvers import SolverContract, StochasticSolverContract, grid
+from tests.contracts.solvers import (
+    SolverContract,
+    StochasticSolverContract,
+    error,
+    grid,
+    start,
+)
 from tests.example_package import Renoise
 from tests.plugins import example_package
+from tests.small import GaussianDenoiser
 
 __all__ = ["example_package"]
 
@@ -69,6 +84,47 @@ def test_a_stochastic_solver_draws_noise_of_each_image_and_interval():
     assert flat.T.corrcoef()[0, 1].abs() < 0.05
 
 
+# ---- convergence ----
+
+
+def test_the_third_order_update_is_better_than_the_second_and_no_faster():
+    """It has half of its last term."""
+    for prediction in ("data", "noise"):
+        second, third = (
+            error(DPMSolverPP(max_order=order, prediction=prediction), 160) for order in (2, 3)
+        )
+        assert third / second == pytest.approx(1 / 3, rel=0.05)
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_adams_bashforth_is_exact_for_polynomials_on_equal_steps(order):
+    """The slope k t^(k - 1), whatever x, leads along t^k once there are k slopes."""
+    sigmas = torch.linspace(9, 1, 9, dtype=torch.float64)
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    states = trajectory(
+        IPNDM(max_order=order), lambda x, t: x - t * order * t ** (order - 1), x, sigmas
+    )
+    errors = (states.flatten().diff() - (sigmas**order).diff()).abs()
+    assert errors[: order - 1].min() > 0.1
+    assert errors[order - 1 :].max() < 1e-9
+
+
+def test_dpm2_with_its_second_slope_at_the_end_is_heun():
+    denoise, sigmas, x = GaussianDenoiser(0.5), grid(7), start()
+    heun = trajectory(Heun(), denoise, x, sigmas)
+    same = trajectory(DPM2(r=1), denoise, x, sigmas)
+    torch.testing.assert_close(same, heun, rtol=1e-12, atol=1e-12)
+
+
+def test_first_order_is_euler():
+    """DDIM, by any name."""
+    denoise, sigmas, x = GaussianDenoiser(0.5), grid(7), start()
+    ddim = trajectory(Euler(), denoise, x, sigmas)
+    for prediction in ("data", "noise"):
+        same = trajectory(DPMSolverPP(max_order=1, prediction=prediction), denoise, x, sigmas)
+        torch.testing.assert_close(same, ddim, rtol=1e-12, atol=1e-12)
+
+
 # ---- by name ----
 
 
@@ -88,7 +144,7 @@ def test_solvers_by_name():
 
 
 @pytest.mark.parametrize(
-    ("solver", "options", "message"),
+    ("name", "options", "message"),
     [
         ("heum", {}, "no solver is called 'heum'; .* euler, ddim, heun, .* did you mean heun"),
         ("dpmpp", {"order": 4}, "dpmpp's order must be .* from 1 to 3, got 4"),
@@ -96,6 +152,16 @@ def test_solvers_by_name():
         ("heun", {"order": 3}, "heun only has order 2, got 3; leave .*, or take ipndm or dpmpp"),
         ("euler", {"order": 2}, "euler only has order 1, got 2"),
         ("heun", {"thresholding": True}, "heun has no thresholding; leave it out, or take dpmpp"),
+    ],
+)
+def test_what_no_solver_has_is_refused(name, options, message):
+    with pytest.raises(InputError, match=message):
+        make_solver(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("solver", "options", "message"),
+    [
         (IPNDM, {"max_order": 5}, "max_order must be .* from 2 to 4, got 5"),
         (DPMSolverPP, {"max_order": 0}, "max_order must be .* from 1 to 3, got 0"),
         (DPMSolverPP, {"prediction": "v"}, "prediction must be one of data, noise, got 'v'"),
@@ -110,7 +176,5 @@ def test_solvers_by_name():
     ],
 )
 def test_a_solver_that_cannot_be_is_refused(solver, options, message):
-    """By its name, or by its class."""
-    make = partial(make_solver, solver) if isinstance(solver, str) else solver
     with pytest.raises(InputError, match=message):
-        make(**options)
+        solver(**options)

@@ -2,7 +2,6 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from search.spec.space import make_sampler, search_space
 from search.storage.ledger import Claim
 from search.study.arms import Arm, ArmRow
 from search.study.study import Study
-from search.study.summary import baselines_of, failures
+from search.study.summary import baselines_of
 from search.worker.worker import Worker
 from tests.measured import complete, finish, normalised
 from tests.rows import PD, SFD
@@ -112,29 +111,6 @@ def test_the_first_short_ones_are_uniform_weights_and_spread_points(url):
     assert plan_short(study)
     slopes = [study.arms[row.arm].params.get("a") for row in short_rows(study)]
     assert slopes == [None, -0.5, 1.25]
-
-
-def test_planned_ones_are_not_run_once_the_plan_has_none(url, capsys):
-    simulated = Simulated(url)
-    study, spec_before = simulated.study, simulated.study.spec
-    assert plan_short(study)
-    finish(study, simulated.of_arm, most=2)
-    plan = replace(spec_before.search, short=None)
-    relaunched = Study.create(url, replace(spec_before, plan=plan))
-    assert "2 short trainings" in capsys.readouterr().err
-    assert short_rows(relaunched) == []
-    finish(relaunched, simulated.of_arm)
-    assert not any(is_short for _, is_short in simulated.done)
-    counts = relaunched.given.counts()
-    assert (counts.planned, counts.complete, counts.failed) == (6, 6, 0)
-    assert failures(relaunched) == []
-    # With the plan of before that of uniform weights is planned anew.
-    again = Study.create(url, spec_before)
-    finish(again, simulated.of_arm)
-    assert len(short_rows(again)) == 1
-    counts = again.given.counts()
-    assert (counts.planned, counts.complete) == (7, 7)
-    assert capsys.readouterr().err == ""
 
 
 def test_a_search_looks_around_by_short_trainings_and_tries_what_they_promise(url):

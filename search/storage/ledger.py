@@ -213,23 +213,6 @@ class Ledger(LedgerReader):
 
         return self._locked(add)
 
-    def drop_planned(self, unwanted: Callable[[dict[str, Any]], bool]) -> int:
-        """End planned trials of such parameters that no worker has taken; says how many.
-
-        They count nowhere, and can be planned again.
-        """
-
-        def drop(_: sa.Connection) -> int:
-            states = (TrialState.WAITING,)
-            waiting = self.storage.get_all_trials(self.key, deepcopy=False, states=states)
-            dropped = [each._trial_id for each in waiting if unwanted(asked_of(each))]
-            for trial_id in dropped:
-                self.storage.set_trial_user_attr(trial_id, SURPLUS, True)
-                self.storage.set_trial_state_values(trial_id, TrialState.FAIL)
-            return len(dropped)
-
-        return self._locked(drop)
-
     def store(self, attributes: Mapping[str, JSON]) -> None:
         """Set attributes of the study, in this order."""
         for key, value in attributes.items():

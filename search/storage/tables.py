@@ -34,7 +34,7 @@ SERVER = sa.Table(
 )
 
 # User attributes of trials that were never trained and count nowhere: beyond the bound on the
-# largest weight, or beyond the budget or what is planned now.
+# largest weight, or beyond the budget.
 OUT_OF_BOUNDS = "out_of_bounds"
 SURPLUS = "surplus"
 

@@ -20,7 +20,6 @@ from search.errors import (
     SpecChangedError,
     UnknownStudyError,
 )
-from search.log import say
 from search.spec.contents import flatten
 from search.spec.file import read_stored
 from search.spec.study import StudySpec
@@ -28,7 +27,6 @@ from search.storage.engine import retrying
 from search.storage.ledger import MENDABLE, Ledger
 from search.storage.own_study import BASELINES_SUFFIX
 from search.storage.queries import Counts, StoredTrial, asked_of
-from search.storage.tables import SURPLUS
 from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, baseline_arms, one_shot_arm
 
 # Attributes of the Optuna study.
@@ -150,13 +148,11 @@ class Study:
         given = _ledger(url, spec, beside, 2 if sibling_or_none(trials, beside) is None else None)
         given.store({"of": spec.name})
         study = cls(url, trials, given)
-        change = spec.search.changes_when_short(spec)
-        study._drop_other_variants({} if change is None else change)
         # First, as trials wait for it. What failed is tried again in new rows.
         if (one_shot := one_shot_arm(spec)) is not None:
             study.plan([one_shot], [spec.seeds.training])
         study.plan(baseline_arms(spec), spec.baseline_seeds)
-        if change is not None:
+        if (change := spec.search.changes_when_short(spec)) is not None:
             # Of uniform weights first, which are measured at full length anyway.
             study.plan(baseline_arms(spec)[-1:], [spec.seeds.training], [change])
         return study
@@ -271,17 +267,6 @@ class Study:
             ArmRow(arm=known.index(arm), seed=seed, variant=changes.index(dict(change)))
             for change, seed, arm in itertools.product(variants, seeds, arms)
         )
-
-    def _drop_other_variants(self, change: Mapping[str, Any]) -> None:
-        """Drop planned short trainings that an earlier plan had, and this one does not."""
-        assert self.given is not None
-        others = [i for i, variant in enumerate(self.variants) if variant not in ({}, change)]
-        dropped = self.given.drop_planned(lambda params: params.get("variant") in others)
-        if dropped:
-            say(
-                f"{self.title}: {dropped} short trainings that were planned are not run, as "
-                "plan.short is gone or has another length"
-            )
 
     def plan_failed_again(self) -> None:
         """Plan rows of given arms again that ran out of memory or failed by an error."""
@@ -451,13 +436,9 @@ def sibling_or_none(ledger: Ledger, name: str) -> Ledger | None:
 
 
 def _asked(ledger: Ledger) -> list[tuple[dict[str, Any], bool]]:
-    """Parameters of each row, and whether it has ended, without those that were dropped."""
+    """Parameters of each row, and whether it has ended."""
     trials = retrying(lambda: ledger.study.get_trials(deepcopy=False))
-    return [
-        (asked_of(trial), trial.state.is_finished())
-        for trial in trials
-        if SURPLUS not in trial.user_attrs
-    ]
+    return [(asked_of(trial), trial.state.is_finished()) for trial in trials]
 
 
 def _ledger(url: str, spec: StudySpec, name: str, budget: int | None) -> Ledger:

@@ -87,7 +87,7 @@ def run_rows(study: Study, workers: int | None, launch: Launch | None = None) ->
         preparing.clear()  # a killed launch may have left its own
     else:
         counts = study.counts()
-        if counts.complete or counts.running or counts.given_back:
+        if counts.complete or counts.running:
             say(f"carrying on with {headline(study)}")
         if working := held(study.ledgers):
             say(

@@ -447,11 +447,11 @@ class _Claimer:
         params: dict[str, Any] = {}
         for _ in range(MAX_REFUSED_IN_A_ROW):
             counts = self.ledger.counts_in(self.connection, self.budget)
-            if counts.not_started and self._refuse_unusable():
+            if counts.waiting and self._refuse_unusable():
                 continue
-            planned_alone = self.asking.sampler is None and not counts.not_started
+            planned_alone = self.asking.sampler is None and not counts.waiting
             if counts.started >= self.budget or planned_alone:
-                return Wait() if counts.started > counts.ended else Done()
+                return Wait() if counts.running else Done()
             begun = self.leases.count_begun(self.connection)
             self.study.sampler = self.asking.sampler_at(begun)
             trial = self.study.ask(fixed_distributions=dict(self.asking.space))

@@ -26,10 +26,8 @@ from search.storage.tables import (
     FIXED,
     FOREIGN,
     KIND_OF_VALUE,
-    LEASE,
     LEFT_OUT,
     PARAMS,
-    RELEASED,
     STATE,
     SYSTEM_ATTRIBUTES,
     TRIALS,
@@ -43,8 +41,6 @@ _T = TypeVar("_T")
 
 # Reason of a row that counts nowhere (``LEFT_OUT``).
 NOT_COUNTED = "not counted"
-# State of a trial that runs for Optuna, and has no worker until one claims it again.
-GIVEN_BACK = "GIVEN_BACK"
 # Values without a number in SQL; PostgreSQL has a type for their kind.
 _INFINITE = {"INF_POS": math.inf, "INF_NEG": -math.inf}
 _LOWEST_FIRST = (
@@ -56,10 +52,7 @@ _ENDED = [state.name for state in TrialState if state.is_finished()]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Number of trials by state, without those refused as out of bounds.
-
-    Trials that were given back wait to be continued: they are among those ``waiting``.
-    """
+    """Number of trials by state, without those refused as out of bounds."""
 
     planned: int
     complete: int
@@ -67,35 +60,28 @@ class Counts:
     failed: int
     running: int
     waiting: int
-    given_back: int = 0
 
     @classmethod
     def of(cls, states: Mapping[str, int], *, budget: int) -> Self:
-        """Counts, from the number of trials in each of Optuna's states and ``GIVEN_BACK``."""
+        """Counts, from the number of trials in each of Optuna's states."""
         return cls(
             planned=max(budget, sum(states.values()) - states["WAITING"]),
             complete=states["COMPLETE"],
             pruned=states["PRUNED"],
             failed=states["FAIL"],
             running=states["RUNNING"],
-            waiting=states["WAITING"] + states[GIVEN_BACK],
-            given_back=states[GIVEN_BACK],
+            waiting=states["WAITING"],
         )
 
     @property
     def started(self) -> int:
-        """Trials that have ended, run, or were given back."""
-        return self.ended + self.running + self.given_back
-
-    @property
-    def not_started(self) -> int:
-        """Planned trials that no worker has taken yet."""
-        return self.waiting - self.given_back
+        """Trials that have ended, or run."""
+        return self.ended + self.running
 
     @property
     def total(self) -> int:
         """Trials that there are, whatever their state."""
-        return self.started + self.not_started
+        return self.started + self.waiting
 
     @property
     def ended(self) -> int:
@@ -361,29 +347,16 @@ def read_trials(
 def count_states(
     connection: sa.Connection, *where: sa.ColumnElement[bool]
 ) -> Mapping[int, Mapping[str, int]]:
-    """Trials of each study in each state, without those that count nowhere.
-
-    States are Optuna's, and ``GIVEN_BACK``.
-    """
-    released = sa.func.count(sa.case((LEASE.c.expires == RELEASED, 1)))
+    """Trials of each study in each of Optuna's states, without those that count nowhere."""
     counted = connection.execute(
-        sa.select(
-            TRIALS.c.study_id,
-            STATE.label("state"),
-            sa.func.count().label("trials"),
-            released.label("released"),
-        )
-        .select_from(TRIALS.outerjoin(LEASE, LEASE.c.trial_id == TRIALS.c.trial_id))
+        sa.select(TRIALS.c.study_id, STATE.label("state"), sa.func.count().label("trials"))
         .where(~LEFT_OUT, *where)
         .group_by(TRIALS.c.study_id, STATE)
     )
-    none = {state.name: 0 for state in TrialState} | {GIVEN_BACK: 0}
+    none = {state.name: 0 for state in TrialState}
     found: dict[int, dict[str, int]] = defaultdict(none.copy)
     for row in counted:
         found[row.study_id][row.state] = row.trials
-        if row.state == "RUNNING":  # a finished trial may still have its lease
-            found[row.study_id]["RUNNING"] -= row.released
-            found[row.study_id][GIVEN_BACK] = row.released
     return found
 
 

@@ -205,8 +205,8 @@ def _refuse_at_work(ledgers: Sequence[Ledger]) -> None:
 def _require_folders(ledgers: Sequence[Ledger]) -> None:
     """Refuse a study whose interrupted rows would lose their checkpoints."""
     for ledger in ledgers:
-        counts, folder = ledger.counts(), study_folder(ledger.name)
-        if (counts.running or counts.given_back) and not folder.is_dir():
+        folder = study_folder(ledger.name)
+        if ledger.counts().running and not folder.is_dir():
             raise InputError(
                 f"it has interrupted rows, and their folder {folder} is not here; run this "
                 "command where the runs are (BDENSE_RUNS), or make that folder to start these "

@@ -62,7 +62,7 @@ def status(asked: options.StatusOptions) -> None:
             print(f"{row} {running.number} {_standing(running)}")
     if (preparing := preparing_line(study.main)) is not None:
         print(preparing)
-    if study.is_search and (waiting := study.counts().not_started):
+    if study.is_search and (waiting := study.counts().waiting):
         print(f"planned before any other point: {waiting}")
     if when := asked_at(study.ledgers):
         print(f"asked to stop at {when}; {CONTINUE}")

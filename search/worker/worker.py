@@ -100,7 +100,7 @@ class Worker:
             return False
         counts = [ledger.counts() for ledger in self._study.ledgers]
         ended = [each.ended for each in counts]
-        if ended == self._ended or counts[-1].not_started:
+        if ended == self._ended or counts[-1].waiting:
             return False
         planned = stop_or_plan(self._study)
         if not planned:

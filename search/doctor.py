@@ -5,6 +5,7 @@ finding's repair frees what dead workers hold or deletes what ended rows left be
 touches a trial, a result or a student.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -344,8 +345,9 @@ def leftovers(subject: Subject) -> Findings:
         folder = subject.row(number)
         if paths := checkpoints(folder):
             identity = study.task(ledger, asked[number]).identity(fingerprint)
-            # Another database's study may have taken the folder.
-            found += paths if is_folder_of(folder, identity) else []
+            # Another database's study may have taken the folder; what cannot be read stays.
+            with contextlib.suppress(OSError):
+                found += paths if is_folder_of(folder, identity) else []
     yield from _leftovers(found)
 
 

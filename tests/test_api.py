@@ -1,8 +1,10 @@
 """The search from Python, and Optuna's own tools on its studies."""
 
 import json
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import optuna
 import pandas as pd
@@ -203,6 +205,13 @@ def test_optuna_s_own_tools_read_our_studies(losses):
     assert list(loaded.trials_dataframe()["value_loss"]) == [
         trial.value for trial in search.open_study("losses").optuna.trials
     ]
+    optuna_cli = Path(sys.executable).with_name("optuna")
+    asked = ["best-trial", "--study-name", "losses", "--format", "json"]
+    said = subprocess.run(
+        [optuna_cli, "--storage", losses.url, *asked], capture_output=True, text=True, check=True
+    )
+    told = json.loads(said.stdout)
+    assert (told["number"], told["params"]["x"]) == (best.number, best.parameters["x"])
 
 
 def test_mistakes_are_named_before_anything_runs(url, tmp_path):

@@ -17,6 +17,7 @@ from bdense.diffusion.preconditioning import DDPM
 from bdense.errors import InputError, ShapeError
 from bdense.networks.diffusers_unet import DiffusersTextUNet
 from tests.contracts.conditions import ConditionContract
+from tests.contracts.networks import three_branches
 from tests.networks import TEXT_UNET, image, one_hot, tiny_denoiser, untrained
 
 
@@ -144,6 +145,14 @@ def test_it_mixes_two_predictions_in_one_call(denoiser, scale, sigma):
     assert batches == [3 * calls(scale)]
     without, told = denoiser(X, sigma), denoiser(X, sigma, labels)
     torch.testing.assert_close(found, without + scale * (told - without), rtol=1e-4, atol=1e-4)
+
+
+def test_every_branch_is_guided(denoiser):
+    student = three_branches(denoiser)
+    labels = one_hot(2, 0, 1)
+    found = guided(student.branches, 3.0, NULL)(X, LEVELS, class_labels=labels)
+    without, told = student.branches(X, LEVELS), student.branches(X, LEVELS, labels)
+    torch.testing.assert_close(found, without + 3 * (told - without), rtol=1e-4, atol=1e-3)
 
 
 def test_without_a_null_there_is_no_guidance(denoiser):

@@ -239,6 +239,13 @@ def test_what_cannot_be_done_is_refused(refusal, shared_cache, words, message):
     assert re.search(message, refusal(words, *more))
 
 
+def test_usage_mistakes_end_with_status_2():
+    for arguments in ((), ("distil",), ("teacher",), ("sample", "x", "--images", "many")):
+        answer = bdense(*arguments)
+        assert (answer.status, answer.out) == (2, "")
+        assert answer.err.splitlines()[-1].startswith("bdense")
+
+
 def test_a_loss_that_diverges_is_a_failure_and_leaves_no_file(teacher, tmp_path):
     answer = bdense("distill", teacher, *SHORT, "--lr", 1e30, "--out", tmp_path / "s.safetensors")
     assert answer.status == 1

@@ -267,5 +267,8 @@ def test_a_teacher_of_a_process_is_distilled_with_sfd(teacher, ddpm, tmp_path):
     ],
 )
 def test_what_cannot_be_done_is_refused(refusal, words, message):
-    more = (*ROUND, *(() if "--out" in words else ("--out", "none")))
-    assert re.search(message, refusal(words, *(more if "distill" in words else ())))
+    if not words.startswith("distill"):
+        assert re.search(message, refusal(words))
+        return
+    out = "" if "--out" in words else " --out HERE/chain"
+    assert re.search(message, refusal(f"{words}{out}", *ROUND))

@@ -12,17 +12,19 @@ from bdense.cli import make_parser
 from bdense.diffusion.sampling import draw_images, samplers_from
 from bdense.knob_options import from_options
 from bdense.methods.sfd import SFDConfig
-from bdense.models.store import load_denoiser
+from bdense.models.store import load_denoiser, load_tensors
 from bdense.weights.weighting import FixedWeights
 from tests.commands import (
     DIGITS,
     SHORT,
     SHORT_CONFIG,
     TINY,
+    bdense,
     distill,
     distilled,
     done,
     drawn,
+    refused,
 )
 
 
@@ -83,6 +85,15 @@ def test_a_fid_of_one_class_says_so(variable, folder):
 # ---- several NFE ----
 
 
+def test_several_nfe_are_one_student(variable):
+    student, metadata = load_denoiser(variable)
+    assert student.step_condition
+    assert (metadata["nfe"], metadata["sampler"]["num_intervals"]) == ([2, 3, 4, 5], 3)
+    card = variable.with_suffix(".md").read_text()
+    assert "(NFE) | 2, 3, 4, 5 |" in card
+    assert "| 3, 4, 5, 6 Euler steps, the first analytical, polynomial" in card
+
+
 def test_a_student_for_several_nfe_draws_with_the_one_asked_for(variable, folder):
     student, metadata = load_denoiser(variable)
     picture = folder / "several.png"
@@ -90,9 +101,18 @@ def test_a_student_for_several_nfe_draws_with_the_one_asked_for(variable, folder
         assert (sampler.nfe, sampler.num_points) == (nfe, nfe + 2)
         images = draw_images(student, sampler, 2, seed=0)[:, 0]
         assert torch.equal(drawn(picture, variable, "--nfe", nfe), images)
-    usual = drawn(picture, variable)
-    assert torch.equal(usual, drawn(picture, variable, "--nfe", 2))
-    assert not torch.equal(usual, drawn(picture, variable, "--precision", "bfloat16"))
+    assert torch.equal(drawn(picture, variable), drawn(picture, variable, "--nfe", 2))
+    line = refused(bdense("sample", variable, "--nfe", 7, "--out", picture))
+    assert "distilled for (NFE 2, 3, 4 or 5), and --nfe 7 asks for another" in line
+
+
+def test_the_layers_for_the_number_of_steps_may_start_at_random(teacher, folder):
+    path, several = folder / "random.safetensors", ("--nfe", 1, 2, "--plain")
+    hashes = {
+        distill(teacher, path, *several, *start)
+        for start in ((), ("--step-condition", "teacher"), ("--step-condition", "random"))
+    }
+    assert len(hashes) == 2
 
 
 def test_the_usual_length_depends_on_what_is_made():
@@ -154,32 +174,64 @@ def test_weights_are_learned_and_written_down(teacher, folder, rule):
     assert f"{spelt} at the end, learned by {rule} (strength 0.5, memory 100) |" in card
 
 
+# ---- how it is computed ----
+
+
+def test_other_number_formats_leave_float32_weights(teacher, folder, tmp_path):
+    path, options = folder / "format.safetensors", ("--precision", "bfloat16", "--channels-last")
+    reduced, full = distill(teacher, path, *options), distill(teacher, tmp_path / "x.safetensors")
+    assert reduced != full
+    assert {tensor.dtype for tensor in load_tensors(path)[0].values()} == {torch.float32}
+    assert load_denoiser(path)[1]["precision"] == "bfloat16"
+    picture = folder / "format.png"
+    assert not torch.equal(drawn(picture, path), drawn(picture, path, *options))
+
+
 # ---- mistakes ----
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
-        ("distill TEACHER --learn loss", "--learn must be one of uncertainty, .* got loss"),
-        ("distill TEACHER --learn uncertainty --a 1", "has --a 1 --learn uncertainty; there are"),
-        ("distill TEACHER --strength 2", "--learn is missing: the weights learned need it"),
-        ("distill TEACHER --weights normalised --b 2", "normalised do not have --b 2"),
-        ("distill TEACHER --learn uncertainty --plain", "--plain .* --learn uncertainty"),
-        ("distill TEACHER --learn gradient-norm --compile", "drop compile"),
-        ("distill TEACHER --precision tf32 --device cpu", "use float32 or bfloat16"),
+        (("--learn", "loss"), "--learn must be one of uncertainty, .* got loss"),
+        (("--learn", "uncertainty", "--a", 1), "has --a 1 --learn uncertainty; there are log-li"),
+        (("--strength", 2), "--learn is missing: the weights learned need it"),
+        (("--weights", "normalised", "--b", 2), "the weights normalised do not have --b 2"),
+        (("--learn", "uncertainty", "--plain"), "--plain leaves one branch, .* --learn uncerta"),
+        (("--learn", "gradient-norm", "--compile"), "a compiled network hides; drop compile"),
+        (("--precision", "tf32", "--device", "cpu"), "use float32 or bfloat16"),
         pytest.param(
-            "distill TEACHER --device mps",
+            ("--device", "mps"),
             "--device mps: torch sees no Apple GPU",
             marks=pytest.mark.skipif(torch.backends.mps.is_available(), reason="has one"),
         ),
-        ("distill VARIABLE --second-stage --solver heun", "--solver must be euler with --second"),
-        ("distill VARIABLE --second-stage --nfe 3", "for 3 or 4 or 5 or 6 intervals, .* is 12"),
-        ("sample VARIABLE --nfe 7", r"\(NFE 2, 3, 4 or 5\), and --nfe 7 asks for another"),
-        ("sample CONDITIONAL --class 10", "class 10 is not"),
-        ("sample TEACHER --class 0", "unconditional"),
     ],
 )
-def test_what_cannot_be_done_is_refused(refusal, monkeypatch, words, message):
+def test_what_cannot_be_distilled_is_refused(teacher, tmp_path, monkeypatch, options, message):
     monkeypatch.setenv("CXX", sys.executable)  # there may be no compiler here
-    more = SHORT if words.startswith("distill") else ()
-    assert re.search(message, refusal(f"{words} --out OUT", *more))
+    answer = bdense("distill", teacher, *SHORT, *options, "--out", tmp_path / "s.safetensors")
+    assert re.search(message, refused(answer))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--second-stage", "--solver", "heun"), "--solver must be euler with --second-stage"),
+        (
+            ("--second-stage", "--nfe", 3),
+            "distilled for 3 or 4 or 5 or 6 intervals, .* is 12 here",
+        ),
+    ],
+)
+def test_what_cannot_be_made_of_a_student_is_refused(variable, tmp_path, options, message):
+    answer = bdense("distill", variable, *SHORT, *options, "--out", tmp_path / "s.safetensors")
+    assert re.search(message, refused(answer))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_class_that_is_none_is_refused(teacher, conditional, tmp_path):
+    out, cache = ("--out", tmp_path / "x.png"), ("--cache", tmp_path / "cache")
+    assert "class 10 is not" in refused(bdense("sample", conditional, "--class", 10, *out))
+    assert "unconditional" in refused(bdense("fid", teacher, "--class", 0, *DIGITS, *cache))
+    assert list(tmp_path.iterdir()) == []

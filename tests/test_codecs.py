@@ -57,3 +57,11 @@ class TestQuantising(AutoencoderContract):
         diffusers = pytest.importorskip("diffusers")
         model = untrained(lambda: diffusers.VQModel(**CODEC, num_vq_embeddings=32)).eval()
         return Autoencoder(model, 1.0)
+
+    @torch.no_grad()
+    def test_latents_are_quantised_when_they_are_decoded(self, codec, images):
+        latents = codec.encode(images)
+        torch.testing.assert_close(latents, codec.model.encode(images).latents)
+        quantised = codec.model.quantize(latents)[0]
+        assert not torch.allclose(quantised, latents)
+        torch.testing.assert_close(codec.decode(latents), codec.decode(quantised))

@@ -523,6 +523,7 @@ def test_a_line_of_another_form_fails_the_trial(url, tmp_path):
         ({"method": {"run": ["./program.py"]}}, "method.run", "not executable"),
         ({"method": {"run": ["./other.py"]}}, "method.run", "no program"),
         ({"method": {"run": [sys.executable, "{z}"]}}, "method.run", "{z}.*x, y, seed"),
+        ({"method": {"run": [sys.executable, "{z}"]}}, "method.run", "{{z}}"),
         ({"method": {"run": []}}, "method.run", "empty"),
         ({"method": {"run": ["sh", "-c", "a\0b"]}}, "method.run", "NUL"),
         ({"method": {"grace_seconds": 56}}, "method.grace_seconds", "56"),
@@ -647,6 +648,14 @@ def test_what_is_for_students_is_refused(losses, tmp_path):
     assert command("fetch", path).status == 0
     dry = command("launch", path, "--dry-run")
     assert (dry.status, "# rows: " in dry.out, "extractor" in dry.out) == (0, True, False)
+
+
+def test_an_option_behind_two_dashes_is_not_suggested_again(tmp_path):
+    answer = command("launch", tmp_path / "x.yaml", "--", "--trials", 3)
+    (told,) = answer.err.splitlines()
+    assert answer.status == 2
+    assert "--trials" in told
+    assert "did you mean" not in told
 
 
 NO_TORCH = """

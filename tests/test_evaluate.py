@@ -9,7 +9,7 @@ from bdense.diffusion.sampling import draw_images, sampler_from
 from bdense.errors import InputError, StoppedError
 from bdense.metrics.references import dataset_reference, write_reference
 from bdense.models.card import model_card
-from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
+from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
 from bdense.weights.log_linear import normalised_weights
 from search.study.notes import trial_note
 from search.study.progress_text import share_done
@@ -92,6 +92,15 @@ def test_a_method_of_stages_keeps_each_student_with_its_fid_and_pictures(tmp_pat
         for end in (".safetensors", ".md", ".fid.json", "-samples.png")
     }
     assert names == each | {"log.jsonl", "result.json", "trial.json"}
+
+
+def test_a_teacher_that_predicts_otherwise_is_converted_in_a_stage_of_its_own(tmp_path):
+    assets = loaded(PD, method__prediction_type="epsilon", method__until=4)
+    found = run(assets, tmp_path / "study/00000")
+    assert list(found.fids) == ["8", "4"]
+    assert found.fids["8"].value != found.teacher_fid.value
+    student = load_denoiser(tmp_path / found.student)[0]
+    assert student.precond.prediction_type == "epsilon"
 
 
 @EACH_METHOD
@@ -247,6 +256,16 @@ def test_a_stop_saves_just_there_and_the_log_tells_of_every_update(tmp_path):
     ]
     assert len(events[0]["branch_losses"][0]) == 2
     assert events[-1]["fid"] == found.value
+
+
+def test_a_finished_training_is_only_evaluated_by_its_next_worker(tmp_path):
+    """Checks: 4 updates, then a batch of images drawn."""
+    assets, place, texts = loaded(SFD), tmp_path / "s/00000", []
+    with pytest.raises(InterruptedRunError):
+        run(assets, place, check=interrupted_after(5))
+    assert load_tensors(place / CHECKPOINT)[1]["iteration"] == 4
+    run(assets, place, report=texts.append)
+    assert texts == ["evaluating 128/256 images", "evaluating 256/256 images"]
 
 
 def test_a_folder_of_another_row_is_moved_aside(tmp_path):

@@ -16,8 +16,9 @@ from bdense.diffusion.ddpm import DDPMSchedule
 from bdense.diffusion.sampling import Sampler, draw_images, served_metadata
 from bdense.diffusion.solvers import DDIM
 from bdense.diffusion.vp import CosineSchedule
-from bdense.errors import InputError
-from bdense.models.card import folder_card
+from bdense.errors import CheckpointError, InputError
+from bdense.methods import METHODS
+from bdense.models.card import folder_card, model_card
 from bdense.models.folder import export_folder
 from bdense.models.store import denoiser_sha256, load_model
 from tests.commands import bdense as command
@@ -128,6 +129,16 @@ def test_pictures_are_copied_or_written_and_shown(tmp_path):
 # ---- the card ----
 
 
+def test_the_card_of_a_folder_begins_as_that_of_a_file():
+    """What it is, and whose terms it carries."""
+    file, folder = (make("x", small_teacher(), STUDENT) for make in (model_card, folder_card))
+    head = file.split("\n\n```sh")[0]
+    assert folder.startswith(f"{head}\n\n## How to sample\n\n```sh\nbdense sample x --images 64")
+    assert "license: cc-by-4.0\nlibrary_name: bdense\n" in head
+    row = "| sampler | 4 DDIM steps, ddpm levels, even in time, predictions clipped to [-1, 1] |"
+    assert row in head
+
+
 def test_fids_are_a_table_with_their_shared_conditions_below():
     shared = {"images": 50_000, "extractor": "inception", "extractor_sha256": "ab" * 32}
     rows = [
@@ -153,6 +164,14 @@ def test_a_condition_that_differs_is_a_column_and_an_empty_column_is_left_out():
     header, _, *rest = card.splitlines()[-5:]
     assert header == "| NFE | FID | training images | why |"
     assert rest == ["| 2 | 5 | 1000 | a\\|b |", "| 1 | - | 500 | a\\|b |", "| 1 | 7 | - | - |"]
+
+
+@pytest.mark.parametrize("method", METHODS.values())
+def test_methods_are_named_with_their_papers(method):
+    student, dense = STUDENT | {"paper": method.paper}, " with dense branch supervision"
+    card = model_card("x", small_teacher(), student)
+    assert f"\nA few-step student of a diffusion model, distilled by {method.paper}{dense}" in card
+    assert dense not in model_card("x", small_teacher(), student | {"weights": [1.0]})
 
 
 def test_the_python_of_a_student_for_several_nfe_lists_them(tmp_path):
@@ -273,6 +292,15 @@ def test_only_a_finished_student_is_exported(tmp_path):
 
 
 # ---- what is read ----
+
+
+def test_a_folder_that_is_damaged_is_named(tmp_path):
+    weights = export_folder(tmp_path / "student", small_teacher(), STUDENT)[0]
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(
+        CheckpointError, match=r"student/model\.safetensors cannot be read as safe"
+    ):
+        load_model(tmp_path / "student")
 
 
 def test_weights_of_others_in_a_folder_do_not_hide_it(tmp_path):

@@ -126,7 +126,7 @@ def of_bank(path: Path) -> str:
 
 
 def of_study(path: Path) -> str:
-    """One table: a line for each variant of the method."""
+    """Two tables: each variant of the method, and its arms beside the first variant's."""
     # FID by recipe, arm and seed.
     fids: dict[str, dict[str, dict[int, float]]] = {}
     seconds: dict[str, list[float]] = defaultdict(list)
@@ -156,9 +156,17 @@ def of_study(path: Path) -> str:
             (recipe, len(uniform), f"{level:.2f}", *cells, f"{noise:.3f}", needed, f"{spent:.0f}")
         )
     header = ("recipe", "seeds", "uniform", *names, "noise", "seeds to tell 10 %", "seconds")
+    named = [UNIFORM, *names]
+    (first, base), *others = fids.items()
+    moved = []
+    for recipe, arms in others:
+        pairs = [paired_difference(arms.get(arm, {}), base.get(arm, {})) for arm in named]
+        moved.append((recipe, *(pair.text("+.2f") if pair else "" for pair in pairs)))
     return (
         f"{path.stem}: FID of uniform weights, and how much more the other arms have, with its "
-        f"95 % t interval; seconds of a training with its FID.\n\n{table(header, rows)}"
+        f"95 % t interval; seconds of a training with its FID.\n\n{table(header, rows)}\n\n"
+        f"How much more each arm has than under '{first}', paired by seed:\n\n"
+        f"{table(('recipe', *named), moved)}"
     )
 
 

@@ -169,7 +169,7 @@ def read_tree(path: Path) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice, of which the last would count, and what is no value.
 
-    So too what is nested too deep, at the place where it is: the time to read on grows with the
+    It also refuses deep nesting as soon as it is reached, because the time to read grows with the
     square of the depth.
     """
 

@@ -295,7 +295,7 @@ def _open_sqlite(make: Callable[..., RDBStorage], path: Path, *, reading: bool) 
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}; launch a study first")
         storage = make(engine_kwargs=engine)
-        _watch_file(storage.engine, path, "put it back, and start this command again")
+        _watch_file(storage.engine, path, "put it back, and start again")
         return storage
     path.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(Path(f"{path}.lock")):

@@ -149,3 +149,8 @@ def test_a_study_says_before_it_starts_that_a_trackers_package_is_missing(monkey
         SpecError, match=r"resources\.log: tensorboard:\S+ .*bdense\[tensorboard\]"
     ):
         spec(resources={"log": ["tensorboard:x"]})
+
+
+def test_a_folder_is_no_url_whatever_its_name():
+    place = "tensorboard:/runs/lowpass=2"
+    assert spec(resources={"log": [place]}).resources.log == (place,)

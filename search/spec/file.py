@@ -157,7 +157,7 @@ def read_tree(path: Path) -> dict[str, Any]:
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise SpecError(f"{path}{place}: not valid YAML: {error.problem}") from error
     # A ValueError or OverflowError: an escape such as \U00110000, which is no character.
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise SpecError(f"{path}: not valid YAML: {reason}") from error
     _require_small(tree, path)

@@ -423,7 +423,7 @@ def _check_log(places: Sequence[str]) -> None:
         if name not in TRACKERS:
             known = ", ".join(TRACKERS)
             raise SpecError(f"resources.log: {place!r} names none of {known}, but {name}")
-        if (shown := redact(where)) != where:
+        if "://" in where and (shown := redact(where)) != where:
             raise SpecError(
                 f"resources.log: {name}:{shown} has a password, which the study would keep; leave "
                 "it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or all of "

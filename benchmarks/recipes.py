@@ -157,11 +157,12 @@ def of_study(path: Path) -> str:
         )
     header = ("recipe", "seeds", "uniform", *names, "noise", "seeds to tell 10 %", "seconds")
     named = [UNIFORM, *names]
-    (first, base), *others = fids.items()
+    first = next(iter(fids), "")
     moved = []
-    for recipe, arms in others:
-        pairs = [paired_difference(arms.get(arm, {}), base.get(arm, {})) for arm in named]
-        moved.append((recipe, *(pair.text("+.2f") if pair else "" for pair in pairs)))
+    for recipe, arms in fids.items():
+        pairs = [paired_difference(arms.get(a, {}), fids[first].get(a, {})) for a in named]
+        if recipe != first:
+            moved.append((recipe, *(pair.text("+.2f") if pair else "" for pair in pairs)))
     return (
         f"{path.stem}: FID of uniform weights, and how much more the other arms have, with its "
         f"95 % t interval; seconds of a training with its FID.\n\n{table(header, rows)}\n\n"
